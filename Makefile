@@ -1,0 +1,44 @@
+# Every target sets up what it needs: a virtual environment with pinned packages, made once.
+PYTHON ?= python3
+# for a GPU: make run TORCH=<the CUDA wheel of your choice, in pip's words>; remove .venv to change it later
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: run test ui lint golden bench setup clean
+
+run: $(READY)  ## train v1 on this machine; more arguments: make run ARGS="size=tiny seed=1"
+	$(PY) run.py $(ARGS)
+
+test: $(READY)  ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+ui: $(READY)  ## MLflow's web page over all runs, at http://127.0.0.1:5000
+	$(PY) -m mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --workers 1 $(ARGS)
+
+lint: $(READY)  ## what a commit must pass
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+golden: $(READY)  ## write the golden loss curves anew; look at the difference before you commit it
+	$(PY) -m tests.golden.curves
+
+bench: $(READY)  ## measure; tests/bench/README.md says what and keeps the results
+	$(PY) tests/bench/start_time.py
+	$(PY) tests/bench/platform_tax.py
+	$(PY) tests/bench/kill.py 20
+
+setup: $(READY)  ## only make the environment
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"PYTHON={sys.executable} is Python {v[0]}.{v[1]}, and 3.11 or 3.12 is needed. Fix: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make a virtual environment. Fix: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:  ## remove the environment; runs in outputs/ stay
+	rm -rf $(VENV)

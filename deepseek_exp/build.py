@@ -1,0 +1,150 @@
+"""Build the parts of an experiment and put them together; the only file that knows every room."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+
+from deepseek_exp.callbacks import Checkpoints, GateMetric, Metrics, Progress
+from deepseek_exp.config import ActivationCheckpointing, Device, ExperimentConfig, Precision
+from deepseek_exp.data import PreparedData, TokenDataModule, prepare
+from deepseek_exp.errors import DeviceError, Problem
+from deepseek_exp.kernels import TORCH
+from deepseek_exp.lit import LanguageModel
+from deepseek_exp.models import Transformer, init_weights
+from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, load_weights
+from deepseek_exp.tracking import TrackedRun
+from deepseek_exp.tracking.logger import JournalLogger
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+# said by Lightning about choices that are made on purpose here
+EXPECTED_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ".*GPU available but not used.*",
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an experiment is made of once it is built."""
+
+    device: torch.device
+    data: PreparedData
+    datamodule: TokenDataModule
+    lit: LanguageModel
+
+
+def pick_device(device: Device) -> torch.device:
+    """Choose where to run.
+
+    Raises:
+        DeviceError: a GPU is asked for and this PyTorch cannot use it.
+    """
+    visible = torch.cuda.is_available()
+    if device is Device.cuda and not visible:
+        rule = "needs a CUDA device and none is visible to this PyTorch"
+        raise DeviceError(
+            Problem("device", device.value, f"{rule} ({torch.__version__})", "use device=cpu or device=auto")
+        )
+    return torch.device("cuda", 0) if visible and device is not Device.cpu else torch.device("cpu")
+
+
+def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
+    """Prepare the data and build the model.
+
+    Args:
+        cfg: the experiment.
+        weights: checkpoint folder to take the model's parameters from; None initialises them from the seed.
+    """
+    device = pick_device(cfg.device)
+    set_up_torch(cfg)
+    data = prepare(cfg.data)
+    model = build_model(cfg, device, weights)
+    t = cfg.trainer
+    datamodule = TokenDataModule(
+        data,
+        cfg.data,
+        seed=cfg.seed,
+        global_batch_seqs=t.global_batch_seqs,
+        micro_batch_seqs=t.micro_batch_seqs,
+        eval_batches=t.eval_batches,
+        pin_memory=device.type == "cuda",
+    )
+    return Parts(device, data, datamodule, LanguageModel(cfg, model, data.tokenizer.token_bytes))
+
+
+def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Transformer:
+    """Build the model on a device, with weights from a checkpoint or from the seed."""
+    recompute = cfg.trainer.activation_checkpointing is ActivationCheckpointing.full
+    model = Transformer(cfg.model, TORCH, recompute_blocks=recompute)
+    if weights is not None:
+        model.load_state_dict(load_weights(weights))
+    else:
+        init_weights(model, cfg.model, cfg.seed)
+    dtype = DTYPES[cfg.trainer.precision]
+    for p in model.parameters():
+        p.data = p.data.to(device, dtype)
+    if cfg.trainer.compile:
+        model.compile()
+    return model
+
+
+def set_up_torch(cfg: ExperimentConfig) -> None:
+    """Set the process-wide switches of PyTorch: threads, seed and determinism."""
+    if cfg.trainer.n_threads:
+        torch.set_num_threads(cfg.trainer.n_threads)
+    torch.manual_seed(cfg.seed)
+    if cfg.trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(cfg.trainer.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over new memory
+
+
+def build_trainer(
+    cfg: ExperimentConfig, parts: Parts, run: TrackedRun, run_id: str, texts: dict[str, str]
+) -> tuple[pl.Trainer, Checkpoints, Metrics]:
+    """Build the Lightning trainer.
+
+    Args:
+        cfg: the experiment.
+        parts: from `build_parts`.
+        run: where metrics go; checkpoints go to its folder.
+        run_id: its MLflow run.
+        texts: file name -> content that goes into every checkpoint.
+
+    Returns:
+        The trainer and those of its callbacks that know how the run went.
+    """
+    for pattern in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    t = cfg.trainer
+    metrics, checkpoints = Metrics(cfg), Checkpoints(cfg, run.run_dir)
+    third_party = [instantiate(node, _convert_="all") for node in t.callbacks.values()]
+    trainer = pl.Trainer(
+        accelerator="gpu" if parts.device.type == "cuda" else "cpu",
+        devices=1,
+        logger=JournalLogger(run),
+        callbacks=[metrics, GateMetric(), *third_party, Progress(cfg, metrics), checkpoints],
+        plugins=[FolderCheckpointIO(texts, run_id)],
+        max_epochs=-1,
+        max_steps=t.max_steps,
+        val_check_interval=t.eval_every_steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=t.log_every_steps,
+        deterministic=t.deterministic,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    return trainer, checkpoints, metrics

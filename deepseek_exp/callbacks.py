@@ -1,0 +1,255 @@
+"""What happens around a training step: metrics, progress, checkpoints and signals."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+from tqdm import tqdm
+
+from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.errors import Problem, UserError
+from deepseek_exp.models.attention import Attention
+from deepseek_exp.parallel import manifest
+
+NAMES = ("loss", "nats", "bytes", "grad_norm")
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; its state is saved.
+
+    Attributes:
+        signum: the signal.
+        step: optimizer steps done.
+    """
+
+    def __init__(self, signum: int, step: int) -> None:
+        self.signum, self.step = signum, step
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+
+
+class Metrics(Callback):
+    """Logs training metrics without making the host wait for the device.
+
+    A step's scalars are copied to the host behind the step's own work and logged once that copy is done, a step or so
+    later; on a CPU that is at once. A loss that is not finite ends the run.
+    """
+
+    def __init__(self, cfg: ExperimentConfig) -> None:
+        self.cfg = cfg
+        self.pending: deque[tuple[int, Tensor, Any, dict[str, float]]] = deque()
+        self.last: dict[str, float] = {}
+        self._since = (0.0, 0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._since = (time.perf_counter(), trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        """Queue this step's scalars when they are due, and log those that have arrived."""
+        step = trainer.global_step
+        if step % self.cfg.trainer.log_every_steps == 0 or step == 1 or step >= self.cfg.trainer.max_steps:
+            now, (then, before) = time.perf_counter(), self._since
+            seconds = (now - then) / max(1, step - before)
+            self._since = (now, step)
+            host = {"optim/lr": outputs["lr"], **self._host_metrics(trainer, pl_module, seconds, batch)}
+            self.pending.append((step, *_to_host(torch.stack([outputs[n].float() for n in NAMES])), host))
+        self._log(trainer, wait=False)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what is queued, and leave the validation's time out of the step time."""
+        self._log(trainer, wait=True)
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the clock."""
+        then, before = self._since
+        self._since = (then + time.perf_counter() - self._paused, before)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what is queued."""
+        self._log(trainer, wait=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Log what is queued before the run dies of something else."""
+        if not isinstance(exception, UserError):
+            self._log(trainer, wait=True)
+
+    def _host_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float, batch: Tensor
+    ) -> dict[str, float]:
+        data = trainer.datamodule
+        metrics = {
+            "perf/step_seconds": seconds,
+            "perf/tokens_per_second": batch[:, 1:].numel() / seconds,
+            "data/position": float(data.position),
+            "data/epoch": data.position / data.n_train_sequences,
+        }
+        if pl_module.device.type == "cuda":
+            metrics["perf/peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(pl_module.device))
+        return metrics
+
+    def _log(self, trainer: pl.Trainer, *, wait: bool) -> None:
+        while self.pending and (wait or _arrived(self.pending[0][2])):
+            step, values, event, host = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            loss, nats, n_bytes, grad_norm = values.tolist()
+            if not math.isfinite(loss):
+                rule = f"made the loss {loss} at step {step}"
+                raise UserError(
+                    Problem("optim.lr", self.cfg.optim.lr, rule, "lower optim.lr or lengthen optim.warmup_steps")
+                )
+            self.last = {
+                "train/loss": loss,
+                "train/bits_per_byte": nats / math.log(2) / n_bytes,
+                "optim/grad_norm": grad_norm,
+                **host,
+            }
+            trainer.logger.log_metrics(self.last, step)
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, Any]:
+    """Start copying values to the host; gives the copy and the event that tells when it is whole (None: it is)."""
+    if values.device.type != "cuda":
+        return values, None
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return copy, event
+
+
+def _arrived(event: Any) -> bool:
+    return event is None or event.query()
+
+
+class GateMetric(Callback):
+    """Logs how much the dynamic attention mask leans to the local window, averaged over heads, at each validation."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log attn/gate, in 0..1: 0.5 treats local and global keys alike."""
+        gates = [m.gate for m in pl_module.modules() if isinstance(m, Attention) and m.gate is not None]
+        if gates and trainer.state.fn == "fit":
+            share = torch.cat([g.detach().float().sigmoid() for g in gates]).mean().item()
+            trainer.logger.log_metrics({"attn/gate": share}, trainer.global_step)
+
+
+class Progress(Callback):
+    """A progress bar with loss, tokens per second and time left; plain lines where there is no terminal."""
+
+    LINE_SECONDS = 20.0
+
+    def __init__(self, cfg: ExperimentConfig, metrics: Metrics) -> None:
+        self.max_steps, self.metrics = cfg.trainer.max_steps, metrics
+        self.bar: tqdm | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bar, at the step that a resumed run goes on from."""
+        tty = sys.stderr.isatty()
+        line = None if tty else "{desc}step {n}/{total}, {elapsed} gone, {remaining} left{postfix}\n"
+        self.bar = tqdm(
+            total=self.max_steps,
+            initial=trainer.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            bar_format=line,
+            mininterval=0.5 if tty else self.LINE_SECONDS,
+            maxinterval=1.0 if tty else self.LINE_SECONDS,
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        """Move the bar; the numbers beside it are the last logged ones."""
+        if self.bar is None:
+            return
+        if self.metrics.last:
+            loss, speed = self.metrics.last["train/loss"], self.metrics.last["perf/tokens_per_second"]
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that an error starts on its own line."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class Checkpoints(Callback):
+    """Saves when due, at the end, and when SIGTERM or SIGINT asks the run to stop.
+
+    A step that is validated is saved after its validation, so that the checkpoint knows its loss.
+    """
+
+    def __init__(self, cfg: ExperimentConfig, run_dir: Path) -> None:
+        self.cfg, self.run_dir = cfg.trainer, run_dir
+        self.signum: int | None = None
+        self.saved: Path | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take over the signals; a second one ends the process at once."""
+        self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        """Save a step that is due and not validated; mark the last step as the last."""
+        step = trainer.global_step
+        if self.signum is not None:
+            self._save(trainer)
+            raise Stopped(self.signum, step)
+        if step >= self.cfg.max_steps:
+            trainer.should_stop = True  # makes Lightning validate after this step, whatever the interval
+        elif step % self.cfg.checkpoint_every_steps == 0 and step % self.cfg.eval_every_steps:
+            self._save(trainer)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Hurry through the validation once a signal has come."""
+        pl_module.skip_validation = self.signum is not None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save a validated step that is due."""
+        if trainer.state.fn != "fit":
+            return
+        step = trainer.global_step
+        stopped = self.signum is not None
+        if stopped or step >= self.cfg.max_steps or step % self.cfg.checkpoint_every_steps == 0:
+            self._save(trainer)
+        if stopped and step < self.cfg.max_steps:
+            raise Stopped(self.signum, step)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for signum, handler in getattr(self, "_before", {}).items():
+            signal.signal(signum, handler)
+
+    def _remember(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        self.signum = signum
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        self.saved = self.run_dir / manifest.FOLDER / manifest.checkpoint_name(trainer.global_step)
+        trainer.save_checkpoint(self.saved)
+        manifest.prune(self.run_dir, self.cfg.keep_checkpoints)

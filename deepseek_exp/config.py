@@ -1,0 +1,209 @@
+"""The only list of configuration keys: their types, units, ranges and meaning.
+
+Values live in conf/*.yaml; this file gives each key its type, its documentation and its range. `validate.py` checks
+the ranges and the rules that span several keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def key(
+    doc: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None, lt: float | None = None
+) -> Any:
+    """Declare a configuration key: what it means (with its unit) and the range of its value."""
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    return field(default=MISSING, metadata={"doc": doc, "bounds": {k: v for k, v in bounds.items() if v is not None}})
+
+
+class Do(StrEnum):
+    """What to do with the composed experiment."""
+
+    train = "train"
+    eval = "eval"
+    sample = "sample"
+
+
+class Device(StrEnum):
+    """Where to run."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Source(StrEnum):
+    """Where text comes from."""
+
+    stdlib = "stdlib"
+    text = "text"
+    synthetic = "synthetic"
+
+
+class OnBadLine(StrEnum):
+    """What to do with a line of input that cannot be read."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class Order(StrEnum):
+    """In which order the sequences of the token stream are visited."""
+
+    shuffled = "shuffled"
+    contiguous = "contiguous"
+
+
+class Precision(StrEnum):
+    """Data type of weights and activations."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class ActivationCheckpointing(StrEnum):
+    """Which activations are recomputed in the backward pass instead of stored."""
+
+    none = "none"
+    full = "full"
+
+
+@dataclass
+class ModelConfig:
+    """The architecture of one model version."""
+
+    version: str = key("name of the model version")
+    vocab_size: int = key("entries of the vocabulary; the tokenizer is trained to this size", ge=258)
+    max_seq_len: int = key("longest sequence the model serves, tokens", ge=2)
+    d_model: int = key("width of the residual stream", ge=8)
+    n_layers: int = key("transformer blocks", ge=1)
+    n_heads: int = key("query heads of a block", ge=1)
+    n_kv_heads: int = key("key and value heads of a block; divides n_heads", ge=1)
+    head_dim: int = key("width of one head; even, for the rotary embedding", ge=2)
+    d_ff: int = key("hidden width of the feed-forward network", ge=1)
+    window: int = key("tokens that a query sees locally, itself included; 0: all before it", ge=0)
+    n_global_tokens: int = key("first tokens of a sequence, seen by every later query; 0: none", ge=0)
+    memory_len: int = key("hidden states of the segment before, kept per block as extra keys, tokens; 0: off", ge=0)
+    rope_theta: float = key("base of the rotary embedding's wavelengths", gt=1)
+    norm_eps: float = key("epsilon under the square root of RMSNorm", gt=0, lt=1)
+    tie_embeddings: bool = key("the output projection is the embedding table")
+    init_std: float = key("standard deviation of the initial weights", gt=0, le=1)
+
+
+@dataclass
+class DataConfig:
+    """The text, its tokenizer and the order of its sequences."""
+
+    source: Source = key(
+        "stdlib: the running Python's standard library; text: files of yours; synthetic: generated tokens"
+    )
+    path: str | None = key("file, folder or glob of .txt .md .jsonl .jsonl.gz .parquet (source=text)")
+    valid_path: str | None = key("the same for validation; null: a part of `path` is held out")
+    valid_fraction: float = key("share of the text held out for validation when valid_path is null", gt=0, lt=1)
+    text_key: str = key("field of a .jsonl row or column of a .parquet file that holds the text")
+    on_bad_line: OnBadLine = key("a row that cannot be read: stop, or skip and count it")
+    max_bytes: int | None = key(
+        "read (source=synthetic: generate) at most this much text, bytes; null: all of it", ge=1
+    )
+    vocab_size: int = key("entries that the tokenizer is trained to", ge=258)
+    seq_len: int = key("tokens of one training sequence", ge=2)
+    order: Order = key("shuffled: a random order each epoch; contiguous: each lane of a batch reads on where it was")
+    n_workers: int = key("loader processes; 0: in the training process", ge=0)
+    cache_dir: str = key("folder for trained tokenizers and packed shards")
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its schedule."""
+
+    optimizer: dict[str, Any] = key(
+        "`_target_` and arguments of the optimizer class; it is given parameter groups and lr"
+    )
+    lr: float = key("peak learning rate", gt=0)
+    min_lr_ratio: float = key("final learning rate / peak", ge=0, le=1)
+    warmup_steps: int = key("steps of linear warm-up", ge=0)
+    weight_decay: float = key("decoupled weight decay of matrices; vectors have none", ge=0)
+    clip_norm: float = key("largest global gradient norm; 0: no clipping", ge=0)
+
+
+@dataclass
+class TrainerConfig:
+    """The training loop."""
+
+    max_steps: int = key("optimizer steps in all", ge=1)
+    global_batch_seqs: int = key("sequences in one optimizer step", ge=1)
+    micro_batch_seqs: int = key("sequences in one forward and backward pass; divides global_batch_seqs", ge=1)
+    precision: Precision = key("bf16 keeps fp32 master weights and accumulates gradients in fp32")
+    activation_checkpointing: ActivationCheckpointing = key(
+        "full: each block's activations are recomputed in the backward pass"
+    )
+    compile: bool = key("compile the model with torch.compile")
+    deterministic: bool = key("use only kernels whose results repeat bit for bit")
+    n_threads: int = key("CPU threads of one operation; 0: PyTorch's choice", ge=0)
+    log_every_steps: int = key("steps between logged training metrics", ge=1)
+    eval_every_steps: int = key("steps between validations; the last step always validates", ge=1)
+    eval_batches: int = key("micro batches of one validation; 0: the whole validation set", ge=0)
+    checkpoint_every_steps: int = key("steps between checkpoints; the last step always saves", ge=1)
+    keep_checkpoints: int = key("newest checkpoints that stay, beside the best one", ge=1)
+    callbacks: dict[str, Any] = key("further Lightning callbacks: name -> `_target_` and arguments")
+
+
+@dataclass
+class TrackingConfig:
+    """Where and as what a run is recorded."""
+
+    uri: str = key("MLflow tracking store: sqlite:///file.db, a database URL or http(s)://server")
+    experiment: str = key("MLflow experiment")
+    run_name: str | None = key("name of the run; null: made from what it runs")
+    parent_run_id: str | None = key("MLflow run that this one belongs to; a sweep fills it in")
+    tags: dict[str, str] = key("further tags of the run")
+    system_metrics: bool = key("log CPU, memory, disk, network and GPU use of the machine")
+    drain_seconds: float = key("how long the end of a run waits for metrics to reach the store", gt=0)
+
+
+@dataclass
+class SampleConfig:
+    """Text generation."""
+
+    prompt: str = key("text to continue")
+    max_new_tokens: int = key("tokens to generate at most", ge=1)
+    temperature: float = key("softmax temperature; 0: always the most likely token", ge=0)
+    top_p: float = key("draw from the smallest set of tokens with this probability", gt=0, le=1)
+
+
+@dataclass
+class ExperimentConfig:
+    """One experiment, completely."""
+
+    do: Do = key("train, eval (validation loss of a checkpoint) or sample (text from a checkpoint)")
+    device: Device = key("auto takes a GPU when there is one")
+    seed: int = key("seed of weights, data order and sampling", ge=0)
+    resume: str | None = key("checkpoint to go on from: last, an MLflow run id, or a path; null: start anew")
+    output_dir: str = key("folder for runs, the MLflow database and caches")
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    optim: OptimConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    tracking: TrackingConfig = MISSING
+    sample: SampleConfig = MISSING
+
+
+def lr_from_batch(base: float, batch: int) -> float:
+    """Linear scaling of the learning rate with the batch: lr = base * batch / 256."""
+    return base * batch / 256
+
+
+def register() -> None:
+    """Make the schema and the resolvers known to Hydra; may be called again."""
+    ConfigStore.instance().store(name="schema", node=ExperimentConfig)
+    OmegaConf.register_new_resolver("lr_from_batch", lr_from_batch, replace=True)
+    OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)

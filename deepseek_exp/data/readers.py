@@ -1,0 +1,204 @@
+"""Files of text into documents, one at a time; a row that cannot be read stops the run or is counted."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepseek_exp.config import OnBadLine
+from deepseek_exp.errors import DataError, Problem
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+BOM = b"\xef\xbb\xbf"
+OTHER_KEY = "set data.text_key to the key of the text, or data.on_bad_line=skip"
+MEND = "mend the row, or set data.on_bad_line=skip"
+REPLACE = "replace the file, or leave it out"
+
+
+class _BadRow(Exception):
+    """One row cannot be read: which rule it breaks, the remedy, and the lines of the row before the fault."""
+
+    def __init__(self, rule: str, fix: str = MEND, lines_before: int = 0) -> None:
+        super().__init__(rule)
+        self.rule, self.fix, self.lines_before = rule, fix, lines_before
+
+
+def find_files(key: str, path: str) -> list[Path]:
+    """List the text files that a path names, in the order in which they are read.
+
+    A file is itself; a folder is every file below it with a known suffix, hidden ones left out; anything else is a
+    glob (`**` crosses folders), of which files with an unknown suffix are left out.
+
+    Args:
+        key: configuration key that holds the path, for the message.
+        path: file, folder or glob.
+
+    Returns:
+        Absolute paths, sorted.
+
+    Raises:
+        DataError: nothing matches, or a file named by itself has an unknown suffix.
+    """
+    known = " ".join(SUFFIXES)
+    place = Path(path).expanduser()
+    if place.is_file():
+        if not place.name.lower().endswith(SUFFIXES):
+            raise DataError(Problem(key, path, f"has none of the known suffixes {known}", "convert or rename the file"))
+        return [place.resolve()]
+    names = _below(place) if place.is_dir() else [Path(name) for name in glob.glob(str(place), recursive=True)]
+    found = {name.resolve() for name in names if name.is_file() and name.name.lower().endswith(SUFFIXES)}
+    if not found:
+        raise DataError(Problem(key, path, f"matches no file with a suffix of {known}", f"point {key} at such files"))
+    return sorted(found)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads documents and decides about rows that cannot be read.
+
+    A .txt or .md file is one document, line ends kept. A line of .jsonl and a row of .parquet is one document, found
+    under `text_key`. Empty rows (nothing but white space) hold no document.
+
+    Attributes:
+        key: configuration key that holds the path, for messages.
+        text_key: field of a .jsonl row or column of a .parquet file that holds the text.
+        on_bad_line: stop with a DataError, or skip and count.
+        skipped: count of skipped rows by file; this reader adds to it.
+    """
+
+    key: str
+    text_key: str
+    on_bad_line: OnBadLine
+    skipped: Counter[str]
+
+    def documents(self, path: Path) -> Iterator[str]:
+        """Yield the documents of one file.
+
+        Raises:
+            DataError: a row cannot be read and on_bad_line is stop; or the file as a whole cannot be read.
+        """
+        rows, parse = self._open(path)
+        for line, row in self._guarded(path, rows):
+            try:
+                text = parse(row)
+            except _BadRow as bad:
+                if self.on_bad_line is OnBadLine.stop:
+                    where = f"{path}:{line + bad.lines_before}"
+                    raise DataError(Problem(self.key, where, bad.rule, bad.fix)) from bad
+                self.skipped[str(path)] += 1
+                continue
+            if text.strip():
+                yield text
+
+    def _open(self, path: Path) -> tuple[Iterator[tuple[int, Any]], Callable[[Any], str]]:
+        """Find how a file is read: an iterator over (number from 1, raw row), and what turns a raw row into text."""
+        name = path.name.lower()
+        if name.endswith((".txt", ".md")):
+            return _whole(path), _decode
+        if name.endswith(".parquet"):
+            return self._cells(path), _cell_text
+        return _lines(path), self._json_text
+
+    def _guarded(self, path: Path, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        line = 0
+        try:
+            for line, row in rows:
+                yield line, row
+        except (OSError, EOFError, zlib.error) as error:
+            rule = f"cannot be read ({error})"
+            raise DataError(Problem(self.key, f"{path}:{line + 1}", rule, REPLACE)) from error
+
+    def _json_text(self, raw: bytes) -> str:
+        line = _decode(raw)
+        if not line.strip():
+            return ""
+        try:
+            row = json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            raise _BadRow(f"is not valid JSON (column {error.colno}: {error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise _BadRow("is JSON with too long a number or nested too deeply") from error
+        if not isinstance(row, dict):
+            raise _BadRow(f"holds {_kind(row)}, not an object with keys")
+        if self.text_key not in row:
+            raise _BadRow(f"has no key '{self.text_key}'; its keys are {_listed(row)}", OTHER_KEY)
+        text = row[self.text_key]
+        if not isinstance(text, str):
+            raise _BadRow(f"holds {_kind(text)} under '{self.text_key}', not a string", OTHER_KEY)
+        return _encodable(text)
+
+    def _cells(self, path: Path) -> Iterator[tuple[int, Any]]:
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            with parquet.ParquetFile(path) as table:
+                if self.text_key not in table.schema_arrow.names:
+                    rule = f"has no column '{self.text_key}'; its columns are {_listed(table.schema_arrow.names)}"
+                    raise DataError(Problem(self.key, str(path), rule, "set data.text_key to one of them"))
+                batches = table.iter_batches(batch_size=1024, columns=[self.text_key])
+                cells = (cell for batch in batches for cell in batch.column(0))
+                yield from enumerate(cells, start=1)
+        except pyarrow.ArrowException as error:
+            raise OSError(error) from error
+
+
+def _whole(path: Path) -> Iterator[tuple[int, bytes]]:
+    yield 1, path.read_bytes()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        yield from enumerate(file, start=1)
+
+
+def _decode(raw: bytes) -> str:
+    """Decode UTF-8, without a leading byte order mark."""
+    try:
+        return raw.removeprefix(BOM).decode()
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        rule = f"is not valid UTF-8 (byte 0x{error.object[error.start]:02x})"
+        raise _BadRow(rule, lines_before=before.count(b"\n")) from error
+
+
+def _cell_text(cell: Any) -> str:
+    try:
+        text = cell.as_py()
+    except UnicodeDecodeError as error:
+        raise _BadRow("is not valid UTF-8") from error
+    if not isinstance(text, str):
+        raise _BadRow(f"holds {_kind(text)}, not a string")
+    return text
+
+
+def _encodable(text: str) -> str:
+    r"""Refuse half of a surrogate pair, which JSON can write (as \ud83d alone) and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _BadRow(f"holds half a character (surrogate U+{ord(text[error.start]):04X})") from error
+    return text
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else kinds.get(type(value), type(value).__name__)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"

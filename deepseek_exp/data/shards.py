@@ -1,0 +1,232 @@
+"""Tokens of a corpus, packed into one memory-mapped file per split, built once.
+
+A folder `<fingerprint>` holds train.bin and valid.bin (flat token ids, <|endoftext|> after each document) and
+meta.json. It is built beside its place, synced and renamed, so it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from deepseek_exp.data.corpus import Corpus, Document
+from deepseek_exp.data.tokenizer import Tokenizer, pieces
+
+SPLITS = ("train", "valid")
+BATCH_CHARS = 1 << 20
+REPORT_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The packed tokens of one split.
+
+    Attributes:
+        path: file of token ids.
+        dtype: numpy type of an id.
+        n_tokens: ids in the file, ends of documents included.
+        n_documents: documents.
+        n_bytes: bytes of text, UTF-8.
+        digest: sha256 of the text, in hexadecimal.
+    """
+
+    path: Path
+    dtype: str
+    n_tokens: int
+    n_documents: int
+    n_bytes: int
+    digest: str
+
+    def open(self) -> np.memmap:
+        """Map the ids, shape (n_tokens,), read-only."""
+        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Both splits, and what was found while they were built.
+
+    Attributes:
+        train: tokens to train on.
+        valid: tokens to validate on.
+        tokenizer: sha256 of the tokenizer that made them.
+        tokenizer_file: name of its file.
+        unigram_bits_per_byte: bits per byte of the validation text under the token frequencies of the training text.
+        skipped: rows that could not be read, by file.
+    """
+
+    train: Shard
+    valid: Shard
+    tokenizer: str
+    tokenizer_file: str
+    unigram_bits_per_byte: float
+    skipped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a first reading of a corpus finds: documents, bytes and sha256 by split, rows skipped by file."""
+
+    n_documents: Counter[str]
+    n_bytes: Counter[str]
+    digests: dict[str, str]
+    skipped: dict[str, int]
+
+
+def survey(corpus: Corpus) -> Survey:
+    """Read a corpus once. The digest of a split is over (size as 8 bytes, UTF-8 text) of each document."""
+    n_documents, n_bytes, skipped = Counter(), Counter(), Counter()
+    hashes = {split: hashlib.sha256() for split in SPLITS}
+    for split, text in corpus.documents(skipped):
+        data = text.encode()
+        n_documents[split] += 1
+        n_bytes[split] += len(data)
+        hashes[split].update(len(data).to_bytes(8))
+        hashes[split].update(data)
+    return Survey(n_documents, n_bytes, {split: h.hexdigest() for split, h in hashes.items()}, dict(skipped))
+
+
+def load(folder: Path) -> Shards | None:
+    """Open what `build` made; None when it is not there or not whole."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        for split in SPLITS:
+            meta[split] = Shard(folder / f"{split}.bin", **meta[split])
+            if meta[split].path.stat().st_size != meta[split].n_tokens * np.dtype(meta[split].dtype).itemsize:
+                return None
+        return Shards(**meta)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def build(corpus: Corpus, found: Survey, tokenizer: Tokenizer, tokenizer_file: str, folder: Path) -> Shards:
+    """Pack a corpus into a folder; documents are in memory one batch at a time.
+
+    Only one process of a machine may build a folder at a time. When another machine finishes the same folder first,
+    that one is kept.
+
+    Args:
+        corpus: the documents.
+        found: its survey.
+        tokenizer: what encodes them.
+        tokenizer_file: name of the tokenizer's file, for the record.
+        folder: where the result appears.
+    """
+    part = folder.with_name(f"{folder.name}.{socket.gethostname()}.part")
+    for leftover in (part, folder):  # of a build that was killed, or a folder that was damaged
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir(parents=True)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    documents = reported(corpus.documents(Counter()), "packing tokens", sum(found.n_bytes.values()))
+    counts = _write_tokens(documents, tokenizer, dtype, part)
+    meta: dict[str, Any] = {
+        split: {
+            "dtype": dtype.name,
+            "n_tokens": int(counts[split].sum()),
+            "n_documents": found.n_documents[split],
+            "n_bytes": found.n_bytes[split],
+            "digest": found.digests[split],
+        }
+        for split in SPLITS
+    }
+    meta["tokenizer"] = tokenizer.digest
+    meta["tokenizer_file"] = tokenizer_file
+    meta["unigram_bits_per_byte"] = unigram_bits_per_byte(counts["train"], counts["valid"], found.n_bytes["valid"])
+    meta["skipped"] = found.skipped
+    with (part / "meta.json").open("w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=2)
+        _sync(file)
+    publish(part, folder)
+    return load(folder)
+
+
+def publish(part: Path, folder: Path) -> None:
+    """Give a finished folder its name; when a whole one has that name already, it stays and ours goes."""
+    try:
+        part.rename(folder)
+    except OSError:
+        if load(folder) is None:
+            raise
+        shutil.rmtree(part)
+    parent = os.open(folder.parent, os.O_RDONLY)
+    os.fsync(parent)
+    os.close(parent)
+
+
+def unigram_bits_per_byte(train: np.ndarray, valid: np.ndarray, valid_bytes: int) -> float:
+    """Cost of the validation tokens under the frequencies of the training tokens; a model that learns does better.
+
+    -sum_v valid_v * log2((train_v + 1) / (sum(train) + vocab_size)) / valid_bytes, ends of documents included.
+
+    Args:
+        train: (vocab_size,) how often each id is in the training tokens.
+        valid: (vocab_size,) the same for validation.
+        valid_bytes: bytes of validation text.
+    """
+    bits = np.log2(train.sum() + len(train)) - np.log2(train + 1)  # (vocab_size,)
+    return float(valid @ bits / valid_bytes)
+
+
+def reported(documents: Iterable[Document], what: str, total_bytes: int) -> Iterator[Document]:
+    """Pass documents on, with a line in the log every few seconds."""
+    done, last = 0, time.monotonic()
+    for split, text in documents:
+        yield split, text
+        done += len(text.encode())
+        if time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            log.info("%s: %.1f of %.1f MB", what, done / 1e6, total_bytes / 1e6)
+
+
+def _write_tokens(
+    documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, folder: Path
+) -> dict[str, np.ndarray]:
+    """Write <split>.bin files and count ids: (vocab_size,) by split."""
+    counts = {split: np.zeros(tokenizer.vocab_size, dtype=np.int64) for split in SPLITS}
+    with (folder / "train.bin").open("wb") as train, (folder / "valid.bin").open("wb") as valid:
+        files = {"train": train, "valid": valid}
+        for batch in _batches(documents):
+            encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
+            ids: dict[str, list[int]] = {split: [] for split in SPLITS}
+            for (split, _, ends), tokens in zip(batch, encoded, strict=True):
+                ids[split] += [*tokens, tokenizer.end_id] if ends else tokens
+            for split in SPLITS:
+                array = np.array(ids[split], dtype=dtype)
+                files[split].write(array.tobytes())
+                counts[split] += np.bincount(array, minlength=tokenizer.vocab_size)
+        for file in files.values():
+            _sync(file)
+    return counts
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[str, str, bool]]]:
+    """Group (split, piece of a document, whether the document ends with it) into batches of about a megabyte."""
+    batch, size = [], 0
+    for split, text in documents:
+        todo = list(pieces(text))
+        for number, piece in enumerate(todo, start=1):
+            batch.append((split, piece, number == len(todo)))
+            size += len(piece)
+            if size >= BATCH_CHARS:
+                yield batch
+                batch, size = [], 0
+    yield batch
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,313 @@
+"""What `do` means: train, evaluate or sample, and what the person in front of it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from deepseek_exp import compose, validate
+from deepseek_exp.config import ROOT, Do, ExperimentConfig
+from deepseek_exp.errors import ConfigError, Problem, UserError
+from deepseek_exp.parallel import manifest
+from deepseek_exp.sweep import SWEEP_FILE
+from deepseek_exp.tracking import TrackedRun
+
+if TYPE_CHECKING:
+    from deepseek_exp.build import Parts
+
+READY_SECONDS = 60.0
+# the sections whose overrides are worth a place in the run's name
+NAMED = ("model", "data", "optim")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One experiment, ready to start.
+
+    Attributes:
+        cfg: the checked configuration.
+        yaml: the same, resolved, as text.
+        name: what the run is called.
+        overrides: what the command line changed.
+        run_dir: the run's folder.
+        checkpoint: folder to go on from or to use, whole.
+        in_sweep: it is one of several.
+    """
+
+    cfg: ExperimentConfig
+    yaml: str
+    name: str
+    overrides: tuple[str, ...]
+    run_dir: Path
+    checkpoint: Path | None
+    in_sweep: bool
+
+
+def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_dir: Path | None) -> Job:
+    """Settle what is run and where; imports neither torch nor MLflow.
+
+    Args:
+        composed: the tree as Hydra composed it.
+        overrides: the command line's overrides.
+        size: the option of the group `size`.
+        sweep_dir: the job's folder within a sweep.
+
+    Raises:
+        ConfigError: a rule is broken, or the checkpoint is of another experiment.
+        CheckpointError: the checkpoint is missing or damaged.
+    """
+    checkpoint = None
+    if sweep_dir is not None:
+        composed.tracking.parent_run_id = json.loads((sweep_dir.parent / SWEEP_FILE).read_text())["run_id"]
+    if composed.resume is not None or composed.do is not Do.train:
+        checkpoint, passed_over = manifest.locate(composed.resume or "last", Path(composed.output_dir))
+        for sentence in passed_over:
+            say(sentence)
+        composed = _on_top_of(checkpoint, overrides)
+    cfg = compose.to_experiment(composed)
+    name = cfg.tracking.run_name or _name(cfg, overrides, size)
+    if cfg.do is Do.train and checkpoint is not None:
+        run_dir = manifest.run_dir_of(checkpoint)
+    else:
+        run_dir = sweep_dir or Path(cfg.output_dir) / "runs" / _folder_name(name)
+    yaml = OmegaConf.to_yaml(composed, resolve=True)
+    return Job(cfg, yaml, name, tuple(overrides), run_dir, checkpoint, sweep_dir is not None)
+
+
+def _on_top_of(checkpoint: Path, overrides: Sequence[str]) -> DictConfig:
+    """Lay the command line over a checkpoint's configuration."""
+    saved = OmegaConf.to_container(OmegaConf.load(checkpoint / "config.yaml"))
+    merged = compose.merge_saved(saved, overrides)
+    before, now = (compose.to_experiment(c) for c in (compose.merge_saved(saved, []), merged))
+    fixed = validate.resume_problems(before, now)
+    if fixed:
+        raise ConfigError(*fixed)
+    return merged
+
+
+def run(job: Job) -> float | None:
+    """Do what the job says; gives the validation loss where there is one."""
+    if job.cfg.do is Do.sample:
+        return sample(job)
+    action = train if job.cfg.do is Do.train else evaluate
+    return _tracked(job, action)
+
+
+def train(job: Job, tracked: TrackedRun, run_id: str) -> float:
+    """Train, from the start or from a checkpoint, and tell how it went."""
+    from deepseek_exp import build
+
+    started = time.monotonic()
+    parts = build.build_parts(job.cfg, None)
+    _log_inputs(parts, tracked)
+    texts = {"config.yaml": job.yaml, "tokenizer.json": parts.data.tokenizer.json}
+    trainer, checkpoints, metrics = build.build_trainer(job.cfg, parts, tracked, run_id, texts)
+    say(_plan(job, parts, run_id))
+    trainer.fit(parts.lit, datamodule=parts.datamodule, ckpt_path=job.checkpoint)
+    text = _sample_text(job.cfg, parts, room=True)
+    tracked.log_text(text, "sample.txt")
+    say(_summary(job, parts, run_id, checkpoints.saved, metrics.last, text, time.monotonic() - started))
+    return float(trainer.callback_metrics["val/loss"])
+
+
+def evaluate(job: Job, tracked: TrackedRun, run_id: str) -> float:
+    """Measure the validation loss of a checkpoint."""
+    from deepseek_exp import build
+
+    parts = build.build_parts(job.cfg, job.checkpoint)
+    _log_inputs(parts, tracked)
+    trainer, _, _ = build.build_trainer(job.cfg, parts, tracked, run_id, {})
+    say(f"evaluating {job.checkpoint} on {parts.data.valid.n_tokens:,} tokens")
+    trainer.validate(parts.lit, datamodule=parts.datamodule, verbose=False)
+    say("\n".join(_validation_lines(trainer.callback_metrics, parts)))
+    return float(trainer.callback_metrics["val/loss"])
+
+
+def sample(job: Job) -> None:
+    """Continue the prompt from a checkpoint; this is not recorded in MLflow."""
+    from deepseek_exp import build
+
+    parts = build.build_parts(job.cfg, job.checkpoint)
+    say(_sample_text(job.cfg, parts, room=False))
+
+
+def say(text: str) -> None:
+    """Tell the person in front of it."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _tracked(job: Job, action: Any) -> float:
+    """Run an action with its MLflow run around it: started before the slow imports, ended whatever happens."""
+    cfg = job.cfg
+    resumed = job.checkpoint if cfg.do is Do.train else None
+    run_id = manifest.read_manifest(resumed).run_id if resumed is not None else None
+    tracked = TrackedRun.start(
+        cfg.tracking,
+        run_dir=job.run_dir,
+        name=job.name,
+        params=OmegaConf.to_container(OmegaConf.create(job.yaml)),
+        config_yaml=job.yaml,
+        tags=_tags(job),
+        source_dir=ROOT,
+        artifact_dir=Path(cfg.output_dir) / "artifacts",
+        run_id=run_id,
+    )
+    if resumed is not None:
+        tracked.skip_known_after(manifest.read_manifest(resumed).step)
+    try:
+        from deepseek_exp.callbacks import Stopped  # imports torch and Lightning while the store is opened
+
+        run_id = tracked.wait_ready(READY_SECONDS)
+        try:
+            loss = action(job, tracked, run_id)
+        except Stopped as stopped:
+            _end(tracked, "KILLED", str(stopped))
+            say(f"{stopped}; the checkpoint is saved. Go on with: {_command()} resume={run_id[:12]}")
+            raise SystemExit(128 + stopped.signum) from stopped
+    except SystemExit:
+        raise
+    except BaseException as error:
+        _end(tracked, "FAILED", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        raise
+    _end(tracked, "FINISHED", None)
+    return loss
+
+
+def _end(tracked: TrackedRun, status: Any, error: str | None) -> None:
+    delivery = tracked.finish(status, error)
+    if not delivery.arrived:
+        say(delivery.message)
+
+
+def _log_inputs(parts: Parts, tracked: TrackedRun) -> None:
+    for entry in parts.data.inputs:
+        profile = {k: v for k, v in entry.items() if k.startswith("n_")}
+        tracked.log_dataset(entry["name"], entry["context"], entry["digest"], entry["source"], profile)
+    tracked.log_metrics({"val/unigram_bits_per_byte": parts.data.unigram_bits_per_byte}, 0)
+
+
+def _sample_text(cfg: ExperimentConfig, parts: Parts, *, room: bool) -> str:
+    """Continue the configured prompt; `room` takes as many tokens as there is room for instead of failing."""
+    from deepseek_exp.serve import generate
+
+    tokenizer, s, longest = parts.data.tokenizer, cfg.sample, cfg.model.max_seq_len
+    prompt = tokenizer.encode(s.prompt)
+    left = longest - max(1, len(prompt))
+    if s.max_new_tokens > left and not room:
+        rule = f"and a prompt of {len(prompt)} tokens are more than model.max_seq_len={longest}"
+        raise ConfigError(
+            Problem("sample.max_new_tokens", s.max_new_tokens, rule, f"use {max(left, 0)} or less, or a shorter prompt")
+        )
+    tokens = generate(
+        parts.lit.model.to(parts.device).eval(),
+        prompt[: longest - 1],
+        max_new_tokens=min(s.max_new_tokens, max(left, 1)),
+        temperature=s.temperature,
+        top_p=s.top_p,
+        seed=cfg.seed,
+        end_id=tokenizer.end_id,
+    )
+    return s.prompt + tokenizer.decode(tokens)
+
+
+def _plan(job: Job, parts: Parts, run_id: str) -> str:
+    from deepseek_exp.estimate import step_seconds
+
+    cfg, data, m, t = job.cfg, parts.data, job.cfg.model, job.cfg.trainer
+    steps = t.max_steps - (manifest.read_manifest(job.checkpoint).step if job.checkpoint else 0)
+    tokens = steps * t.global_batch_seqs * cfg.data.seq_len
+    minutes = step_seconds(cfg, parts) * steps / 60
+    n_params = sum(p.numel() for p in parts.lit.model.parameters())
+    mask = f"window {m.window} + {m.n_global_tokens} global tokens" if m.window else "full causal attention"
+    rows = {
+        "run": f"{job.name}, MLflow run {run_id[:12]} in {cfg.tracking.uri}",
+        "model": f"{m.version}, {n_params:,} parameters: {m.n_layers} layers, d_model {m.d_model}, {mask}",
+        "data": f"{cfg.data.source.value}, {data.train.n_tokens:,} tokens (valid {data.valid.n_tokens:,}), "
+        f"vocabulary {data.tokenizer.vocab_size:,}",
+        "training": f"{steps:,} steps x {t.global_batch_seqs} sequences x {cfg.data.seq_len} tokens = {tokens:,} "
+        f"tokens ({tokens / data.train.n_tokens:.2f} epochs), {t.precision.value}",
+        "device": _device_name(parts),
+        "expected": f"about {minutes:.1f} minutes" if minutes >= 0.1 else "a few seconds",
+    }
+    if job.checkpoint is not None:
+        rows["resumes"] = str(job.checkpoint)
+    return "\n".join(f"{key:9} {value}" for key, value in rows.items())
+
+
+def _device_name(parts: Parts) -> str:
+    import torch
+
+    if parts.device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(parts.device)}"
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def _summary(
+    job: Job, parts: Parts, run_id: str, saved: Path | None, last: Mapping[str, float], text: str, seconds: float
+) -> str:
+    start, short = _command(), run_id[:12]
+    lines = [f"\ndone in {seconds / 60:.1f} minutes", *_validation_lines(parts.lit.trainer.callback_metrics, parts)]
+    if last:
+        lines.append(f"speed       {last['perf/tokens_per_second']:,.0f} tokens/s")
+    lines += [f"checkpoint  {_shown(saved or job.checkpoint)}", "sample      " + text.replace("\n", "\n            ")]
+    if job.in_sweep:
+        return "\n".join(lines) + "\n"
+    lines += [
+        "\nnext:",
+        f"  {'make ui':60}# look at it and compare runs in the MLflow UI",
+        f"  {start + f' do=sample resume={short}':60}# more text from it",
+        f"  {start + f' resume={short} trainer.max_steps={2 * job.cfg.trainer.max_steps}':60}# go on training",
+        f"  {start + ' -m model.n_heads=2,4 optim.lr=1e-3,3e-4':60}# a sweep",
+    ]
+    return "\n".join(lines)
+
+
+def _validation_lines(metrics: Mapping[str, Any], parts: Parts) -> list[str]:
+    if "val/loss" not in metrics:
+        return []
+    loss, bits = float(metrics["val/loss"]), float(metrics["val/bits_per_byte"])
+    unigram = parts.data.unigram_bits_per_byte
+    return [f"validation  {bits:.3f} bits per byte (unigram model: {unigram:.3f}), loss {loss:.3f} nats per token"]
+
+
+def _tags(job: Job) -> dict[str, str]:
+    tags = {"overrides": " ".join(job.overrides), "do": job.cfg.do.value, "run_dir": str(job.run_dir)}
+    if job.checkpoint is not None:
+        tags["checkpoint"] = str(job.checkpoint)
+    return tags
+
+
+def _name(cfg: ExperimentConfig, overrides: Sequence[str], size: str) -> str:
+    """Name a run by its version, size and data, then by the values that its command line set."""
+    own = []
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key == "seed" or ("." in key and key.split(".")[0] in NAMED):
+            own.append(f"{key.rsplit('.', 1)[-1]}={value}")
+    parts = [cfg.model.version, size, cfg.data.source.value, *own]
+    return " ".join(parts if cfg.do is Do.train else [cfg.do.value, *parts])
+
+
+def _folder_name(name: str) -> str:
+    """Name a run's folder by the time, the run and the process, so that no two share one."""
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{'_'.join(name.split()[:2])}_{os.getpid()}"
+
+
+def _command() -> str:
+    """Give the command that starts a run, as it is typed from the project's folder."""
+    python = Path(sys.executable)
+    return f"{_shown(python) if python.is_relative_to(Path.cwd()) else 'python'} run.py"
+
+
+def _shown(path: Path | None) -> str:
+    return os.path.relpath(path) if path is not None else "none"

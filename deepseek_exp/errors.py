@@ -1,0 +1,63 @@
+"""How an error is worded: the key, its value, the rule with its numbers, and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with what the user asked for.
+
+    Reads as `<key>=<value> <rule>. Fix: <fix>.`; the rule starts with a verb.
+    """
+
+    key: str
+    value: Any
+    rule: str
+    fix: str
+
+    def __str__(self) -> str:
+        """Render the one-line message."""
+        return f"{self.key}={self._shown()} {self.rule}. Fix: {self.fix}."
+
+    def _shown(self) -> str:
+        if self.value is None:
+            return "null"
+        if isinstance(self.value, bool):
+            return str(self.value).lower()
+        return f"'{self.value}'" if isinstance(self.value, str) else str(self.value)
+
+
+class UserError(Exception):
+    """What the user asked for cannot be done; all its problems are reported together."""
+
+    def __init__(self, *problems: Problem) -> None:
+        self.problems: Sequence[Problem] = problems
+        super().__init__("\n".join(str(p) for p in problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive the trip between processes with the problems intact."""
+        return type(self), tuple(self.problems)
+
+
+class ConfigError(UserError):
+    """The composed configuration breaks a rule."""
+
+
+class DataError(UserError):
+    """The data named by the configuration cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged or of another experiment."""
+
+
+class TrackingError(UserError):
+    """The MLflow server named by the configuration cannot be used."""
+
+
+class DeviceError(UserError):
+    """The device asked for is not there."""

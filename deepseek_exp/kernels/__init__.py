@@ -1,0 +1,5 @@
+"""The operations that models are built from: one frozen set of callables, defined by reference.py."""
+
+from deepseek_exp.kernels.ops import TORCH, Ops
+
+__all__ = ["TORCH", "Ops"]

@@ -1,0 +1,105 @@
+"""The operations in plain PyTorch: the definition of correct that every faster form is tested against.
+
+Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Scale each vector to unit root mean square: y = x / sqrt(mean(x^2) + eps) * weight.
+
+    Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", section 4. Computed in fp32 whatever the
+    input, as in Llama.
+
+    Args:
+        x: (..., d_model), any floating type.
+        weight: (d_model,).
+        eps: added to the mean square.
+
+    Returns:
+        (..., d_model), the type of x.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.to(normed.dtype)).to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pair (x_i, x_{i + D/2}) of each head by the angle of its position.
+
+    y_i = x_i cos - x_{i+D/2} sin,  y_{i+D/2} = x_{i+D/2} cos + x_i sin.
+    Source: Su et al. 2021, "RoFormer", section 3.2.2; pairs are half a head apart as in Llama's Hugging Face layout,
+    not neighbours as in the paper.
+
+    Args:
+        x: (B, heads, S, D).
+        cos: (S, D / 2), fp32.
+        sin: (S, D / 2), fp32.
+
+    Returns:
+        (B, heads, S, D), the type of x.
+    """
+    a, b = x.chunk(2, dim=-1)  # (batch, heads, seq, head_dim / 2)
+    cos, sin = (t if x.dtype == torch.float64 else t.float() for t in (cos, sin))
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)  # (batch, heads, seq, head_dim)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Gate a hidden layer: silu(gate) * up, element by element.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer", equation 6.
+    """
+    return F.silu(gate) * up
+
+
+def local_global_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, is_global: Tensor, gate: Tensor | None
+) -> Tensor:
+    """Softmax attention over a local window and global keys, balanced by one gate a head.
+
+    With g_h = sigmoid(gate_h), the weight of key j for query i is proportional to
+        g_h       * exp(q_i . k_j / sqrt(D))   for a visible local key,
+        (1 - g_h) * exp(q_i . k_j / sqrt(D))   for a visible global key,
+        0                                      for any other.
+    At gate 0 the two count alike and this is plain masked attention. The sources' mask, where(pos_diff > 5, 0, 1), is
+    local only; global keys and the gate are our reading of the "dynamic balance" they describe.
+
+    Args:
+        q: (B, H, S, D).
+        k: (B, K, T, D); head h uses key-value head h // (H / K) (Ainslie et al. 2023, "GQA", section 2.2).
+        v: (B, K, T, D).
+        visible: (S, T) bool, which keys a query sees; every query sees one at least.
+        is_global: (T,) bool, which keys are global.
+        gate: (H,) logits, or None for plain masked attention.
+
+    Returns:
+        (B, H, S, D).
+    """
+    n_rep = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(n_rep, dim=1) for t in (k, v))  # (batch, heads, keys, head_dim)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (batch, heads, queries, keys)
+    if gate is not None:
+        log_local, log_global = F.logsigmoid(gate), F.logsigmoid(-gate)  # (heads,)
+        bias = torch.where(is_global, log_global[:, None], log_local[:, None])  # (heads, keys)
+        scores = scores + bias[:, None, :]
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    return weights @ v  # (batch, heads, queries, head_dim)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log likelihood of each target, in nats: logsumexp(logits) - logits[target].
+
+    Args:
+        logits: (..., vocab_size); reduced in fp32 at least.
+        targets: (...), int64.
+
+    Returns:
+        (...), fp32 (float64 for float64 logits).
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)

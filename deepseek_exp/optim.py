@@ -1,0 +1,118 @@
+"""The optimizer, its fp32 master weights and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from deepseek_exp.config import OptimConfig
+
+
+def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer that the configuration names, over fp32 masters when the weights are bf16.
+
+    Matrices decay with cfg.weight_decay, vectors (norm scales, gates) do not.
+
+    Args:
+        cfg: class, learning rate and decay.
+        model: its parameters are trained.
+
+    Returns:
+        The optimizer.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+
+    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return instantiate(cfg.optimizer, _partial_=True, _convert_="all")(groups, lr=cfg.lr)
+
+    return MasterWeights(groups, make) if any(p.dtype == torch.bfloat16 for p in params) else make(groups)
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """Run an optimizer on fp32 copies of bf16 parameters.
+
+    Gradients of the parameters are added up in the copies' fp32 gradients as the backward pass makes them, so that
+    accumulation over micro batches and clipping do not round to bf16; after a step the copies are rounded into the
+    parameters. Source: Micikevicius et al. 2018, "Mixed Precision Training", section 3.1. `param_groups` are the
+    copies', which is what clipping and schedules work on.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    ) -> None:
+        self.params: list[Tensor] = [p for group in groups for p in group["params"]]
+        self.masters = [p.detach().float().clone() for p in self.params]
+        copies = iter(self.masters)
+        inner = make([{**group, "params": [next(copies) for _ in group["params"]]} for group in groups])
+        super().__init__(inner.param_groups, {})
+        self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+        for param, master in zip(self.params, self.masters, strict=True):
+            param.register_post_accumulate_grad_hook(_move_gradient(master))
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the copies and round them into the parameters."""
+        loss = self.inner.step(closure)
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, self.masters)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the optimizer's state and the copies."""
+        return {"inner": self.inner.state_dict(), "masters": list(self.masters)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.inner.load_state_dict(state_dict["inner"])
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        with torch.no_grad():
+            for master, saved in zip(self.masters, state_dict["masters"], strict=True):
+                master.copy_(saved)
+
+
+def _move_gradient(master: Tensor) -> Callable[[Tensor], None]:
+    def hook(param: Tensor) -> None:
+        assert param.grad is not None
+        if master.grad is None:
+            master.grad = param.grad.float()
+        else:
+            master.grad.add_(param.grad)
+        param.grad = None
+
+    return hook
+
+
+def lr_factor(step: int, warmup_steps: int, max_steps: int, min_ratio: float) -> float:
+    """Give the learning rate of a step as a share of the peak: linear warm-up, then a cosine down to `min_ratio`.
+
+    Source: Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts.
+
+    Args:
+        step: steps done, 0 before the first.
+        warmup_steps: steps until the peak.
+        max_steps: steps in all.
+        min_ratio: the factor at max_steps.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:
+    """Scale all gradients together so that their global norm is at most `clip_norm`; 0 leaves them.
+
+    Returns:
+        The norm before clipping, a scalar tensor.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(params, clip_norm if clip_norm else math.inf)

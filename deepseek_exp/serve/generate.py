@@ -1,0 +1,76 @@
+"""Continue a text token by token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepseek_exp.models import Transformer
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    end_id: int,
+    use_cache: bool = True,
+) -> list[int]:
+    """Draw tokens one by one, keeping the keys and values of those before.
+
+    Args:
+        model: in evaluation, on any device.
+        prompt: token ids; empty starts a new document.
+        max_new_tokens: tokens to draw at most; the drawing ends early at end_id.
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_p: draw from the smallest set of tokens that has this probability (Holtzman et al. 2020, "The Curious Case
+            of Neural Text Degeneration", section 3.1).
+        seed: of the draws, which are made on the CPU whatever the model's device.
+        end_id: the token that separates documents.
+        use_cache: False computes all tokens anew each time; the result is the same.
+
+    Returns:
+        The new token ids, without end_id.
+
+    Raises:
+        ValueError: prompt and new tokens are more than the model's max_seq_len.
+    """
+    tokens = list(prompt) or [end_id]
+    room = model.cfg.max_seq_len - len(tokens)
+    if max_new_tokens > room:
+        raise ValueError(f"{len(tokens)} prompt tokens leave room for {room} of {max_new_tokens} new ones")
+    device = model.embedding.weight.device
+    draws = torch.Generator().manual_seed(seed)
+    caches = model.new_caches(1, len(tokens) + max_new_tokens) if use_cache else None
+    start = len(tokens)
+    unseen = tokens
+    for _ in range(max_new_tokens):
+        # forward, not the module itself: a compiled model would be compiled anew for each length
+        logits = model.forward(torch.tensor([unseen], device=device), caches)[0, -1]  # (vocab_size,)
+        token = pick(logits.float().cpu(), temperature, top_p, draws)
+        if token == end_id:
+            break
+        tokens.append(token)
+        unseen = [token] if use_cache else tokens
+    return tokens[start:]
+
+
+def pick(logits: Tensor, temperature: float, top_p: float, draws: torch.Generator) -> int:
+    """Choose one token.
+
+    Args:
+        logits: (vocab_size,), on the CPU.
+        temperature: divides the logits; 0 takes the largest.
+        top_p: probability of the set that is drawn from.
+        draws: random numbers.
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    probs, order = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    before = probs.cumsum(-1) - probs  # (vocab_size,) probability of the more likely tokens
+    probs[before >= top_p] = 0
+    return int(order[torch.multinomial(probs, 1, generator=draws)])

@@ -1,0 +1,150 @@
+"""Moves the journal of a run into the store, for as long as the training process lives and a little longer."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from mlflow.entities import Metric
+
+from deepseek_exp.tracking.connect import reason
+from deepseek_exp.tracking.journal import Event, read_events
+from deepseek_exp.tracking.outbox import Outbox
+from deepseek_exp.tracking.rundir import FACTS, JOURNAL, Progress, Spec
+from deepseek_exp.tracking.system import SystemSampler
+
+POLL_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 10.0
+_KEPT_SAMPLES = 20_000
+_VALUES = {"metrics", "params", "tags", "unreadable"}
+_KILLED = "the training process was killed: it went away without reporting how the run ended"
+
+
+class Lifeline:
+    """Tells whether the training process is there: its end of the standard input is open, and it is our parent."""
+
+    def __init__(self, parent_pid: int) -> None:
+        self._parent_pid = parent_pid
+
+    def is_cut(self, wait_seconds: float) -> bool:
+        """Wait, at most this long, for the training process to go away; returns whether it did.
+
+        A worker that it forked may hold the pipe open after its death, hence the look at the parent's id.
+        """
+        readable, _, _ = select.select([sys.stdin], [], [], wait_seconds)
+        return bool(readable) or os.getppid() != self._parent_pid
+
+
+class Carrier:
+    """Moves what the journal has into the store and remembers how far it came.
+
+    Args:
+        run_dir: the run's folder.
+        spec: what the run is.
+        progress: how far earlier senders came; it is brought up to date and saved.
+        outbox: the run in the store.
+        sampler: source of system metrics, or None.
+    """
+
+    def __init__(
+        self, run_dir: Path, spec: Spec, progress: Progress, outbox: Outbox, sampler: SystemSampler | None
+    ) -> None:
+        self._run_dir = run_dir
+        self._spec = spec
+        self._progress = progress
+        self._outbox = outbox
+        self._sampler = sampler
+        self._samples: deque[Metric] = deque(maxlen=_KEPT_SAMPLES)
+
+    def run(self, lifeline: Lifeline) -> None:
+        """Send until the training process is gone and all has arrived; then at most `drain_seconds` more."""
+        pause, gone = 0.0, False
+        while True:
+            if not gone and (self._progress.end or lifeline.is_cut(pause)):
+                gone, pause = True, POLL_SECONDS
+                _exit_after(self._spec.tracking.drain_seconds)
+            elif gone:
+                time.sleep(POLL_SECONDS)
+            if self.attempt(closing=gone) and gone:
+                return
+            pause = (
+                POLL_SECONDS
+                if self._progress.trouble is None
+                else min(max(2 * pause, POLL_SECONDS), _LONGEST_PAUSE_SECONDS)
+            )
+
+    def attempt(self, *, closing: bool) -> bool:
+        """Send all that is there; if `closing`, set the final status too. Returns whether everything went well."""
+        troubles = []
+        for send in (lambda: self._send_values(closing=closing), self._send_artifacts):
+            try:
+                send()
+            except Exception as error:  # whatever the store's driver raises, the next attempt may do better
+                troubles.append(reason(error))
+                sys.stderr.write(f"{time.strftime('%FT%T')} {error!r}\n")
+        trouble = troubles[0] if troubles else None
+        if trouble != self._progress.trouble:
+            self._progress.trouble = trouble
+            self._progress.save(self._run_dir)
+        return trouble is None
+
+    def _send_values(self, *, closing: bool) -> None:
+        if self._sampler:
+            self._samples.extend(self._sampler.sample())
+        while True:
+            events, offset = read_events(self._run_dir / JOURNAL, self._progress.values_offset)
+            if not events:
+                break
+            self._outbox.send_values(events)
+            self._remember_end(events)
+            self._progress.values_offset = offset
+            self._progress.save(self._run_dir)
+        if self._samples:
+            self._outbox.send_metrics(list(self._samples))
+            self._samples.clear()
+        if closing and not self._progress.closed:
+            self._outbox.close(self._progress.end or self._killed())
+            self._progress.closed = True
+            self._progress.save(self._run_dir)
+
+    def _send_artifacts(self) -> None:
+        if not self._progress.facts_sent:
+            known = json.loads((self._run_dir / FACTS).read_text())
+            for path, text in known.items():
+                self._outbox.send_text(text, path)
+            self._progress.facts_sent = True
+            self._progress.save(self._run_dir)
+        while True:
+            events, offset = read_events(self._run_dir / JOURNAL, self._progress.artifacts_offset)
+            if not events:
+                return
+            to_send = [event for event in events if event["kind"] not in _VALUES]
+            self._outbox.send_artifacts(to_send)
+            self._progress.artifacts_offset = offset
+            self._progress.save(self._run_dir)
+
+    def _remember_end(self, events: list[Event]) -> None:
+        """Keep the end of the run's last life: what was resumed after it ended has not ended."""
+        for event in events:
+            if event["kind"] == "end":
+                self._progress.end = event
+            elif event["kind"] == "start":
+                self._progress.end = None
+
+    def _killed(self) -> Event:
+        """Make up the end event of a training process that could write none."""
+        died_ms = int((self._run_dir / JOURNAL).stat().st_mtime * 1000)
+        return {"t": died_ms, "kind": "end", "status": "FAILED", "error": _KILLED}
+
+
+def _exit_after(seconds: float) -> None:
+    """End this process then, whatever it hangs in; what has not arrived is in the journal."""
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,139 @@
+"""The journal of a run: an append-only file of JSON lines, written by the training process, read by the sender.
+
+A line is one event: `t` (milliseconds since 1970), `kind`, and the fields of that kind. A line is one write system
+call, so a SIGKILL of the writer loses nothing that was logged. NaN and infinities, which JSON lacks, are the strings
+"NaN", "Infinity" and "-Infinity": `float()` reads them back.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+_READ_BYTES = 1 << 18
+
+
+class JournalWriter:
+    """Appends events; one process at a time may write a journal."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the journal; what a killed writer left of a last line is cut off.
+
+        Raises:
+            BlockingIOError: another process is writing this journal.
+        """
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            raise BlockingIOError(f"{path} is being written by another process") from error
+        self._cut_torn_line(path)
+
+    def start(self) -> None:
+        """Begin a life of the run; a resumed run has several."""
+        self._append("start", {})
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record metric values of one step."""
+        fields: Event = {"step": step, "values": values}
+        try:
+            self._append("metrics", fields)
+        except ValueError:  # a value that is not finite
+            self._append("metrics", {"step": step, "values": {k: encode_float(v) for k, v in values.items()}})
+
+    def params(self, values: Mapping[str, str]) -> None:
+        """Record parameters."""
+        self._append("params", {"values": values})
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Record tags; a later value replaces an earlier one."""
+        self._append("tags", {"values": values})
+
+    def text(self, text: str, path: str) -> None:
+        """Record a text that becomes the artifact `path`."""
+        self._append("text", {"text": text, "path": path})
+
+    def file(self, path: Path, folder: str | None) -> None:
+        """Record that a file is to be copied to the artifact folder (None: the top)."""
+        self._append("file", {"path": str(path), "folder": folder})
+
+    def dataset(self, fields: Event) -> None:
+        """Record a dataset: name, context, digest, source, profile."""
+        self._append("dataset", fields)
+
+    def end(self, status: str, error: str | None) -> None:
+        """Record how the run ended."""
+        self._append("end", {"status": status, "error": error})
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._fd)
+
+    def _append(self, kind: str, fields: Event) -> None:
+        event = {"t": time.time_ns() // 1_000_000, "kind": kind, **fields}
+        line = json.dumps(event, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        written = os.write(self._fd, line)
+        if written != len(line):
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+            raise OSError(errno.ENOSPC, "the journal of the run cannot grow (disk full?)")
+
+    def _cut_torn_line(self, path: Path) -> None:
+        size = os.fstat(self._fd).st_size
+        if size and os.pread(self._fd, 1, size - 1) != b"\n":
+            torn = os.pread(self._fd, size, 0)
+            os.ftruncate(self._fd, torn.rfind(b"\n") + 1)
+
+
+def encode_float(value: float) -> float | str:
+    """Turn a float into what JSON can hold: itself, "NaN", "Infinity" or "-Infinity"."""
+    if value != value:
+        return "NaN"
+    return {float("inf"): "Infinity", float("-inf"): "-Infinity"}.get(value, value)
+
+
+def read_events(path: Path, offset: int, max_bytes: int = _READ_BYTES) -> tuple[list[Event], int]:
+    """Read complete lines from a byte offset on.
+
+    Args:
+        path: the journal.
+        offset: where to begin, bytes; the start of a line.
+        max_bytes: about how much to read at once; a longer line is read whole.
+
+    Returns:
+        The events (a line that is no JSON is an event of the kind `unreadable`) and the offset behind them. A last
+        line without its newline is left for the next call.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        chunk = file.read(max_bytes)
+        if len(chunk) == max_bytes:
+            chunk += file.readline()
+    complete = chunk[: chunk.rfind(b"\n") + 1]
+    return [_parse(line) for line in complete.splitlines()], offset + len(complete)
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether a living process has the journal open for writing."""
+    with path.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _parse(line: bytes) -> Event:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {"t": 0, "kind": "unreadable", "line": line[:80].decode(errors="replace")}
+    return event if isinstance(event, dict) else {"t": 0, "kind": "unreadable", "line": str(event)[:80]}

@@ -1,0 +1,258 @@
+"""A run as the training process sees it: events go to the journal, a second process sends them to MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from deepseek_exp.config import ROOT, TrackingConfig
+from deepseek_exp.errors import Problem, TrackingError
+from deepseek_exp.tracking.journal import JournalWriter, encode_float, read_events
+from deepseek_exp.tracking.metrics import check_names
+from deepseek_exp.tracking.params import flatten
+from deepseek_exp.tracking.rundir import JOURNAL, LOG, Progress, Spec
+from deepseek_exp.tracking.uri import absolute_uri, hide_password
+
+_SENDER = "deepseek_exp.tracking.sender"
+_EXIT_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Whether all that a run logged is in the store; if not, `message` says what is where and how to send it."""
+
+    arrived: bool
+    run_id: str | None
+    message: str
+
+
+class TrackedRun:
+    """A run that is recorded. Logging writes a line to a file; it neither waits for MLflow nor fails with it."""
+
+    def __init__(self, run_dir: Path, spec: Spec, journal: JournalWriter) -> None:
+        """For `start`, which see."""
+        self.run_dir = run_dir
+        self._spec = spec
+        self._journal = journal
+        self._known: set[tuple[str, int, float | str]] = set()
+        self._process = _start_sender(run_dir)
+
+    @classmethod
+    def start(
+        cls,
+        cfg: TrackingConfig,
+        *,
+        run_dir: Path,
+        name: str,
+        params: dict[str, Any],
+        config_yaml: str,
+        tags: dict[str, str],
+        source_dir: Path,
+        artifact_dir: Path,
+        run_id: str | None = None,
+    ) -> TrackedRun:
+        """Begin to record a run; returns at once, see `wait_ready`.
+
+        Args:
+            cfg: the store, the experiment, further tags and the parent run.
+            run_dir: folder of this run alone; the journal goes there, and a resumed run uses it again.
+            name: name of the run.
+            params: the configuration as a tree or with dotted names; each leaf becomes a parameter.
+            config_yaml: the composed configuration, stored as config.yaml.
+            tags: tags of the run; those of `cfg` beat them.
+            source_dir: folder whose git state is recorded.
+            artifact_dir: where a database store keeps artifacts; a server decides that itself.
+            run_id: MLflow run to go on with; None: a new one.
+
+        Raises:
+            TrackingError: `run_dir` is another run's, or a process is writing there.
+        """
+        run_dir = run_dir.resolve()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _check_owner(run_dir, run_id)
+        try:
+            journal = JournalWriter(run_dir / JOURNAL)
+        except BlockingIOError as error:
+            fix = "wait for that process to end, or stop it"
+            raise TrackingError(Problem("run_dir", str(run_dir), "is in use by another process", fix)) from error
+        spec = Spec(
+            tracking=replace(cfg, uri=absolute_uri(cfg.uri)),
+            name=name,
+            params=flatten(params),
+            config_yaml=hide_password(config_yaml),
+            tags={**tags, **cfg.tags},
+            source_dir=str(source_dir.resolve()),
+            source_name=sys.argv[0],
+            artifact_dir=str(artifact_dir.resolve()),
+            run_id=run_id,
+            start_ms=time.time_ns() // 1_000_000,
+        )
+        spec.save(run_dir)
+        journal.start()
+        return cls(run_dir, spec, journal)
+
+    def wait_ready(self, timeout_seconds: float) -> str:
+        """Wait until the run is in the store; returns its run id.
+
+        Raises:
+            TrackingError: the store cannot be reached or used, the run to go on with is not there, or there is no
+                answer within `timeout_seconds`. Nothing is being sent then.
+        """
+        uri = hide_password(self._spec.tracking.uri)
+        answers = self._process.stdout
+        assert answers is not None
+        if not select.select([answers], [], [], timeout_seconds)[0]:
+            self._process.kill()
+            rule, fix = f"did not answer within {timeout_seconds:g} seconds", "see whether that store is up"
+            raise TrackingError(Problem("tracking.uri", uri, rule, f"{fix}; {self.run_dir / LOG} has the details"))
+        line = answers.readline()
+        answers.close()
+        if not line:
+            rule = "could not be opened (the sending process ended)"
+            raise TrackingError(Problem("tracking.uri", uri, rule, f"read {self.run_dir / LOG}"))
+        answer = json.loads(line)
+        if "problem" in answer:
+            raise TrackingError(Problem(**answer["problem"]))
+        return str(answer["run_id"])
+
+    def skip_known_after(self, step: int) -> None:
+        """Let metrics not be logged again that the journal has, with the same value, for steps after this one.
+
+        Args:
+            step: the step that a resumed run goes on from: what it repeats after it was logged by its earlier life.
+        """
+        offset, events = 0, [{"kind": "begin"}]
+        while events:
+            events, offset = read_events(self.run_dir / JOURNAL, offset)
+            for event in events:
+                if event["kind"] == "metrics" and event["step"] > step:
+                    self._known.update((name, event["step"], value) for name, value in event["values"].items())
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record metrics of a step; their names are in `METRICS`.
+
+        Raises:
+            ValueError: a name is not in the table.
+        """
+        check_names(values)
+        self.log_foreign_metrics(values, step)
+
+    def log_foreign_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record metrics whose names third-party code chose."""
+        numbers = {name: float(value) for name, value in values.items()}
+        if self._known:
+            numbers = {k: v for k, v in numbers.items() if (k, step, encode_float(v)) not in self._known}
+        if numbers:
+            self._journal.metrics(numbers, step)
+
+    def log_params(self, values: dict[str, Any]) -> None:
+        """Record further parameters; trees become dotted names."""
+        self._journal.params(flatten(values))
+
+    def log_tags(self, values: dict[str, str]) -> None:
+        """Record tags; the tag `description` begins the run's description."""
+        self._journal.tags(values)
+
+    def log_text(self, text: str, artifact_path: str) -> None:
+        """Record a text as an artifact."""
+        self._journal.text(text, artifact_path)
+
+    def log_file(self, path: Path, artifact_folder: str | None = None) -> None:
+        """Record a file as an artifact; it must stay where it is until it was sent."""
+        self._journal.file(path.resolve(), artifact_folder)
+
+    def log_dataset(self, name: str, context: str, digest: str, source: str, profile: dict[str, Any]) -> None:
+        """Record a dataset that the run uses.
+
+        Args:
+            name: what it is called.
+            context: what it is used for, such as `training` or `validation`.
+            digest: hash of its content; MLflow keeps the first 36 characters.
+            source: path or address that it came from.
+            profile: its size in numbers.
+        """
+        fields = {"name": name, "context": context, "digest": digest, "source": source, "profile": profile}
+        self._journal.dataset(fields)
+
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"], error: str | None) -> Delivery:
+        """End the run, and wait at most `drain_seconds` until everything is in the store.
+
+        Args:
+            status: how the run ended.
+            error: what went wrong; becomes the tag `error`.
+        """
+        self._journal.end(status, error)
+        self._journal.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self._process.wait(self._spec.tracking.drain_seconds + _EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        return self._delivery(Progress.load(self.run_dir))
+
+    def _delivery(self, progress: Progress) -> Delivery:
+        size = (self.run_dir / JOURNAL).stat().st_size
+        sent = progress.closed and progress.facts_sent
+        sent = sent and min(progress.values_offset, progress.artifacts_offset) == size
+        parts = []
+        if not sent:
+            values, artifacts = _count_from(self.run_dir / JOURNAL, progress)
+            parts.append(
+                f"{values} metric values and {artifacts} artifacts have not reached "
+                f"{hide_password(self._spec.tracking.uri)} ({progress.trouble or 'no time left'}). "
+                f"They are in {self.run_dir / JOURNAL}. Send them later with: {_command(self.run_dir)}"
+            )
+        if progress.refused:
+            parts.append("The store refused for good: " + "; ".join(progress.refused))
+        return Delivery(sent and not progress.refused, progress.run_id, "\n".join(parts))
+
+
+def _check_owner(run_dir: Path, run_id: str | None) -> None:
+    owner = Progress.load(run_dir).run_id
+    if owner not in (None, run_id):
+        fix = f"take another folder, or go on with that run (resume={owner})"
+        raise TrackingError(Problem("run_dir", str(run_dir), f"is the folder of MLflow run {owner}", fix))
+
+
+def _start_sender(run_dir: Path) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", _SENDER, str(run_dir), "--live", str(os.getpid())]
+    with (run_dir / LOG).open("ab") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+
+
+def _command(run_dir: Path) -> str:
+    return f"cd {shlex.quote(str(ROOT))} && {shlex.quote(sys.executable)} -m {_SENDER} {shlex.quote(str(run_dir))}"
+
+
+def _count_from(journal: Path, progress: Progress) -> tuple[int, int]:
+    """Count the metric values and the artifacts in the journal that have not arrived."""
+    values = artifacts = 0
+    offset, events = progress.values_offset, [{"kind": "begin"}]
+    while events:
+        events, offset = read_events(journal, offset)
+        values += sum(len(event["values"]) for event in events if event["kind"] == "metrics")
+    offset, events = progress.artifacts_offset, [{"kind": "begin"}]
+    while events:
+        events, offset = read_events(journal, offset)
+        artifacts += sum(event["kind"] in ("text", "file", "dataset") for event in events)
+    return values, artifacts

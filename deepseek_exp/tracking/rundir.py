@@ -1,0 +1,100 @@
+"""The files beside the journal that the training process and its sender share.
+
+tracking.json (`Spec`) says what the run is, journal.offset (`Progress`) how much of it has arrived; both are replaced
+as a whole, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepseek_exp.config import TrackingConfig
+
+JOURNAL = "journal.jsonl"
+LOG = "sender.log"
+SENDER_LOCK = "sender.lock"
+FACTS = "facts.json"
+_SPEC = "tracking.json"
+_PROGRESS = "journal.offset"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a run is; times in milliseconds since 1970, paths absolute, that in `tracking.uri` too."""
+
+    tracking: TrackingConfig
+    name: str
+    params: dict[str, str]
+    config_yaml: str
+    tags: dict[str, str]
+    source_dir: str
+    source_name: str
+    artifact_dir: str
+    run_id: str | None
+    start_ms: int
+
+    def save(self, run_dir: Path) -> None:
+        """Write it into the run's folder."""
+        write_json(run_dir / _SPEC, asdict(self))
+
+    @classmethod
+    def load(cls, run_dir: Path) -> Spec:
+        """Read it from the run's folder."""
+        fields = json.loads((run_dir / _SPEC).read_text())
+        return cls(**{**fields, "tracking": TrackingConfig(**fields["tracking"])})
+
+
+@dataclass
+class Progress:
+    """How much of a run has reached the store.
+
+    Metrics, parameters and tags go ahead of artifacts, so that a broken artifact store holds up no metric: each has
+    its own byte offset in the journal.
+    """
+
+    run_id: str | None = None
+    values_offset: int = 0
+    artifacts_offset: int = 0
+    facts_sent: bool = False
+    end: dict[str, Any] | None = None
+    closed: bool = False
+    trouble: str | None = None
+    refused: list[str] = field(default_factory=list)
+
+    def save(self, run_dir: Path) -> None:
+        """Write it into the run's folder."""
+        write_json(run_dir / _PROGRESS, asdict(self))
+
+    @classmethod
+    def load(cls, run_dir: Path) -> Progress:
+        """Read it from the run's folder; a run that was never sent has sent nothing."""
+        path = run_dir / _PROGRESS
+        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file by a JSON document, atomically; only the user may read it (a store's URL may hold a password)."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(content, file)
+    Path(name).replace(path)
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a file's lock; the kernel lets go of it when the process dies.
+
+    Raises:
+        BlockingIOError: another process holds it and `wait` is false.
+    """
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield

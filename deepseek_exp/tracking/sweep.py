@@ -1,0 +1,169 @@
+"""The run that groups the jobs of a sweep, and the table of what they found.
+
+Used by the process that starts the jobs, which trains nothing itself: it talks to MLflow directly.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepseek_exp.config import TrackingConfig
+from deepseek_exp.tracking.params import cut
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+_BEST = "sweep/best_val_loss"
+_HEADINGS = {
+    "name": "name",
+    "overrides": "overrides",
+    "status": "status",
+    "val_loss": "val/loss",
+    "val_bits_per_byte": "val/bits_per_byte",
+    "tokens_per_second": "perf/tokens_per_second",
+    "minutes": "minutes",
+    "error": "error",
+}
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One job of a sweep: its last validation, speed, duration and, if it failed, the first line of its error."""
+
+    name: str
+    overrides: str
+    status: str
+    val_loss: float | None
+    val_bits_per_byte: float | None
+    tokens_per_second: float | None
+    minutes: float | None
+    error: str
+
+
+def start_sweep(cfg: TrackingConfig, *, name: str, tags: dict[str, str], artifact_dir: Path) -> str:
+    """Create the parent run of a sweep; returns its run id, to be the `parent_run_id` of each job.
+
+    Raises:
+        TrackingError: the store cannot be reached or used.
+    """
+    from deepseek_exp.tracking.connect import connect, create_run, store_errors
+
+    client, experiment_id = connect(cfg, artifact_dir)
+    with store_errors(cfg.uri):
+        return create_run(client, experiment_id, name, {**tags, **cfg.tags}, time.time_ns() // 1_000_000)
+
+
+def sweep_table(cfg: TrackingConfig, parent_run_id: str) -> list[SweepRow]:
+    """Read the jobs of a sweep from the store, the best val/loss first, those without one last.
+
+    Raises:
+        TrackingError: the store cannot be reached or used, or does not have the parent run.
+    """
+    from deepseek_exp.tracking.connect import store_errors
+
+    with store_errors(cfg.uri):
+        client, parent = _parent(cfg, parent_run_id)
+        query, token, rows = f"tags.`mlflow.parentRunId` = '{parent_run_id}'", None, []
+        while True:
+            page = client.search_runs([parent.info.experiment_id], query, page_token=token)
+            rows += [_row(run) for run in page]
+            token = page.token
+            if not token:
+                return _sorted(rows)
+
+
+def finish_sweep(cfg: TrackingConfig, parent_run_id: str, rows: list[SweepRow], failed: bool) -> None:
+    """Store the table as summary.md and summary.csv, the lowest val/loss as a metric, and the status of the sweep.
+
+    Args:
+        cfg: the store.
+        parent_run_id: what `start_sweep` returned.
+        rows: the table.
+        failed: a job failed, also one that got no run.
+
+    Raises:
+        TrackingError: the store cannot be reached or used, or does not have the parent run.
+    """
+    from deepseek_exp.tracking.connect import TAG_CHARACTERS, store_errors
+
+    rows = _sorted(rows)
+    with store_errors(cfg.uri):
+        client, _ = _parent(cfg, parent_run_id)
+        client.log_text(parent_run_id, _markdown(rows), "summary.md")
+        client.log_text(parent_run_id, _csv(rows), "summary.csv")
+        if rows and _has_loss(rows[0]):
+            client.log_metric(parent_run_id, _BEST, rows[0].val_loss)
+            client.set_tag(parent_run_id, "sweep.best", rows[0].name)
+        client.set_tag(parent_run_id, "mlflow.note.content", cut(_markdown(rows), TAG_CHARACTERS))
+        client.set_terminated(parent_run_id, "FAILED" if failed else "FINISHED")
+
+
+def render_table(rows: list[SweepRow]) -> str:
+    """Render the table as text: aligned columns, the lowest val/loss first and marked with `*`."""
+    rows = _sorted(rows)
+    lines = [["", *_HEADINGS.values()]]
+    lines += [["*" if row is rows[0] and _has_loss(row) else "", *_cells(row)] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _parent(cfg: TrackingConfig, parent_run_id: str) -> tuple[MlflowClient, Run]:
+    from deepseek_exp.tracking.connect import find_run, open_store
+
+    client = open_store(cfg)
+    return client, find_run(client, cfg, parent_run_id)
+
+
+def _row(run: Run) -> SweepRow:
+    metrics, tags, info = run.data.metrics, run.data.tags, run.info
+    error_lines = tags.get("error", "").strip().splitlines()
+    return SweepRow(
+        name=info.run_name,
+        overrides=tags.get("overrides", ""),
+        status=info.status,
+        val_loss=metrics.get("val/loss"),
+        val_bits_per_byte=metrics.get("val/bits_per_byte"),
+        tokens_per_second=metrics.get("perf/tokens_per_second"),
+        minutes=(info.end_time - info.start_time) / 60_000 if info.end_time else None,
+        error=error_lines[0] if error_lines else "",
+    )
+
+
+def _has_loss(row: SweepRow) -> bool:
+    """Whether there is a loss to compare; MLflow stores infinity as the largest float."""
+    return row.val_loss is not None and abs(row.val_loss) < sys.float_info.max
+
+
+def _sorted(rows: list[SweepRow]) -> list[SweepRow]:
+    return sorted(rows, key=lambda row: (not _has_loss(row), row.val_loss if _has_loss(row) else 0.0, row.name))
+
+
+def _cells(row: SweepRow) -> list[str]:
+    return [_text(value) for value in asdict(row).values()]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _markdown(rows: list[SweepRow]) -> str:
+    table = [list(_HEADINGS.values()), ["---"] * len(_HEADINGS)]
+    table += [[cell.replace("|", "\\|") for cell in _cells(row)] for row in rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in table)
+
+
+def _csv(rows: list[SweepRow]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_HEADINGS.values())
+    writer.writerows(asdict(row).values() for row in rows)
+    return text.getvalue()

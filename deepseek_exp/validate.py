@@ -1,0 +1,185 @@
+"""The rules of a configuration: the range of each key, and what must hold between keys and sections."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import glob
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from deepseek_exp.config import Device, ExperimentConfig, Order, Source
+from deepseek_exp.errors import Problem
+
+# whose classes a `_target_` may name: what a YAML file can import is limited to these
+ALLOWED_TARGETS = ("torch.optim.", "pytorch_lightning.callbacks.", "deepseek_exp.")
+TRACKING_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
+
+
+def problems(exp: ExperimentConfig) -> list[Problem]:
+    """Find everything that is wrong with an experiment, without importing torch or touching the network."""
+    found = list(_ranges(exp, ""))
+    for rule in RULES:
+        found += rule(exp)
+    return found
+
+
+def _ranges(section: Any, prefix: str) -> Iterator[Problem]:
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _ranges(value, f"{prefix}{field.name}.")
+        elif value is not None:
+            for name, bound in field.metadata.get("bounds", {}).items():
+                holds, words, fix = BOUNDS[name]
+                if not holds(value, bound):
+                    yield Problem(prefix + field.name, value, f"must be {words} {bound:g}", fix.format(f"{bound:g}"))
+
+
+BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str, str]] = {
+    "ge": (lambda v, b: v >= b, "at least", "use {} or more"),
+    "gt": (lambda v, b: v > b, "greater than", "use more than {}"),
+    "le": (lambda v, b: v <= b, "at most", "use {} or less"),
+    "lt": (lambda v, b: v < b, "less than", "use less than {}"),
+}
+
+
+def _heads(exp: ExperimentConfig) -> Iterator[Problem]:
+    m = exp.model
+    if m.n_kv_heads >= 1 and m.n_heads % m.n_kv_heads:
+        legal = ", ".join(str(d) for d in range(1, m.n_heads + 1) if m.n_heads % d == 0)
+        rule = f"does not divide model.n_heads={m.n_heads}"
+        yield Problem("model.n_kv_heads", m.n_kv_heads, rule, f"use model.n_kv_heads of {legal}")
+    if m.head_dim % 2:
+        rule = "is odd, and the rotary embedding turns pairs"
+        yield Problem("model.head_dim", m.head_dim, rule, f"use model.head_dim={m.head_dim + 1}")
+
+
+def _lengths(exp: ExperimentConfig) -> Iterator[Problem]:
+    m, d = exp.model, exp.data
+    if d.seq_len > m.max_seq_len:
+        rule = f"is longer than model.max_seq_len={m.max_seq_len}"
+        fix = f"set data.seq_len={m.max_seq_len} or less, or raise model.max_seq_len"
+        yield Problem("data.seq_len", d.seq_len, rule, fix)
+    if m.memory_len and not m.window:
+        rule = "needs a local window: without one the memory would be the whole past"
+        yield Problem("model.memory_len", m.memory_len, rule, "set model.window to a length, or model.memory_len=0")
+    if m.memory_len and d.order is not Order.contiguous:
+        rule = f"needs each sequence to go on where the one before ended, and data.order is '{d.order.value}'"
+        yield Problem("model.memory_len", m.memory_len, rule, "set data.order=contiguous, or model.memory_len=0")
+
+
+def _vocabulary(exp: ExperimentConfig) -> Iterator[Problem]:
+    if exp.data.vocab_size > exp.model.vocab_size:
+        rule = f"is more than model.vocab_size={exp.model.vocab_size}"
+        yield Problem(
+            "data.vocab_size", exp.data.vocab_size, rule, f"set data.vocab_size={exp.model.vocab_size} or less"
+        )
+
+
+def _batches(exp: ExperimentConfig) -> Iterator[Problem]:
+    t = exp.trainer
+    if t.micro_batch_seqs >= 1 and t.global_batch_seqs % t.micro_batch_seqs:
+        legal = [d for d in range(1, t.global_batch_seqs + 1) if t.global_batch_seqs % d == 0]
+        near = min(legal, key=lambda d: abs(d - t.micro_batch_seqs))
+        rule = f"does not divide trainer.global_batch_seqs={t.global_batch_seqs}"
+        yield Problem("trainer.micro_batch_seqs", t.micro_batch_seqs, rule, f"use trainer.micro_batch_seqs={near}")
+    if exp.optim.warmup_steps >= t.max_steps:
+        rule = f"leaves no step of trainer.max_steps={t.max_steps} at full learning rate"
+        fix = f"set optim.warmup_steps={t.max_steps // 10}, or train for more steps"
+        yield Problem("optim.warmup_steps", exp.optim.warmup_steps, rule, fix)
+
+
+def _data(exp: ExperimentConfig) -> Iterator[Problem]:
+    d = exp.data
+    if d.source is Source.text and d.path is None:
+        rule = "is needed for data.source='text'"
+        yield Problem(
+            "data.path", None, rule, "set data.path to a file, folder or glob of .txt .md .jsonl .jsonl.gz .parquet"
+        )
+    for name in ("path", "valid_path"):
+        value = getattr(d, name)
+        if value is not None and d.source is not Source.text:
+            rule = f"is not read by data.source='{d.source.value}'"
+            yield Problem(f"data.{name}", value, rule, "add data=text")
+        elif value is not None and not (Path(value).exists() or glob.glob(value, recursive=True)):
+            yield Problem(
+                f"data.{name}",
+                value,
+                f"does not exist (looked in {Path.cwd()})",
+                "name a file, folder or glob that does",
+            )
+    if d.source is Source.synthetic and d.max_bytes is None:
+        yield Problem("data.max_bytes", None, "is needed for data.source='synthetic'", "set data.max_bytes=300000")
+
+
+def _tracking(exp: ExperimentConfig) -> Iterator[Problem]:
+    scheme = urlparse(exp.tracking.uri).scheme.split("+")[0]
+    if scheme not in TRACKING_SCHEMES:
+        rule = f"has no scheme of {', '.join(TRACKING_SCHEMES)} (MLflow's file store is gone)"
+        yield Problem(
+            "tracking.uri",
+            exp.tracking.uri,
+            rule,
+            "set tracking.uri=sqlite:///outputs/mlflow.db or a server's http address",
+        )
+
+
+def _targets(exp: ExperimentConfig) -> Iterator[Problem]:
+    named = {"optim.optimizer": exp.optim.optimizer}
+    named |= {f"trainer.callbacks.{name}": node for name, node in exp.trainer.callbacks.items()}
+    for path, node in named.items():
+        target = node.get("_target_") if isinstance(node, dict) else None
+        if target is None:
+            yield Problem(path, node, "has no _target_", f"set {path}._target_ to a class")
+        elif not str(target).startswith(ALLOWED_TARGETS):
+            rule = f"is outside the modules that a configuration may name ({', '.join(ALLOWED_TARGETS)})"
+            yield Problem(f"{path}._target_", target, rule, "use a class of those modules")
+
+
+def _device(exp: ExperimentConfig) -> Iterator[Problem]:
+    if exp.device is Device.cuda and not _gpu_is_visible():
+        rule = "needs a CUDA device and none is visible"
+        yield Problem("device", exp.device.value, rule, "use device=cpu or device=auto")
+
+
+def _gpu_is_visible() -> bool:
+    """Ask the CUDA driver itself, which takes milliseconds; it heeds CUDA_VISIBLE_DEVICES."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+RULES = (_heads, _lengths, _vocabulary, _batches, _data, _tracking, _targets, _device)
+
+
+def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Problem]:
+    """Find what a resumed run may not change: the model, the seed and the data; all else may."""
+    fixed = {"seed": (saved.seed, now.seed)}
+    for name, skip in (("model", ()), ("data", ("n_workers", "cache_dir"))):
+        old, new = getattr(saved, name), getattr(now, name)
+        fixed |= {
+            f"{name}.{f.name}": (getattr(old, f.name), getattr(new, f.name))
+            for f in dataclasses.fields(old)
+            if f.name not in skip
+        }
+    return [
+        Problem(
+            k,
+            _plain(new),
+            f"differs from the checkpoint's {_plain(old)}",
+            f"leave {k} out, or start a new run with resume=null",
+        )
+        for k, (old, new) in fixed.items()
+        if old != new
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value

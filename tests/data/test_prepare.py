@@ -1,0 +1,336 @@
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deepseek_exp.config import OnBadLine
+from deepseek_exp.data import Tokenizer, prepare, shards
+from deepseek_exp.data.corpus import Corpus
+from deepseek_exp.errors import DataError
+
+PROCESSES = multiprocessing.get_context("forkserver")  # real processes, from one that has imported the room once
+PROCESSES.set_forkserver_preload(["deepseek_exp.data"])
+
+
+def tokens(shard) -> list[int]:
+    return shard.open().tolist()
+
+
+def folder_of(cfg) -> Path:
+    return Path(cfg.cache_dir) / "shards" / Corpus.of(cfg).fingerprint()
+
+
+def state(data) -> tuple:
+    return data.tokenizer.digest, tokens(data.train), tokens(data.valid), data.unigram_bits_per_byte, data.inputs
+
+
+def built(caplog) -> bool:
+    was = any(message.startswith("packed ") for message in caplog.messages)
+    caplog.clear()
+    return was
+
+
+def write_rows(path: Path, texts) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_tokens_are_the_documents_each_with_an_end(tmp_path, text_cfg) -> None:
+    texts = [f"the {i}th document, of the {i % 7}th kind" for i in range(300)]
+    cfg = text_cfg(write_rows(tmp_path / "a.jsonl", ["", *texts]))
+    data = prepare(cfg)
+    sides = {"train": [], "valid": []}
+    for side, text in Corpus.of(cfg).documents(Counter()):
+        sides[side].append(text)
+    for shard, side in ((data.train, sides["train"]), (data.valid, sides["valid"])):
+        ids = shard.open()
+        ends = np.flatnonzero(ids == 0)
+        parts = np.split(ids, ends + 1)
+        assert [data.tokenizer.decode(part[:-1].tolist()) for part in parts[:-1]] == side
+        assert parts[-1].size == 0
+        assert (ids.dtype, shard.n_tokens, shard.n_documents) == (np.uint16, len(ids), len(side))
+        assert shard.n_bytes == sum(len(text) for text in side) == data.tokenizer.token_bytes[ids.tolist()].sum()
+        text = b"".join(len(text).to_bytes(8) + text.encode() for text in side)
+        assert shard.digest == hashlib.sha256(text).hexdigest()
+    assert data.tokenizer.digest == Tokenizer.train(sides["train"], 300).digest
+
+
+def test_inputs_for_tracking(cfg, tmp_path, text_cfg) -> None:
+    data = prepare(cfg)
+    assert data.inputs[1] == {
+        "name": "synthetic",
+        "context": "valid",
+        "digest": data.valid.digest,
+        "source": "synthetic",
+        "n_documents": data.valid.n_documents,
+        "n_bytes": 3000,
+        "n_tokens": data.valid.n_tokens,
+    }
+    write_rows(tmp_path / "a.jsonl", ["a b c d e"] * 20)
+    write_rows(tmp_path / "b.jsonl", ["f g h i j"] * 20)
+    data = prepare(text_cfg(tmp_path / "a.jsonl", valid_path=str(tmp_path / "b.jsonl")))
+    assert [(i["name"], i["context"], i["source"], i["n_documents"]) for i in data.inputs] == [
+        ("a.jsonl", "train", f"{tmp_path}/a.jsonl", 20),
+        ("b.jsonl", "valid", f"{tmp_path}/b.jsonl", 20),
+    ]
+
+
+def test_a_document_longer_than_a_batch(tmp_path, text_cfg, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "BATCH_CHARS", 1000)
+    monkeypatch.setattr("deepseek_exp.data.tokenizer.PIECE_CHARS", 500)
+    text = "".join(f"line {i} of a long text\n" for i in range(500))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("other words\n" * 50)
+    data = prepare(text_cfg(tmp_path / "a.txt", valid_path=str(tmp_path / "b.txt")))
+    assert tokens(data.train) == [*data.tokenizer.encode(text), 0]
+
+
+def test_unigram_bits_per_byte_against_a_loop(cfg) -> None:
+    data = prepare(cfg)
+    counts, size, bits = Counter(tokens(data.train)), data.tokenizer.vocab_size, 0.0
+    for token in tokens(data.valid):
+        bits -= math.log2((counts[token] + 1) / (data.train.n_tokens + size))
+    assert data.unigram_bits_per_byte == pytest.approx(bits / data.valid.n_bytes, rel=1e-12)
+
+
+def test_a_large_vocabulary_takes_four_bytes(tmp_path, cfg, monkeypatch) -> None:
+    monkeypatch.setattr(Tokenizer, "vocab_size", 1 << 16, raising=False)
+    corpus, tokenizer = Corpus.of(cfg), Tokenizer.train(["a"], 300)
+    found = shards.survey(corpus)
+    for size, dtype in ((1 << 16, "uint16"), ((1 << 16) + 1, "uint32")):
+        tokenizer.vocab_size = size
+        packed = shards.build(corpus, found, tokenizer, "t.json", tmp_path / str(size))
+        assert packed.train.dtype == dtype
+        assert packed.train.open()[:3].tolist() == tokenizer.encode(next(corpus.documents(Counter()))[1])[:3]
+
+
+def test_a_second_start_builds_nothing_until_something_changes(tmp_path, text_cfg, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    path = write_rows(tmp_path / "a.jsonl", [f"document {i}" for i in range(200)])
+    cfg = text_cfg(path)
+    first = prepare(cfg)
+    assert built(caplog)
+    assert state(prepare(cfg)) == state(first)
+    assert state(prepare(dataclasses.replace(cfg, seq_len=8))) == state(first)
+    assert not built(caplog)
+    write_rows(path, [f"changed {i}" for i in range(200)])
+    second = prepare(cfg)
+    assert built(caplog)
+    assert second.train.digest != first.train.digest
+
+
+def test_the_tokenizer_is_shared_by_all_with_the_same_training_text(tmp_path, text_cfg, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"some words of {name}\n" * 50)
+    first = prepare(text_cfg(tmp_path / "a.txt", valid_path=str(tmp_path / "b.txt")))
+    assert "training a tokenizer of 300 entries on 0.0 MB" in caplog.messages
+    caplog.clear()
+    second = prepare(text_cfg(tmp_path / "a.txt", valid_path=str(tmp_path / "c.txt")))
+    assert built(caplog)
+    assert not [message for message in caplog.messages if "tokenizer" in message]
+    assert second.tokenizer.digest == first.tokenizer.digest
+    assert len(list((tmp_path / "cache/tokenizers").iterdir())) == 1
+    third = prepare(text_cfg(tmp_path / "a.txt", valid_path=str(tmp_path / "b.txt"), vocab_size=260))
+    assert third.tokenizer.vocab_size == 260
+
+
+@pytest.mark.parametrize(
+    "damage", ["short", "no meta", "half meta", "no tokenizer", "bad tokenizer", "other tokenizer"]
+)
+def test_a_damaged_cache_is_built_again(cfg, caplog, damage: str) -> None:
+    caplog.set_level(logging.INFO)
+    first, folder = state(prepare(cfg)), folder_of(cfg)
+    (tokenizer,) = (Path(cfg.cache_dir) / "tokenizers").iterdir()
+    if damage == "short":
+        os.truncate(folder / "valid.bin", 100)
+    elif damage == "no meta":
+        (folder / "meta.json").unlink()
+    elif damage == "half meta":
+        os.truncate(folder / "meta.json", 100)
+    elif damage == "no tokenizer":
+        tokenizer.unlink()
+    elif damage == "bad tokenizer":
+        os.truncate(tokenizer, 1000)
+    else:
+        Tokenizer.train(["other"], 300).save(tokenizer)
+    caplog.clear()
+    second = prepare(cfg)
+    assert built(caplog)
+    if damage == "other tokenizer":
+        assert second.tokenizer.digest != first[0]
+        assert [i["digest"] for i in second.inputs] == [i["digest"] for i in first[-1]]
+        assert second.tokenizer.token_bytes[tokens(second.train)].sum() == second.train.n_bytes
+    else:
+        assert state(second) == first
+
+
+def build_and_stop_half_way(cfg, half_way) -> None:
+    """Build in small batches; at the third one, report and hang."""
+    original, calls = Tokenizer.encode_batch, []
+
+    def encode_batch(self, texts):
+        calls.append(1)
+        if len(calls) == 3:
+            half_way.set()
+            time.sleep(60)
+        return original(self, texts)
+
+    Tokenizer.encode_batch = encode_batch
+    shards.BATCH_CHARS = 10_000
+    prepare(cfg)
+
+
+def test_a_build_that_was_killed_leaves_nothing_that_counts(cfg, tmp_path) -> None:
+    half_way = PROCESSES.Event()
+    process = PROCESSES.Process(target=build_and_stop_half_way, args=(cfg, half_way))
+    process.start()
+    assert half_way.wait(60)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    folder = folder_of(cfg)
+    (part,) = folder.parent.glob("*.part")
+    assert (part / "train.bin").exists()
+    assert not folder.exists()
+    after = prepare(cfg)
+    assert not part.exists()
+    assert state(after) == state(prepare(dataclasses.replace(cfg, cache_dir=str(tmp_path / "clean"))))
+
+
+def build_and_tell(cfg, together, told) -> None:
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("deepseek_exp").addHandler(handler)
+    logging.getLogger("deepseek_exp").setLevel(logging.INFO)
+    together.wait()
+    data = prepare(cfg)
+    told.put((sum(message.startswith("packed ") for message in messages), state(data)))
+
+
+def test_of_several_processes_at_once_one_builds(cfg) -> None:
+    cfg = dataclasses.replace(cfg, max_bytes=200_000)
+    together, told = PROCESSES.Barrier(3), PROCESSES.Queue()
+    processes = [PROCESSES.Process(target=build_and_tell, args=(cfg, together, told)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    answers = [told.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(n for n, _ in answers) == [0, 0, 1]
+    assert answers[0][1] == answers[1][1] == answers[2][1] == state(prepare(cfg))
+
+
+def test_the_first_of_two_machines_wins(cfg, tmp_path) -> None:
+    first, folder = prepare(cfg), folder_of(cfg)
+    part = tmp_path / "part"
+    part.mkdir()
+    shards.publish(part, folder)
+    assert not part.exists()
+    assert state(prepare(cfg)) == state(first)
+    (folder / "meta.json").unlink()
+    part.mkdir()
+    with pytest.raises(OSError, match="not empty"):
+        shards.publish(part, folder)
+
+
+def test_text_that_changes_while_it_is_read(tmp_path, text_cfg, monkeypatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("words and more words\n" * 100)
+    build, cfg = shards.build, text_cfg(path)
+
+    @functools.wraps(build)
+    def build_slowly(*args):
+        packed = build(*args)
+        path.write_text("other\n")
+        return packed
+
+    monkeypatch.setattr(shards, "build", build_slowly)
+    with pytest.raises(DataError) as error:
+        prepare(cfg)
+    assert str(error.value) == (
+        f"data.path='{path}' names text that changed while it was read. Fix: start again when the files are complete."
+    )
+    assert not list((tmp_path / "cache/shards").glob("*/meta.json"))
+
+
+def test_skipped_rows_are_counted_and_told_each_time(tmp_path, text_cfg, caplog) -> None:
+    write_rows(tmp_path / "a.jsonl", ["some text of some length"] * 30)
+    for name, bad in (("b.jsonl", "x\ny\n"), ("c.jsonl", "z\n")):
+        (tmp_path / name).write_text(bad)
+    cfg = text_cfg(tmp_path / "[bc].jsonl", on_bad_line=OnBadLine.skip, valid_path=str(tmp_path / "a.jsonl"))
+    write_rows(tmp_path / "c.jsonl", ["text to train on, and more"] * 30)
+    (tmp_path / "c.jsonl").open("a").write("{}\n")
+    for _ in range(2):
+        caplog.clear()
+        data = prepare(cfg)
+        assert data.skipped == {f"{tmp_path}/b.jsonl": 2, f"{tmp_path}/c.jsonl": 1}
+        message = f"skipped 3 rows that could not be read ({tmp_path}/b.jsonl: 2, {tmp_path}/c.jsonl: 1)"
+        assert caplog.messages == [message]
+
+
+def test_progress_is_reported(cfg, caplog, monkeypatch) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(shards, "REPORT_SECONDS", 0)
+    prepare(dataclasses.replace(cfg, max_bytes=1_000_000))
+    assert "packing tokens: 0.5 of 1.0 MB" in caplog.messages
+    assert "reading for the tokenizer: 0.5 of 1.0 MB" in caplog.messages
+
+
+NO_TRAIN = "data.path='{}/a.txt' holds no text to train on. Fix: point it at files with text."
+NO_VALID = "data.valid_path='{}/b.txt' holds no text to validate on. Fix: point it at files with text."
+NO_TAIL = (
+    "data.valid_fraction=0.1 holds out nothing of 1 documents to validate on. "
+    "Fix: set data.valid_path to validation text, or raise data.valid_fraction."
+)
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "message"),
+    [("", "b" * 99, NO_TRAIN), (" \n", None, NO_TRAIN), ("a" * 99, "\n", NO_VALID), ("a" * 999, None, NO_TAIL)],
+)
+def test_no_text(tmp_path, text_cfg, train, valid, message) -> None:
+    (tmp_path / "a.txt").write_text(train)
+    (tmp_path / "b.txt").write_text(valid or "")
+    cfg = text_cfg(tmp_path / "a.txt", valid_path=None if valid is None else str(tmp_path / "b.txt"))
+    with pytest.raises(DataError) as error:
+        prepare(cfg)
+    assert str(error.value) == message.format(tmp_path)
+    assert not (tmp_path / "cache/tokenizers").exists()
+
+
+def test_no_text_within_max_bytes(cfg) -> None:
+    with pytest.raises(DataError) as error:
+        prepare(dataclasses.replace(cfg, max_bytes=1, valid_fraction=0.9999999999999999999))
+    assert str(error.value) == "data.max_bytes=1 leaves no text to train on. Fix: raise data.max_bytes."
+
+
+def test_fewer_tokens_than_a_sequence(cfg) -> None:
+    data = prepare(cfg)
+    n_train, n_valid = data.train.n_tokens, data.valid.n_tokens
+    prepare(dataclasses.replace(cfg, seq_len=n_valid - 1))
+    with pytest.raises(DataError) as error:
+        prepare(dataclasses.replace(cfg, seq_len=n_valid))
+    assert str(error.value) == (
+        f"data.seq_len={n_valid} needs {n_valid + 1} tokens of valid text and there are {n_valid}. "
+        "Fix: lower data.seq_len, or give more valid text."
+    )
+    with pytest.raises(DataError) as error:
+        prepare(dataclasses.replace(cfg, seq_len=n_train))
+    assert [problem.rule for problem in error.value.problems] == [
+        f"needs {n_train + 1} tokens of train text and there are {n_train}",
+        f"needs {n_train + 1} tokens of valid text and there are {n_valid}",
+    ]

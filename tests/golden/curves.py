@@ -1,0 +1,86 @@
+"""The golden loss curves: 50 steps of the tiny model of each version, fp32, CPU, one thread.
+
+A refactor may not change a digit of them. `make golden` writes them anew after a change that means to.
+The digits depend on the processor, through the kernels that PyTorch chooses for it: the first line says which.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from deepseek_exp import build
+from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.optim import build_optimizer, clip_gradients, lr_factor
+from tests.test_config import MODELS, composed
+
+HERE = Path(__file__).parent
+STEPS = 50
+
+
+def curve(version: str, cache_dir: Path) -> str:
+    """Train a version from its seed; gives a line `step loss` a step under a line on the machine."""
+    threads = torch.get_num_threads()
+    cfg = composed(
+        f"model={version}",
+        "size=tiny",
+        "data=synthetic",
+        f"data.cache_dir={cache_dir}",
+        "device=cpu",
+        f"trainer.max_steps={STEPS}",
+        "trainer.n_threads=1",
+        "trainer.global_batch_seqs=8",
+        "trainer.micro_batch_seqs=4",
+        "optim.warmup_steps=10",
+    )
+    try:
+        losses = list(_losses(cfg))
+    finally:
+        torch.set_num_threads(threads)
+    lines = [f"{step} {loss:.9g}" for step, loss in enumerate(losses, start=1)]
+    return "\n".join([f"# {torch.backends.cpu.get_cpu_capability()}, {_cpu()}", *lines]) + "\n"
+
+
+def _cpu() -> str:
+    """Name the processor, whose kernels PyTorch's libraries choose by."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor()
+
+
+def _losses(cfg: ExperimentConfig):
+    parts = build.build_parts(cfg)
+    model = parts.lit.model
+    optimizer = build_optimizer(cfg.optim, model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: lr_factor(s, cfg.optim.warmup_steps, STEPS, cfg.optim.min_lr_ratio)
+    )
+    batches = iter(parts.datamodule.train_dataloader())
+    for _ in range(STEPS):
+        micro_batches = next(batches).split(cfg.trainer.micro_batch_seqs)
+        total = 0.0
+        for tokens in micro_batches:
+            loss = model.ops.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean() / len(micro_batches)
+            loss.backward()
+            total += loss.item()
+        clip_gradients(optimizer, cfg.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        yield total
+
+
+def main() -> None:
+    """Write every version's curve."""
+    with tempfile.TemporaryDirectory() as cache_dir:
+        for version in MODELS:
+            (HERE / f"{version}.txt").write_text(curve(version, Path(cache_dir)))
+            sys.stdout.write(f"wrote {HERE / f'{version}.txt'}\n")
+
+
+if __name__ == "__main__":
+    main()

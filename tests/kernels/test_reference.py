@@ -1,0 +1,164 @@
+"""The operations against their formulas written out in float64, and the fast attention against its definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deepseek_exp.kernels import TORCH, reference
+from deepseek_exp.models.attention import attention_mask, rope_table
+
+CPU = torch.device("cpu")
+
+
+def rand(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_()
+
+
+def test_rms_norm_is_its_formula():
+    x, w = rand(3, 5), rand(5, seed=1)
+    y = reference.rms_norm(x, w, 1e-5)
+    for row, out in zip(x, y, strict=True):
+        rms = math.sqrt(sum(v * v for v in row.tolist()) / 5 + 1e-5)
+        assert out.tolist() == pytest.approx([v / rms * s for v, s in zip(row.tolist(), w.tolist(), strict=True)])
+
+
+def test_rms_norm_of_bf16_is_computed_in_fp32():
+    x = rand(64, 256, dtype=torch.float32).bfloat16()
+    wide = reference.rms_norm(x.double(), torch.ones(256, dtype=torch.float64), 1e-5)
+    assert torch.equal(reference.rms_norm(x, torch.ones(256).bfloat16(), 1e-5), wide.float().bfloat16())
+
+
+def test_rope_turns_pairs_by_position_times_frequency():
+    x, theta = rand(1, 1, 4, 6).detach(), 100.0
+    cos, sin = rope_table(6, theta, 4, CPU)
+    y = reference.rope(x, cos.double(), sin.double())
+    for pos in range(4):
+        for i in range(3):
+            turn = complex(x[0, 0, pos, i], x[0, 0, pos, i + 3]) * complex(
+                math.cos(pos * theta ** (-2 * i / 6)), math.sin(pos * theta ** (-2 * i / 6))
+            )
+            assert y[0, 0, pos, i].item() == pytest.approx(turn.real, abs=1e-6)
+            assert y[0, 0, pos, i + 3].item() == pytest.approx(turn.imag, abs=1e-6)
+
+
+def test_rope_scores_depend_on_distance_alone():
+    q, k = rand(1, 1, 1, 8).expand(1, 1, 32, 8), rand(1, 1, 1, 8, seed=1).expand(1, 1, 32, 8)
+    cos, sin = rope_table(8, 10000.0, 32, CPU)
+    scores = reference.rope(q, cos.double(), sin.double()) @ reference.rope(k, cos.double(), sin.double()).mT
+    for distance in range(8):
+        assert torch.diagonal(scores[0, 0], -distance).std() < 1e-6
+
+
+def test_rope_angles_survive_bf16():
+    cos, sin = rope_table(32, 10000.0, 4096, CPU)
+    assert cos.dtype == sin.dtype == torch.float32
+
+
+def test_swiglu_is_its_formula():
+    gate, up = rand(7), rand(7, seed=1)
+    want = [g / (1 + math.exp(-g)) * u for g, u in zip(gate.tolist(), up.tolist(), strict=True)]
+    assert reference.swiglu(gate, up).tolist() == pytest.approx(want)
+
+
+def test_cross_entropy_is_its_formula():
+    logits, targets = rand(2, 3, 11), torch.tensor([[1, 0, 10], [4, 4, 2]])
+    nll = reference.cross_entropy(logits, targets)
+    for b in range(2):
+        for s in range(3):
+            row = logits[b, s].tolist()
+            want = math.log(sum(map(math.exp, row))) - row[targets[b, s]]
+            assert nll[b, s].item() == pytest.approx(want)
+    assert reference.cross_entropy(logits.bfloat16(), targets).dtype == torch.float32
+
+
+def loop_attention(q, k, v, window, n_global, n_memory, gate):
+    """Attention key by key, from the definition in words."""
+    n_rep, n_keys, n_queries = q.shape[1] // k.shape[1], k.shape[2], q.shape[2]
+    out = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            g = 1 / (1 + math.exp(-gate[h])) if gate is not None else 0.5
+            for i in range(n_queries):
+                position, weights, values = n_keys - n_queries + i, [], []
+                for j in range(position + 1):
+                    is_global = n_memory <= j < n_memory + n_global
+                    if window and position - j >= window and not is_global:
+                        continue
+                    share = (1 - g if is_global else g) if gate is not None else 1.0
+                    score = float(q[b, h, i] @ k[b, h // n_rep, j]) / math.sqrt(q.shape[-1])
+                    weights.append(share * math.exp(score))
+                    values.append(v[b, h // n_rep, j])
+                total = sum(weights)
+                out[b, h, i] = sum(w / total * x for w, x in zip(weights, values, strict=True))
+    return out
+
+
+CASES = [  # queries, keys, heads, kv heads, window, global tokens, memory, gated
+    (9, 9, 4, 2, 3, 2, 0, True),
+    (9, 9, 4, 1, 3, 0, 0, False),
+    (7, 7, 2, 2, 0, 0, 0, False),
+    (6, 11, 4, 4, 4, 1, 5, True),
+    (1, 13, 4, 2, 5, 3, 0, True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_is_its_definition(case):
+    n_queries, n_keys, heads, kv_heads, window, n_global, n_memory, gated = case
+    q, k, v = rand(2, heads, n_queries, 8), rand(2, kv_heads, n_keys, 8, seed=1), rand(2, kv_heads, n_keys, 8, seed=2)
+    gate = rand(heads, seed=3) if gated else None
+    visible, is_global = attention_mask(n_queries, n_keys, n_memory, window, n_global, CPU)
+    out = reference.local_global_attention(q, k, v, visible, is_global, gate)
+    want = loop_attention(
+        *(t.detach() for t in (q, k, v)), window, n_global, n_memory, gate.tolist() if gated else None
+    )
+    torch.testing.assert_close(out, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fast_attention_equals_the_definition_with_every_gradient(case):
+    n_queries, n_keys, heads, kv_heads, window, n_global, n_memory, gated = case
+    visible, is_global = attention_mask(n_queries, n_keys, n_memory, window, n_global, CPU)
+    results = []
+    for attend in (reference.local_global_attention, TORCH.local_global_attention):
+        shapes = [(2, heads, n_queries, 8), (2, kv_heads, n_keys, 8), (2, kv_heads, n_keys, 8)]
+        inputs = [rand(*shape, seed=i) for i, shape in enumerate(shapes)]
+        gate = rand(heads, seed=3) if gated else None
+        out = attend(*inputs, visible, is_global, gate)
+        (out * rand(*out.shape, seed=4).detach()).sum().backward()
+        results.append([out.detach(), *(t.grad for t in inputs), *([gate.grad] if gated else [])])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_gate_of_zero_is_plain_masked_attention():
+    q, k, v = rand(1, 2, 12, 8), rand(1, 2, 12, 8, seed=1), rand(1, 2, 12, 8, seed=2)
+    visible, is_global = attention_mask(12, 12, 0, 4, 2, CPU)
+    plain = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    torch.testing.assert_close(
+        TORCH.local_global_attention(q, k, v, visible, is_global, torch.zeros(2).double()), plain
+    )
+
+
+def test_the_gate_moves_weight_between_window_and_global_tokens():
+    q, k = torch.zeros(1, 1, 12, 8), torch.zeros(1, 1, 12, 8)
+    v = torch.zeros(1, 1, 12, 8)
+    v[:, :, :2] = 1  # only the global tokens carry anything
+    visible, is_global = attention_mask(12, 12, 0, 4, 2, CPU)
+    last = [
+        TORCH.local_global_attention(q, k, v, visible, is_global, torch.tensor([g]))[0, 0, -1, 0]
+        for g in (-9.0, 0.0, 9.0)
+    ]
+    assert last[0] > 0.999 and last[1] == pytest.approx(2 / 6) and last[2] < 0.001
+
+
+def test_the_sources_mask_is_local_only():
+    """Their where(pos_diff > 5, 0, 1) is a window of six tokens and nothing global."""
+    position = torch.arange(20)
+    theirs = torch.where(position[:, None] - position > 5, 0, 1).bool() & (position[:, None] >= position)
+    visible, is_global = attention_mask(20, 20, 0, 6, 0, CPU)
+    assert torch.equal(visible, theirs) and not is_global.any()

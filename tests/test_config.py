@@ -1,0 +1,140 @@
+"""The whole configuration tree: every file composes, every key is documented and read by something."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+
+from deepseek_exp import compose, config
+from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.kernels import TORCH
+from deepseek_exp.models import Transformer
+from tests.runs import ROOT
+
+CONF = ROOT / "conf"
+FILES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.rglob("*.yaml") if p.parent != CONF)
+RECIPES = sorted(p.relative_to(ROOT / "recipes").with_suffix("") for p in (ROOT / "recipes").rglob("*.yaml"))
+# what an option needs beside itself
+NEEDS = {"data=text": [f"data.path={ROOT / 'README.md'}"], "recipes=shakespeare": [f"data.path={ROOT / 'README.md'}"]}
+
+
+def composed(*overrides: str) -> ExperimentConfig:
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose.to_experiment(hydra_compose("config", list(overrides)))
+
+
+def test_the_files_are_found():
+    assert len(FILES) == 17
+    assert len(RECIPES) == 2
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_option_composes(file):
+    override = f"{file.parent}={file.name}"
+    composed(override, *NEEDS.get(override, []))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=str)
+def test_every_recipe_composes(file):
+    override = f"recipes={file}"
+    composed(override, *NEEDS.get(override, []))
+    assert re.search(
+        r"^# question:.*^# command:.*^# result:", (ROOT / "recipes" / f"{file}.yaml").read_text(), re.M | re.S
+    )
+
+
+MODELS = [f.name for f in FILES if str(f.parent) == "model"]
+SIZES = [f.name for f in FILES if str(f.parent) == "size"]
+
+
+@pytest.mark.parametrize(("model", "size"), list(itertools.product(MODELS, SIZES)))
+def test_every_model_builds_in_every_size(model, size):
+    cfg = composed(f"model={model}", f"size={size}").model
+    with torch.device("meta"):
+        built = Transformer(cfg, TORCH)
+        logits = built(torch.zeros(1, cfg.max_seq_len, dtype=torch.int64))
+    assert logits.shape == (1, cfg.max_seq_len, cfg.vocab_size)
+
+
+@pytest.mark.parametrize(("size", "n_params"), [("published", 120e6), ("1b", 1.06e9), ("3b", 2.92e9), ("7b", 7.1e9)])
+def test_a_size_has_the_parameters_it_is_named_for(size, n_params):
+    with torch.device("meta"):
+        built = Transformer(composed(f"size={size}").model, TORCH)
+    assert sum(p.numel() for p in built.parameters()) == pytest.approx(n_params, rel=0.01)
+
+
+def test_model_files_list_the_same_keys_in_the_schema_order():
+    names = [k.removeprefix("model.") for k in compose.schema_keys() if k.startswith("model.")]
+    for model in MODELS:
+        assert list(OmegaConf.load(CONF / "model" / f"{model}.yaml")) == names
+
+
+def test_data_files_list_the_same_keys():
+    names = [k.removeprefix("data.") for k in compose.schema_keys() if k.startswith("data.")]
+    for name in ("stdlib", "text", "synthetic"):
+        assert list(OmegaConf.load(CONF / "data" / f"{name}.yaml")) == names
+
+
+def test_every_key_is_documented():
+    assert all(info.metadata["doc"] for info in compose.schema_keys().values())
+
+
+def test_every_key_is_read_somewhere():
+    """No dead keys: the last part of each is an attribute read outside of the schema."""
+    code = "\n".join(p.read_text() for p in (ROOT / "deepseek_exp").rglob("*.py") if p.name != "config.py")
+    read = set(re.findall(r"\.([a-z_0-9]+)\b", code)) | set(re.findall(r'f"data\.\{name\}"', code))
+    dead = [k for k in compose.schema_keys() if k.rsplit(".", 1)[-1] not in read]
+    assert dead == []
+
+
+def test_scaled_learning_rate_is_the_sources_rule():
+    assert composed("optim=adamw_scaled", "trainer.global_batch_seqs=512").optim.lr == pytest.approx(5e-4 * 512 / 256)
+
+
+class TestMergeSaved:
+    """What a resumed run takes from its checkpoint and what from the command line."""
+
+    def saved(self, *overrides: str) -> dict:
+        config.register()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return OmegaConf.to_container(hydra_compose("config", list(overrides)), resolve=True)
+
+    def merged(self, saved: dict, *overrides: str) -> ExperimentConfig:
+        return compose.to_experiment(compose.merge_saved(saved, overrides))
+
+    def test_the_saved_values_stay(self):
+        cfg = self.merged(self.saved("size=tiny", "optim.lr=0.1", "seed=7"), "resume=last")
+        assert (cfg.model.d_model, cfg.optim.lr, cfg.seed, cfg.resume) == (64, 0.1, 7, "last")
+
+    def test_a_named_value_wins_even_where_it_is_the_default(self):
+        assert self.merged(self.saved("optim.lr=0.1"), "optim.lr=0.003").optim.lr == 0.003
+
+    def test_a_named_group_wins_even_where_it_is_the_default(self):
+        assert self.merged(self.saved("size=tiny"), "size=small").model.d_model == 192
+
+    def test_a_recipe_wins(self):
+        assert self.merged(self.saved(), "recipes=scaled_lr").optim.weight_decay == 0.01
+
+    def test_a_mapping_is_replaced_whole(self):
+        saved = self.saved("optim=adafactor")
+        assert self.merged(saved, "optim=adamw").optim.optimizer["_target_"] == "torch.optim.AdamW"
+        assert self.merged(saved).optim.optimizer == {"_target_": "torch.optim.Adafactor"}
+
+    def test_what_a_resumed_run_may_not_change(self):
+        from deepseek_exp import validate
+
+        before, now = composed("seed=1"), composed("seed=2", "model.n_layers=9", "data.text_key=x", "optim.lr=1")
+        assert [str(p) for p in validate.resume_problems(before, now)] == [
+            "seed=2 differs from the checkpoint's 1. Fix: leave seed out, or start a new run with resume=null.",
+            "model.n_layers=9 differs from the checkpoint's 4. "
+            "Fix: leave model.n_layers out, or start a new run with resume=null.",
+            "data.text_key='x' differs from the checkpoint's text. "
+            "Fix: leave data.text_key out, or start a new run with resume=null.",
+        ]

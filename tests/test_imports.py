@@ -1,0 +1,87 @@
+"""Who may import whom: arrows point down only, and never sideways inside the layers 1 and 3."""
+
+from __future__ import annotations
+
+import ast
+
+from tests.runs import ROOT
+
+PACKAGE = "deepseek_exp"
+LAYER = {
+    "errors": 0, "config": 0, "validate": 0, "compose": 0,
+    "kernels": 1, "planner": 1, "data": 1, "tracking": 1,
+    "models": 2, "moe": 2,
+    "parallel": 3, "compress": 3, "finetune": 3, "serve": 3,
+    "optim": 4, "lit": 4, "callbacks": 4,
+    "build": 5, "estimate": 5, "do": 5, "sweep": 5,
+    "run": 6,
+}  # fmt: skip
+NOT_SIDEWAYS = {1, 3}
+LIGHT = {"errors", "config", "validate", "compose"}
+HEAVY = {"torch", "pytorch_lightning", "mlflow", "deepspeed", "transformers", "tokenizers", "numpy"}
+
+
+def room(path) -> str:
+    return (
+        "run"
+        if path.name == "run.py" and path.parent == ROOT
+        else path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
+    )
+
+
+def imports(path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            found += [f"{base}.{alias.name}" for alias in node.names] if base == PACKAGE else [base]
+    return found
+
+
+FILES = [
+    ROOT / "run.py",
+    *(p for p in (ROOT / PACKAGE).rglob("*.py") if p.parent != ROOT / PACKAGE or p.name != "__init__.py"),
+]
+
+
+def test_arrows_point_down():
+    wrong = []
+    for path in FILES:
+        here = room(path)
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] != PACKAGE or len(parts) < 2 or parts[1] == here:
+                continue
+            there = parts[1]
+            sideways = LAYER[here] == LAYER[there] and LAYER[here] in NOT_SIDEWAYS
+            if LAYER[there] > LAYER[here] or sideways:
+                wrong.append(f"{path.relative_to(ROOT)} (layer {LAYER[here]}) imports {name} (layer {LAYER[there]})")
+    assert wrong == []
+
+
+def test_layer_1_knows_only_the_configuration():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in FILES
+        if LAYER[room(path)] == 1
+        for name in imports(path)
+        if name.startswith(f"{PACKAGE}.") and name.split(".")[1] not in {room(path), "config", "errors"}
+    ]
+    assert wrong == []
+
+
+def test_the_light_rooms_import_nothing_heavy():
+    wrong = [
+        f"{path.name} imports {name}"
+        for path in FILES
+        if room(path) in LIGHT
+        for name in imports(path)
+        if name.split(".")[0] in HEAVY
+    ]
+    assert wrong == []
+
+
+def test_run_py_is_short():
+    assert len((ROOT / "run.py").read_text().splitlines()) < 80

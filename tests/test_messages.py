@@ -1,0 +1,149 @@
+"""Every error of the configuration, by its exact words: key, value, rule and remedy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from deepseek_exp import compose, config, validate
+from deepseek_exp.errors import ConfigError
+from tests.runs import ROOT
+
+MESSAGES = {
+    "optim.lrr=1": "optim.lrr=1 is not a configuration key. "
+    "Fix: did you mean optim.lr? Otherwise see python run.py --help for all keys.",
+    "lr=1": "lr=1 is not a configuration key. "
+    "Fix: did you mean optim.lr? Otherwise see python run.py --help for all keys.",
+    "xyzzy=1": "xyzzy=1 is not a configuration key. Fix: see python run.py --help for all keys.",
+    "+optim.momentum=1": "optim.momentum=1 is not a configuration key. "
+    "Fix: did you mean optim.optimizer? Otherwise remove it.",
+    "++foo=1": "foo=1 is not a configuration key. Fix: remove it.",
+    "model=v1_dens": "model='v1_dens' is not an option of the group model. Fix: use model=v1_dense.",
+    "size=enormous": "size='enormous' is not an option of the group size. "
+    "Fix: use one of 1b, 3b, 7b, base, published, small, tiny.",
+    "recipes=nothing_like_it": "recipes='nothing_like_it' is not an option of the group recipes. "
+    "Fix: use one of scaled_lr, shakespeare.",
+    "hydra/launcher=basicc": "hydra/launcher='basicc' is not an option of the group hydra/launcher. "
+    "Fix: use hydra/launcher=basic.",
+    "do=trian": "do='trian' is not one of train, eval, sample. Fix: use do=train.",
+    "device=tpu": "device='tpu' is not one of auto, cpu, cuda. Fix: use device=cpu.",
+    "optim.lr=abc": "optim.lr='abc' is not a number. Fix: give a number, for example optim.lr=0.003.",
+    "seed=x": "seed='x' is not a whole number. Fix: give a whole number, for example seed=1234.",
+    "trainer.compile=maybe": "trainer.compile='maybe' is not true or false. "
+    "Fix: give true or false, for example trainer.compile=false.",
+    "tracking.tags=x": "tracking.tags='x' is not a mapping. Fix: give a mapping, for example tracking.tags={}.",
+    "model.rope_theta=null": "model.rope_theta=null is not a number. "
+    "Fix: give a number, for example model.rope_theta=10000.0.",
+    "~optim": "optim='???' has no value. Fix: give it one, or take the option that sets optim.",
+    "output_dir=${nope}": "output_dir='${nope}' cannot be resolved (Interpolation key 'nope' not found). "
+    "Fix: mend the reference.",
+    "optim.lr=[1": "command line='optim.lr=[1' cannot be parsed. "
+    "Fix: write key=value; quote a value with special characters, as in 'sample.prompt=\"a, b\"'.",
+    "model.n_heads=2,4": "model.n_heads='2,4' gives several values without -m. Fix: add -m for a sweep.",
+    "trainer.callbacks.stop={a:1}": "trainer.callbacks.stop={'a': 1} adds an entry, which needs a plus sign. "
+    "Fix: write +trainer.callbacks.stop={a:1}.",
+    "+trainer.callbacks.stop={_target_:os.system}": "trainer.callbacks.stop._target_='os.system' is outside the "
+    "modules that a configuration may name (torch.optim., pytorch_lightning.callbacks., deepseek_exp.). "
+    "Fix: use a class of those modules.",
+    "+trainer.callbacks.stop={a:1}": "trainer.callbacks.stop={'a': 1} has no _target_. "
+    "Fix: set trainer.callbacks.stop._target_ to a class.",
+    "model.n_heads=0": "model.n_heads=0 must be at least 1. Fix: use 1 or more.",
+    "optim.lr=-1": "optim.lr=-1.0 must be greater than 0. Fix: use more than 0.",
+    "sample.top_p=1.5": "sample.top_p=1.5 must be at most 1. Fix: use 1 or less.",
+    "data.valid_fraction=1.0": "data.valid_fraction=1.0 must be less than 1. Fix: use less than 1.",
+    "model.n_kv_heads=4": "model.n_kv_heads=4 does not divide model.n_heads=6. "
+    "Fix: use model.n_kv_heads of 1, 2, 3, 6.",
+    "model.head_dim=31": "model.head_dim=31 is odd, and the rotary embedding turns pairs. Fix: use model.head_dim=32.",
+    "data.seq_len=4096": "data.seq_len=4096 is longer than model.max_seq_len=256. "
+    "Fix: set data.seq_len=256 or less, or raise model.max_seq_len.",
+    "model.memory_len=64": "model.memory_len=64 needs each sequence to go on where the one before ended, and "
+    "data.order is 'shuffled'. Fix: set data.order=contiguous, or model.memory_len=0.",
+    "model.memory_len=64 model.window=0 data.order=contiguous": "model.memory_len=64 needs a local window: without one "
+    "the memory would be the whole past. Fix: set model.window to a length, or model.memory_len=0.",
+    "data.vocab_size=9999": "data.vocab_size=9999 is more than model.vocab_size=4096. "
+    "Fix: set data.vocab_size=4096 or less.",
+    "trainer.micro_batch_seqs=5": "trainer.micro_batch_seqs=5 does not divide trainer.global_batch_seqs=16. "
+    "Fix: use trainer.micro_batch_seqs=4.",
+    "optim.warmup_steps=100 trainer.max_steps=100": "optim.warmup_steps=100 leaves no step of trainer.max_steps=100 at "
+    "full learning rate. Fix: set optim.warmup_steps=10, or train for more steps.",
+    "data=text": "data.path=null is needed for data.source='text'. "
+    "Fix: set data.path to a file, folder or glob of .txt .md .jsonl .jsonl.gz .parquet.",
+    "data.path=/nowhere": "data.path='/nowhere' is not read by data.source='stdlib'. Fix: add data=text.",
+    "data=synthetic data.max_bytes=null": "data.max_bytes=null is needed for data.source='synthetic'. "
+    "Fix: set data.max_bytes=300000.",
+    "tracking.uri=outputs": "tracking.uri='outputs' has no scheme of sqlite, http, https, postgresql, mysql, mssql, "
+    "databricks (MLflow's file store is gone). "
+    "Fix: set tracking.uri=sqlite:///outputs/mlflow.db or a server's http address.",
+    "-m resume=last": "resume='a sweep' cannot be combined with -m. Fix: resume one run at a time, without -m.",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _schema():
+    config.register()
+
+
+def problems_of(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose.check_command_line(argv)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("command_line", MESSAGES)
+def test_message(command_line):
+    assert problems_of(*command_line.split(" ")) == MESSAGES[command_line]
+
+
+def test_missing_path_names_the_folder_it_looked_in(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert problems_of("data=text", "data.path=nowhere") == (
+        f"data.path='nowhere' does not exist (looked in {tmp_path}). Fix: name a file, folder or glob that does."
+    )
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(validate, "_gpu_is_visible", lambda: False)
+    assert problems_of("device=cuda") == (
+        "device='cuda' needs a CUDA device and none is visible. Fix: use device=cpu or device=auto."
+    )
+
+
+def test_all_problems_are_told_together():
+    told = problems_of("optim.lr=x", "size=hugee", "seed=a", "model.n_heads=0", "data.seq_len=4096").splitlines()
+    assert [line.split("=")[0] for line in told] == ["size", "optim.lr", "seed", "model.n_heads", "data.seq_len"]
+
+
+def test_a_sweep_is_checked_whole_before_its_first_job():
+    told = problems_of("-m", "model.n_heads=4,3,5", "optim.lr=-1,1e-3").splitlines()
+    assert told == [
+        "optim.lr=-1.0 must be greater than 0. Fix: use more than 0.",
+        "model.n_kv_heads=2 does not divide model.n_heads=3. Fix: use model.n_kv_heads of 1, 3.",
+        "model.n_kv_heads=2 does not divide model.n_heads=5. Fix: use model.n_kv_heads of 1, 5.",
+    ]
+
+
+def test_an_error_answers_within_two_seconds_without_heavy_imports():
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['run.py', 'optim.lrr=1']\n"
+        "try:\n    runpy.run_path('run.py', run_name='__main__')\n"
+        "except SystemExit as e:\n"
+        "    heavy = {'torch', 'pytorch_lightning', 'mlflow', 'transformers', 'deepspeed'} & set(sys.modules)\n"
+        "    print(e.code, sorted(heavy))\n"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    seconds = time.monotonic() - started
+    assert done.stdout.strip() == "2 []", done.stderr
+    assert done.stderr.strip() == MESSAGES["optim.lrr=1"]
+    assert seconds < 2, f"took {seconds:.1f} s"
+
+
+def test_help_lists_every_key_and_group():
+    done = subprocess.run([sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(f"  {key} " in done.stdout for key in compose.schema_keys())
+    assert "  size        1b, 3b, 7b, base, published, small, tiny" in done.stdout

@@ -1,0 +1,100 @@
+"""The journal: what is written is read back, whatever happens to the writer."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepseek_exp.config import ROOT
+from deepseek_exp.tracking.journal import JournalWriter, is_being_written, read_events
+
+
+def _refuse(token: str) -> float:
+    raise AssertionError(f"{token} is not JSON")
+
+
+def test_values_that_are_not_finite_survive_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    JournalWriter(path).metrics({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1}, 7)
+    json.loads(path.read_text(), parse_constant=_refuse)
+    values = read_events(path, 0)[0][0]["values"]
+    assert math.isnan(float(values["a"]))
+    assert [float(values[name]) for name in "bcd"] == [math.inf, -math.inf, 0.1]
+
+
+def test_a_torn_last_line_is_left_for_later(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.write_text('{"t":1,"kind":"start"}\n{"t":2,"ki')
+    events, offset = read_events(path, 0)
+    assert [event["t"] for event in events] == [1]
+    with path.open("a") as file:
+        file.write('nd":"start"}\n')
+    assert [event["t"] for event in read_events(path, offset)[0]] == [2]
+
+
+def test_a_new_writer_cuts_the_torn_line_of_the_last_one(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.write_text('{"t":1,"kind":"start"}\n{"t":2,"ki')
+    JournalWriter(path).tags({"a": "b"})
+    assert [event["kind"] for event in read_events(path, 0)[0]] == ["start", "tags"]
+
+
+def test_reading_in_small_pieces_gives_every_line_once(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    writer = JournalWriter(path)
+    for step in range(50):
+        writer.metrics({"a": 1.0}, step)
+        writer.text("x" * 3000, "long.txt")
+    steps, offset, events = [], 0, [{"kind": "begin"}]
+    while events:
+        events, offset = read_events(path, offset, max_bytes=1000)
+        steps += [event["step"] for event in events if event["kind"] == "metrics"]
+    assert steps == list(range(50))
+    assert offset == path.stat().st_size
+
+
+def test_a_damaged_line_is_reported_and_the_next_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.write_text('garbage\n[1]\n{"t":2,"kind":"start"}\n')
+    assert [event["kind"] for event in read_events(path, 0)[0]] == ["unreadable", "unreadable", "start"]
+
+
+def test_only_one_process_writes_a_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    code = (
+        "import sys; from pathlib import Path; from deepseek_exp.tracking.journal import *\n"
+        "w = JournalWriter(Path(sys.argv[1])); print('open', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"open\n"
+        assert is_being_written(path)
+        with pytest.raises(BlockingIOError, match="another process"):
+            JournalWriter(path)
+        other.communicate()
+    assert not is_being_written(path)
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    writer = JournalWriter(path)
+    writer.tags({"a": "1"})
+    size = path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="disk full"):
+            writer.tags({"b": "2"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    writer.tags({"c": "3"})
+    assert [event["values"] for event in read_events(path, 0)[0]] == [{"a": "1"}, {"c": "3"}]

@@ -1,0 +1,67 @@
+"""Names, parameters and addresses: pure functions."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+import pytest
+
+from deepseek_exp.tracking.metrics import METRICS, check_names, describe
+from deepseek_exp.tracking.params import cut, flatten
+from deepseek_exp.tracking.uri import absolute_uri, hide_password
+
+
+class Colour(StrEnum):
+    red = "red"
+
+
+def test_every_metric_has_a_unit_and_a_meaning() -> None:
+    assert len(METRICS) >= 13
+    assert all(metric.unit and metric.meaning for metric in METRICS.values())
+
+
+def test_a_name_outside_of_the_table_is_an_error_that_names_the_table() -> None:
+    check_names(["train/loss", "attn/gate"])
+    with pytest.raises(ValueError, match=r"'train/los' is not in METRICS \(deepseek_exp/tracking/metrics.py\)"):
+        check_names(["train/loss", "train/los"])
+
+
+def test_description_lists_only_known_metrics_that_were_logged() -> None:
+    text = describe(["val/loss", "callback/x"])
+    assert "| `val/loss` | nats per token | cross entropy of the validation set |" in text
+    assert "callback" not in text and "train/loss" not in text
+    assert describe(["callback/x"]) == ""
+
+
+def test_parameters_are_flat_strings() -> None:
+    tree = {"a": {"b": {"c": 0.001}, "on": True}, "none": None, "list": [1, "x"], "e": Colour.red, "empty": {}}
+    assert flatten(tree) == {
+        "a.b.c": "0.001",
+        "a.on": "true",
+        "none": "null",
+        "list": '[1, "x"]',
+        "e": "red",
+        "empty": "{}",
+    }
+    assert flatten({"a.b": "x"}) == {"a.b": "x"}
+
+
+def test_passwords_are_hidden() -> None:
+    assert hide_password("at postgresql://me:s3cret@host:5432/db now") == "at postgresql://me:***@host:5432/db now"
+    assert hide_password("http://host:5000/a") == "http://host:5000/a"
+    assert flatten({"uri": "https://me:s3cret@host"}) == {"uri": "https://me:***@host"}
+
+
+def test_a_long_text_is_cut_with_a_note() -> None:
+    assert cut("x" * 100, 100) == "x" * 100
+    short = cut("x" * 101, 100)
+    assert len(short) == 100
+    assert short.endswith("[cut, 101 characters in all]")
+
+
+def test_sqlite_addresses_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_uri("sqlite:///out/m.db?timeout=9") == f"sqlite:///{tmp_path}/out/m.db?timeout=9"
+    assert absolute_uri("sqlite:////abs/m.db") == "sqlite:////abs/m.db"
+    assert absolute_uri("http://host") == "http://host"

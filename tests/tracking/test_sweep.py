@@ -1,0 +1,85 @@
+"""A sweep's parent run and its table."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from deepseek_exp.config import TrackingConfig
+from deepseek_exp.errors import TrackingError
+from deepseek_exp.tracking import SweepRow, finish_sweep, render_table, start_sweep, sweep_table
+
+
+@dataclass
+class Sweep:
+    parent: str
+    rows: list[SweepRow]
+
+
+@pytest.fixture(scope="module")
+def sweep(store: TrackingConfig, client: MlflowClient, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
+    folder = tmp_path_factory.mktemp("sweep")
+    parent = start_sweep(store, name="lr sweep", tags={"kind": "sweep"}, artifact_dir=folder)
+    experiment = client.get_run(parent).info.experiment_id
+    jobs = {"middle": [3.0, 2.0], "best": [1.5], "diverged": [float("inf")], "nan": [float("nan")], "broken": []}
+    for name, losses in jobs.items():
+        tags = {"mlflow.parentRunId": parent, "overrides": f"optim.lr={name}|x"}
+        run = client.create_run(experiment, start_time=30_000, tags=tags, run_name=name).info.run_id
+        for step, loss in enumerate(losses):
+            client.log_metric(run, "val/loss", loss, step=step)
+            client.log_metric(run, "val/bits_per_byte", loss / 2, step=step)
+            client.log_metric(run, "perf/tokens_per_second", 1000.0, step=step)
+        if not losses:
+            client.set_tag(run, "error", "DataError: no text\nsecond line")
+        client.set_terminated(run, "FINISHED" if losses else "FAILED", end_time=120_000)
+    client.create_run(experiment, run_name="of another sweep")
+    rows = sweep_table(store, parent)
+    finish_sweep(store, parent, rows, failed=True)
+    yield Sweep(parent, rows)
+
+
+def test_the_table_is_read_from_the_store(sweep: Sweep) -> None:
+    assert [row.name for row in sweep.rows] == ["best", "middle", "broken", "diverged", "nan"]
+    assert sweep.rows[1] == SweepRow("middle", "optim.lr=middle|x", "FINISHED", 2.0, 1.0, 1000.0, 1.5, "")
+    broken = SweepRow("broken", "optim.lr=broken|x", "FAILED", None, None, None, 1.5, "DataError: no text")
+    assert sweep.rows[2] == broken
+
+
+def test_the_text_marks_the_best_row(sweep: Sweep) -> None:
+    lines = render_table(list(reversed(sweep.rows))).splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["name", "*", "middle"]
+    column = lines[0].index("val/loss")
+    assert [line[column:].split()[0] for line in lines[1:4]] == ["1.5", "2", "-"]
+    assert "DataError: no text" in lines[3]
+    assert "*" not in render_table(sweep.rows[2:])
+    assert render_table([]).split()[:2] == ["name", "overrides"]
+
+
+def test_the_parent_run_keeps_the_result(sweep: Sweep, client: MlflowClient) -> None:
+    run = client.get_run(sweep.parent)
+    assert run.info.status == "FAILED" and run.info.run_name == "lr sweep"
+    assert run.data.metrics == {"sweep/best_val_loss": 1.5}
+    assert run.data.tags["sweep.best"] == "best" and run.data.tags["kind"] == "sweep"
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    with (folder / "summary.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert table[0]["val/loss"] == "1.5" and table[2]["error"] == "DataError: no text"
+    markdown = (folder / "summary.md").read_text().splitlines()
+    assert len(markdown) == 7 and "optim.lr=best\\|x" in markdown[2]
+
+
+def test_a_sweep_without_a_result_finishes(store: TrackingConfig, client: MlflowClient, tmp_path: Path) -> None:
+    parent = start_sweep(store, name="empty", tags={}, artifact_dir=tmp_path)
+    finish_sweep(store, parent, sweep_table(store, parent), failed=False)
+    run = client.get_run(parent)
+    assert run.info.status == "FINISHED" and run.data.metrics == {}
+
+
+def test_an_unknown_parent_is_an_error(store: TrackingConfig) -> None:
+    with pytest.raises(TrackingError, match="is not an MLflow run"):
+        sweep_table(store, "e" * 32)

@@ -12,7 +12,7 @@ run: $(READY)  ## train v1 on this machine; more arguments: make run ARGS="size=
 	$(PY) run.py $(ARGS)
 
 test: $(READY)  ## run the tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 
 ui: $(READY)  ## MLflow's web page over all runs, at http://127.0.0.1:5000
 	$(PY) -m mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --workers 1 $(ARGS)

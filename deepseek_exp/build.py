@@ -78,7 +78,7 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
         eval_batches=t.eval_batches,
         pin_memory=device.type == "cuda",
     )
-    return Parts(device, data, datamodule, LanguageModel(cfg, model, data.tokenizer.token_bytes))
+    return Parts(device, data, datamodule, LanguageModel(cfg, model, data.tokenizer.token_bytes, data.unigram_bits))
 
 
 def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Transformer:

@@ -74,6 +74,8 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
             say(sentence)
         composed = _on_top_of(checkpoint, overrides)
     cfg = compose.to_experiment(composed)
+    if cfg.do is Do.train and checkpoint is not None:
+        _check_steps_left(cfg, checkpoint)
     name = cfg.tracking.run_name or _name(cfg, overrides, size)
     if cfg.do is Do.train and checkpoint is not None:
         run_dir = manifest.run_dir_of(checkpoint)
@@ -92,6 +94,13 @@ def _on_top_of(checkpoint: Path, overrides: Sequence[str]) -> DictConfig:
     if fixed:
         raise ConfigError(*fixed)
     return merged
+
+
+def _check_steps_left(cfg: ExperimentConfig, checkpoint: Path) -> None:
+    step, steps = manifest.read_manifest(checkpoint).step, cfg.trainer.max_steps
+    if step >= steps:
+        rule, fix = f"is reached: {checkpoint} is at step {step}", f"set trainer.max_steps={2 * step} to go on"
+        raise ConfigError(Problem("trainer.max_steps", steps, rule, fix))
 
 
 def run(job: Job) -> float | None:
@@ -128,7 +137,7 @@ def evaluate(job: Job, tracked: TrackedRun, run_id: str) -> float:
     trainer, _, _ = build.build_trainer(job.cfg, parts, tracked, run_id, {})
     say(f"evaluating {job.checkpoint} on {parts.data.valid.n_tokens:,} tokens")
     trainer.validate(parts.lit, datamodule=parts.datamodule, verbose=False)
-    say("\n".join(_validation_lines(trainer.callback_metrics, parts)))
+    say("\n".join(_validation_lines(trainer.callback_metrics)))
     return float(trainer.callback_metrics["val/loss"])
 
 
@@ -193,7 +202,6 @@ def _log_inputs(parts: Parts, tracked: TrackedRun) -> None:
     for entry in parts.data.inputs:
         profile = {k: v for k, v in entry.items() if k.startswith("n_")}
         tracked.log_dataset(entry["name"], entry["context"], entry["digest"], entry["source"], profile)
-    tracked.log_metrics({"val/unigram_bits_per_byte": parts.data.unigram_bits_per_byte}, 0)
 
 
 def _sample_text(cfg: ExperimentConfig, parts: Parts, *, room: bool) -> str:
@@ -256,7 +264,7 @@ def _summary(
     job: Job, parts: Parts, run_id: str, saved: Path | None, last: Mapping[str, float], text: str, seconds: float
 ) -> str:
     start, short = _command(), run_id[:12]
-    lines = [f"\ndone in {seconds / 60:.1f} minutes", *_validation_lines(parts.lit.trainer.callback_metrics, parts)]
+    lines = [f"\ndone in {seconds / 60:.1f} minutes", *_validation_lines(parts.lit.trainer.callback_metrics)]
     if last:
         lines.append(f"speed       {last['perf/tokens_per_second']:,.0f} tokens/s")
     lines += [f"checkpoint  {_shown(saved or job.checkpoint)}", "sample      " + text.replace("\n", "\n            ")]
@@ -272,11 +280,10 @@ def _summary(
     return "\n".join(lines)
 
 
-def _validation_lines(metrics: Mapping[str, Any], parts: Parts) -> list[str]:
+def _validation_lines(metrics: Mapping[str, Any]) -> list[str]:
     if "val/loss" not in metrics:
         return []
-    loss, bits = float(metrics["val/loss"]), float(metrics["val/bits_per_byte"])
-    unigram = parts.data.unigram_bits_per_byte
+    loss, bits, unigram = (float(metrics[f"val/{n}"]) for n in ("loss", "bits_per_byte", "unigram_bits_per_byte"))
     return [f"validation  {bits:.3f} bits per byte (unigram model: {unigram:.3f}), loss {loss:.3f} nats per token"]
 
 

@@ -25,21 +25,23 @@ class LanguageModel(pl.LightningModule):
     optimizer step and a checkpoint never falls inside an accumulation.
     """
 
-    def __init__(self, cfg: ExperimentConfig, model: Transformer, token_bytes: Tensor) -> None:
+    def __init__(self, cfg: ExperimentConfig, model: Transformer, token_bytes: Tensor, unigram_bits: Tensor) -> None:
         """Wrap a model.
 
         Args:
             cfg: the experiment.
             model: with its weights set.
             token_bytes: (vocabulary,) int64, bytes of text that each token stands for.
+            unigram_bits: (vocabulary,) float64, bits of each token under the training text's token frequencies.
         """
         super().__init__()
         self.automatic_optimization = False
         self.cfg, self.model = cfg, model
         self.register_buffer("token_bytes", token_bytes, persistent=False)
+        self.register_buffer("unigram_bits", unigram_bits, persistent=False)
         self.memories: dict[int, Tensor] = {}  # micro batch -> the memory that its next segment goes on from
         self.val_memory: Tensor | None = None
-        self.val_sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+        self.val_sums = torch.zeros(4, dtype=torch.float64)  # nats, unigram bits, tokens, bytes
         self.val_loss: float | None = None  # of this very step
         self.skip_validation = False
         self._rng: dict[str, Any] | None = None
@@ -93,15 +95,23 @@ class LanguageModel(pl.LightningModule):
         nll, self.val_memory = self._nll(batch, self.val_memory)
         targets = batch[:, 1:]
         nats = nll.sum(dtype=torch.float64)
-        self.val_sums += torch.stack([nats, nats.new_tensor(targets.numel()), self.token_bytes[targets].sum()]).cpu()
+        unigram, n_bytes = self.unigram_bits[targets].sum(), self.token_bytes[targets].sum()
+        self.val_sums += torch.stack([nats, unigram, torch.ones_like(targets).sum(), n_bytes]).cpu()
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss (nats per token) and bits per byte of the whole validation, under the number of steps done."""
+        """Log what the validation measured under the number of steps done.
+
+        Loss (nats per token), bits per byte, and the bits per byte of a unigram model on the same tokens.
+        """
         if self.skip_validation:
             return
-        nats, tokens, n_bytes = self.val_sums.tolist()
+        nats, unigram, tokens, n_bytes = self.val_sums.tolist()
         self.val_loss = nats / tokens
-        values = {"val/loss": self.val_loss, "val/bits_per_byte": nats / math.log(2) / n_bytes}
+        values = {
+            "val/loss": self.val_loss,
+            "val/bits_per_byte": nats / math.log(2) / n_bytes,
+            "val/unigram_bits_per_byte": unigram / n_bytes,
+        }
         self.log_dict(values, logger=False)  # for callbacks; Lightning's own logging counts steps from 0
         self.trainer.logger.log_metrics(values, self.trainer.global_step)
 

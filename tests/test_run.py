@@ -98,7 +98,7 @@ class TestTracking:
         for name in ("train/loss", "train/bits_per_byte", "optim/lr", "optim/grad_norm", "perf/tokens_per_second"):
             assert steps[name] == every, name
         assert steps["val/loss"] == steps["val/bits_per_byte"] == steps["attn/gate"] == [6, 12]
-        assert steps["val/unigram_bits_per_byte"] == [0]
+        assert steps["val/unigram_bits_per_byte"] == [6, 12]
         assert run.data.metrics["val/bits_per_byte"] < run.data.metrics["val/unigram_bits_per_byte"] * 1.3
 
     def test_artifacts_tags_and_inputs(self, finished, tmp_path):
@@ -152,6 +152,15 @@ class TestUseOfACheckpoint:
         assert done.stderr == (
             "model.n_layers=3 differs from the checkpoint's 2. "
             "Fix: leave model.n_layers out, or start a new run with resume=null.\n"
+        )
+
+    def test_nothing_left_to_train(self, finished):
+        done = runs.run(finished[0], "resume=last")
+        assert done.returncode == 2
+        assert re.fullmatch(
+            r"trainer.max_steps=12 is reached: outputs/runs/\S+/step-00000012 is at step 12. "
+            r"Fix: set trainer.max_steps=24 to go on.\n",
+            done.stderr,
         )
 
     def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(self, copy_of_finished):

@@ -81,19 +81,21 @@ class TokenDataModule(LightningDataModule):
         return self._loader(self._train, steps, self._n_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Serve int64 tensors (micro_batch_seqs, seq_len + 1): the first eval_batches of the stream, or all.
+        """Serve int64 tensors (micro_batch_seqs, seq_len + 1): eval_batches of them, or all.
 
-        Sequences are in stream order; the last batch of all is smaller when they do not divide. With order=contiguous
-        a row of each batch reads on where that row of the batch before ended, and what does not fill a batch is left
-        out. Read in the training process: validation needs no order of its own to be prefetched.
+        Fewer than all are taken at even distances, so that they stand for the whole of the text and not for its first
+        documents. With order=contiguous a row of each batch reads on where that row of the batch before ended, rows
+        start at even distances, and what does not fill a batch is left out; else the last batch of all is smaller when
+        they do not divide. Read in the training process: validation needs no order of its own to be prefetched.
         """
         n, rows = self._valid.n_sequences, self._micro_batch_seqs
         if self._is_contiguous:
             order = Contiguous(n, rows)
             batches = [[order.sequence_at(g) for g in range(s * rows, (s + 1) * rows)] for s in range(n // rows)]
-        else:
-            batches = [list(range(first, min(first + rows, n))) for first in range(0, n, rows)]
-        return self._loader(self._valid, batches[: self._eval_batches or None], 0)
+            return self._loader(self._valid, batches[: self._eval_batches or None], 0)
+        n_taken = min(n, self._eval_batches * rows) if self._eval_batches else n
+        taken = [i * n // n_taken for i in range(n_taken)]
+        return self._loader(self._valid, [taken[i : i + rows] for i in range(0, n_taken, rows)], 0)
 
     def advance(self, n: int) -> None:
         """Count n more sequences as consumed."""

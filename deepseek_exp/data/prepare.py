@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from deepseek_exp.config import DataConfig, Source
 from deepseek_exp.data import shards
 from deepseek_exp.data.corpus import Corpus
@@ -32,8 +35,8 @@ class PreparedData:
         tokenizer: trained on the training text.
         train: tokens to train on.
         valid: tokens to validate on.
-        unigram_bits_per_byte: bits per byte of the validation text for a model that knows only how often each token
-            is in the training text.
+        unigram_bits: (vocab_size,) float64, bits that each token costs a model that knows only how often it is in the
+            training text.
         skipped: rows that could not be read (data.on_bad_line=skip), by file.
         inputs: what an experiment tracker records of each split: name, context, digest, source, n_documents, n_bytes,
             n_tokens.
@@ -42,7 +45,7 @@ class PreparedData:
     tokenizer: Tokenizer
     train: Shard
     valid: Shard
-    unigram_bits_per_byte: float
+    unigram_bits: Tensor
     skipped: dict[str, int]
     inputs: list[dict[str, Any]]
 
@@ -68,7 +71,8 @@ def prepare(cfg: DataConfig) -> PreparedData:
         by_file = ", ".join(f"{path}: {count}" for path, count in packed.skipped.items())
         log.warning("skipped %d rows that could not be read (%s)", sum(packed.skipped.values()), by_file)
     inputs = [_input(corpus, "train", packed.train), _input(corpus, "valid", packed.valid)]
-    return PreparedData(tokenizer, packed.train, packed.valid, packed.unigram_bits_per_byte, packed.skipped, inputs)
+    bits = torch.from_numpy(packed.unigram_bits)
+    return PreparedData(tokenizer, packed.train, packed.valid, bits, packed.skipped, inputs)
 
 
 def _cached(cfg: DataConfig, folder: Path) -> tuple[Tokenizer, Shards] | None:

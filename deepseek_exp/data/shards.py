@@ -25,6 +25,7 @@ from deepseek_exp.data.corpus import Corpus, Document
 from deepseek_exp.data.tokenizer import Tokenizer, pieces
 
 SPLITS = ("train", "valid")
+UNIGRAM = "unigram_bits.npy"
 BATCH_CHARS = 1 << 20
 REPORT_SECONDS = 5.0
 
@@ -65,7 +66,7 @@ class Shards:
         valid: tokens to validate on.
         tokenizer: sha256 of the tokenizer that made them.
         tokenizer_file: name of its file.
-        unigram_bits_per_byte: bits per byte of the validation text under the token frequencies of the training text.
+        unigram_bits: (vocab_size,) float64, bits that each token costs under the frequencies of the training tokens.
         skipped: rows that could not be read, by file.
     """
 
@@ -73,7 +74,7 @@ class Shards:
     valid: Shard
     tokenizer: str
     tokenizer_file: str
-    unigram_bits_per_byte: float
+    unigram_bits: np.ndarray
     skipped: dict[str, int]
 
 
@@ -108,7 +109,7 @@ def load(folder: Path) -> Shards | None:
             meta[split] = Shard(folder / f"{split}.bin", **meta[split])
             if meta[split].path.stat().st_size != meta[split].n_tokens * np.dtype(meta[split].dtype).itemsize:
                 return None
-        return Shards(**meta)
+        return Shards(**meta, unigram_bits=np.load(folder / UNIGRAM))
     except (FileNotFoundError, ValueError):
         return None
 
@@ -145,8 +146,10 @@ def build(corpus: Corpus, found: Survey, tokenizer: Tokenizer, tokenizer_file: s
     }
     meta["tokenizer"] = tokenizer.digest
     meta["tokenizer_file"] = tokenizer_file
-    meta["unigram_bits_per_byte"] = unigram_bits_per_byte(counts["train"], counts["valid"], found.n_bytes["valid"])
     meta["skipped"] = found.skipped
+    with (part / UNIGRAM).open("wb") as file:
+        np.save(file, unigram_bits(counts["train"]))
+        _sync(file)
     with (part / "meta.json").open("w", encoding="utf-8") as file:
         json.dump(meta, file, indent=2)
         _sync(file)
@@ -167,18 +170,16 @@ def publish(part: Path, folder: Path) -> None:
     os.close(parent)
 
 
-def unigram_bits_per_byte(train: np.ndarray, valid: np.ndarray, valid_bytes: int) -> float:
-    """Cost of the validation tokens under the frequencies of the training tokens; a model that learns does better.
-
-    -sum_v valid_v * log2((train_v + 1) / (sum(train) + vocab_size)) / valid_bytes, ends of documents included.
+def unigram_bits(counts: np.ndarray) -> np.ndarray:
+    """Cost of each token for a model that knows only how often it was seen: -log2((count + 1) / (total + vocab_size)).
 
     Args:
-        train: (vocab_size,) how often each id is in the training tokens.
-        valid: (vocab_size,) the same for validation.
-        valid_bytes: bytes of validation text.
+        counts: (vocab_size,) how often each id is in the training tokens, ends of documents included.
+
+    Returns:
+        (vocab_size,) float64, bits.
     """
-    bits = np.log2(train.sum() + len(train)) - np.log2(train + 1)  # (vocab_size,)
-    return float(valid @ bits / valid_bytes)
+    return np.log2(counts.sum() + len(counts)) - np.log2(counts + 1)
 
 
 def reported(documents: Iterable[Document], what: str, total_bytes: int) -> Iterator[Document]:

@@ -167,7 +167,7 @@ class TrackingConfig:
     parent_run_id: str | None = key("MLflow run that this one belongs to; a sweep fills it in")
     tags: dict[str, str] = key("further tags of the run")
     system_metrics: bool = key("log CPU, memory, disk, network and GPU use of the machine")
-    drain_seconds: float = key("how long the end of a run waits for metrics to reach the store", gt=0)
+    drain_seconds: float = key("how long the end of a run waits for a store that takes nothing, seconds", gt=0)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from mlflow.entities import Metric
@@ -61,14 +62,21 @@ class Carrier:
         self._outbox = outbox
         self._sampler = sampler
         self._samples: deque[Metric] = deque(maxlen=_KEPT_SAMPLES)
+        self._last_progress = 0.0
 
-    def run(self, lifeline: Lifeline) -> None:
-        """Send until the training process is gone and all has arrived; then at most `drain_seconds` more."""
+    def run(self, lifeline: Lifeline, when_gone: Callable[[], None]) -> None:
+        """Send until the training process is gone and all has arrived; give up after `drain_seconds` of no progress.
+
+        Args:
+            lifeline: tells when the training process is gone.
+            when_gone: is called then.
+        """
         pause, gone = 0.0, False
         while True:
             if not gone and (self._progress.end or lifeline.is_cut(pause)):
                 gone, pause = True, POLL_SECONDS
-                _exit_after(self._spec.tracking.drain_seconds)
+                when_gone()
+                self._give_up_without_progress()
             elif gone:
                 time.sleep(POLL_SECONDS)
             if self.attempt(closing=gone) and gone:
@@ -94,6 +102,21 @@ class Carrier:
             self._progress.save(self._run_dir)
         return trouble is None
 
+    def _save(self) -> None:
+        self._progress.save(self._run_dir)
+        self._last_progress = time.monotonic()
+
+    def _give_up_without_progress(self) -> None:
+        """End this process, whatever it hangs in, when nothing has arrived for too long; the rest is in the journal."""
+        self._last_progress = time.monotonic()
+
+        def watch() -> None:
+            while time.monotonic() - self._last_progress < self._spec.tracking.drain_seconds:
+                time.sleep(0.1)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+
     def _send_values(self, *, closing: bool) -> None:
         if self._sampler:
             self._samples.extend(self._sampler.sample())
@@ -104,14 +127,14 @@ class Carrier:
             self._outbox.send_values(events)
             self._remember_end(events)
             self._progress.values_offset = offset
-            self._progress.save(self._run_dir)
+            self._save()
         if self._samples:
             self._outbox.send_metrics(list(self._samples))
             self._samples.clear()
         if closing and not self._progress.closed:
             self._outbox.close(self._progress.end or self._killed())
             self._progress.closed = True
-            self._progress.save(self._run_dir)
+            self._save()
 
     def _send_artifacts(self) -> None:
         if not self._progress.facts_sent:
@@ -119,7 +142,7 @@ class Carrier:
             for path, text in known.items():
                 self._outbox.send_text(text, path)
             self._progress.facts_sent = True
-            self._progress.save(self._run_dir)
+            self._save()
         while True:
             events, offset = read_events(self._run_dir / JOURNAL, self._progress.artifacts_offset)
             if not events:
@@ -127,7 +150,7 @@ class Carrier:
             to_send = [event for event in events if event["kind"] not in _VALUES]
             self._outbox.send_artifacts(to_send)
             self._progress.artifacts_offset = offset
-            self._progress.save(self._run_dir)
+            self._save()
 
     def _remember_end(self, events: list[Event]) -> None:
         """Keep the end of the run's last life: what was resumed after it ended has not ended."""
@@ -141,10 +164,3 @@ class Carrier:
         """Make up the end event of a training process that could write none."""
         died_ms = int((self._run_dir / JOURNAL).stat().st_mtime * 1000)
         return {"t": died_ms, "kind": "end", "status": "FAILED", "error": _KILLED}
-
-
-def _exit_after(seconds: float) -> None:
-    """End this process then, whatever it hangs in; what has not arrived is in the journal."""
-    timer = threading.Timer(seconds, os._exit, (1,))
-    timer.daemon = True
-    timer.start()

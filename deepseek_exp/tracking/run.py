@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -184,7 +185,7 @@ class TrackedRun:
         self._journal.dataset(fields)
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"], error: str | None) -> Delivery:
-        """End the run, and wait at most `drain_seconds` until everything is in the store.
+        """End the run, and wait until everything is in the store, or nothing has arrived there for `drain_seconds`.
 
         Args:
             status: how the run ended.
@@ -195,12 +196,21 @@ class TrackedRun:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
-        try:
-            self._process.wait(self._spec.tracking.drain_seconds + _EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._wait_for_sender()
         return self._delivery(Progress.load(self.run_dir))
+
+    def _wait_for_sender(self) -> None:
+        """Wait for the sender to end, and end it when nothing has arrived for longer than it may wait itself."""
+        patience = self._spec.tracking.drain_seconds + _EXIT_SECONDS
+        seen, since = None, time.monotonic()
+        while self._process.poll() is None:
+            progress = Progress.load(self.run_dir)
+            if progress != seen:
+                seen, since = progress, time.monotonic()
+            if time.monotonic() - since > patience:
+                self._process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.2)
 
     def _delivery(self, progress: Progress) -> Delivery:
         size = (self.run_dir / JOURNAL).stat().st_size

@@ -15,6 +15,7 @@ test: $(READY)  ## run the tests
 	$(PY) -m pytest -n 2 $(ARGS)
 
 ui: $(READY)  ## MLflow's web page over all runs, at http://127.0.0.1:5000
+	@mkdir -p outputs
 	$(PY) -m mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --workers 1 $(ARGS)
 
 lint: $(READY)  ## what a commit must pass

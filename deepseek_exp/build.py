@@ -128,7 +128,7 @@ def build_trainer(
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     t = cfg.trainer
     metrics, checkpoints = Metrics(cfg), Checkpoints(cfg, run.run_dir)
-    third_party = [instantiate(node, _convert_="all") for node in t.callbacks.values()]
+    third_party = [instantiate(node, _recursive_=False, _convert_="all") for node in t.callbacks.values()]
     trainer = pl.Trainer(
         accelerator="gpu" if parts.device.type == "cuda" else "cpu",
         devices=1,

@@ -107,11 +107,7 @@ class Metrics(Callback):
             if event is not None:
                 event.synchronize()
             loss, nats, n_bytes, grad_norm = values.tolist()
-            if not math.isfinite(loss):
-                rule = f"made the loss {loss} at step {step}"
-                raise UserError(
-                    Problem("optim.lr", self.cfg.optim.lr, rule, "lower optim.lr or lengthen optim.warmup_steps")
-                )
+            check_finite(loss, step, self.cfg)
             self.last = {
                 "train/loss": loss,
                 "train/bits_per_byte": nats / math.log(2) / n_bytes,
@@ -119,6 +115,17 @@ class Metrics(Callback):
                 **host,
             }
             trainer.logger.log_metrics(self.last, step)
+
+
+def check_finite(loss: float, step: int, cfg: ExperimentConfig) -> None:
+    """Refuse to go on from a loss that is infinite or no number.
+
+    Raises:
+        UserError: it is.
+    """
+    if not math.isfinite(loss):
+        rule = f"made the loss {loss} at step {step}"
+        raise UserError(Problem("optim.lr", cfg.optim.lr, rule, "lower optim.lr or lengthen optim.warmup_steps"))
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, Any]:
@@ -198,50 +205,47 @@ class Progress(Callback):
 class Checkpoints(Callback):
     """Saves when due, at the end, and when SIGTERM or SIGINT asks the run to stop.
 
-    A step that is validated is saved after its validation, so that the checkpoint knows its loss.
+    A step that is validated is saved after its validation, so that the checkpoint knows its loss; a signal lets that
+    validation end, so that a stopped and resumed run validates where the unbroken one does.
     """
 
     def __init__(self, cfg: ExperimentConfig, run_dir: Path) -> None:
-        self.cfg, self.run_dir = cfg.trainer, run_dir
+        self.cfg, self.run_dir = cfg, run_dir
         self.signum: int | None = None
         self.saved: Path | None = None
+        self._loss: Tensor | None = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the signals; a second one ends the process at once."""
-        self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take over the signals; a second one ends the process at once.
+
+        Lightning has noted the handlers before and puts them back when the training ends, however it ends.
+        """
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._remember)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         """Save a step that is due and not validated; mark the last step as the last."""
-        step = trainer.global_step
-        if self.signum is not None:
-            self._save(trainer)
-            raise Stopped(self.signum, step)
-        if step >= self.cfg.max_steps:
+        step, t = trainer.global_step, self.cfg.trainer
+        self._loss = outputs["loss"]
+        if step >= t.max_steps:
             trainer.should_stop = True  # makes Lightning validate after this step, whatever the interval
-        elif step % self.cfg.checkpoint_every_steps == 0 and step % self.cfg.eval_every_steps:
-            self._save(trainer)
-
-    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Hurry through the validation once a signal has come."""
-        pl_module.skip_validation = self.signum is not None
+        elif step % t.eval_every_steps:
+            self._save_if(trainer, step % t.checkpoint_every_steps == 0)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save a validated step that is due."""
-        if trainer.state.fn != "fit":
-            return
-        step = trainer.global_step
-        stopped = self.signum is not None
-        if stopped or step >= self.cfg.max_steps or step % self.cfg.checkpoint_every_steps == 0:
-            self._save(trainer)
-        if stopped and step < self.cfg.max_steps:
-            raise Stopped(self.signum, step)
+        """Save a validated step that is due, or the last one, also where another callback ends the training."""
+        if trainer.state.fn == "fit":
+            due = trainer.global_step % self.cfg.trainer.checkpoint_every_steps == 0
+            self._save_if(trainer, due or trainer.should_stop)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        for signum, handler in getattr(self, "_before", {}).items():
-            signal.signal(signum, handler)
+    def _save_if(self, trainer: pl.Trainer, due: bool) -> None:
+        step, signum = trainer.global_step, self.signum
+        if due or signum is not None:
+            self._save(trainer, step)
+        if signum is not None and step < self.cfg.trainer.max_steps:
+            raise Stopped(signum, step)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
@@ -249,7 +253,9 @@ class Checkpoints(Callback):
             signal.raise_signal(signum)
         self.signum = signum
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        self.saved = self.run_dir / manifest.FOLDER / manifest.checkpoint_name(trainer.global_step)
+    def _save(self, trainer: pl.Trainer, step: int) -> None:
+        if self._loss is not None:
+            check_finite(self._loss.item(), step, self.cfg)
+        self.saved = self.run_dir / manifest.FOLDER / manifest.checkpoint_name(step)
         trainer.save_checkpoint(self.saved)
-        manifest.prune(self.run_dir, self.cfg.keep_checkpoints)
+        manifest.prune(self.run_dir, self.cfg.trainer.keep_checkpoints)

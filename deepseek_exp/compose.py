@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -51,7 +52,8 @@ def check_command_line(argv: Sequence[str]) -> None:
             # what goes on from a checkpoint is checked once its own configuration lies underneath
             later = cfg.get("resume") is not None or cfg.get("do") is not Do.train
             problems |= {str(p): p for p in found + _check(cfg, found, rules=not later)}
-    if args.multirun and any(o.startswith("resume=") and o != "resume=null" for o in args.overrides):
+    resumes = [o.lstrip("+") for o in args.overrides if o.lstrip("+").startswith("resume=")]
+    if args.multirun and any(o != "resume=null" for o in resumes):
         fix = "resume one run at a time, without -m"
         problems["resume"] = Problem("resume", "a sweep", "cannot be combined with -m", fix)
     if problems:
@@ -86,10 +88,14 @@ def merge_saved(saved: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: the saved tree does not fit this version's schema.
     """
-    with _hydra():
-        now, default = (OmegaConf.to_container(compose("config", o), resolve=True) for o in (list(overrides), []))
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     named = [SECTION_OF.get(str(o.key_or_group), str(o.key_or_group)) for o in parsed]
+    # what refers to the model (data.seq_len: ${model.max_seq_len}) refers to the saved one, unless another is named
+    pins = (
+        [] if {"model", "recipes"} & set(named) else [f"model.{k}={json.dumps(v)}" for k, v in saved["model"].items()]
+    )
+    with _hydra():
+        now, default = (OmegaConf.to_container(compose("config", [*pins, *o]), resolve=True) for o in (overrides, []))
     schema = OmegaConf.structured(ExperimentConfig)
     try:
         merged = OmegaConf.merge(schema, saved)
@@ -170,7 +176,10 @@ def _check(cfg: DictConfig, known: list[Problem], rules: bool = True) -> list[Pr
         raw = OmegaConf.to_container(cfg, resolve=False)
         return [
             Problem(
-                path, _select(raw, path), f"cannot be resolved ({str(error).splitlines()[0]})", "mend the reference"
+                path,
+                _select(raw, path.split("[")[0]),
+                f"cannot be resolved ({str(error).splitlines()[0]})",
+                "mend the reference",
             )
         ]
     told = {p.key for p in known}
@@ -313,5 +322,5 @@ def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 
 def _select(tree: Any, path: str) -> Any:
     for part in path.split("."):
-        tree = tree[part]
+        tree = tree.get(part) if isinstance(tree, dict) else None
     return tree

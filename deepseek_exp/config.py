@@ -92,7 +92,9 @@ class ModelConfig:
     d_ff: int = key("hidden width of the feed-forward network", ge=1)
     window: int = key("tokens that a query sees locally, itself included; 0: all before it", ge=0)
     n_global_tokens: int = key("first tokens of a sequence, seen by every later query; 0: none", ge=0)
-    memory_len: int = key("hidden states of the segment before, kept per block as extra keys, tokens; 0: off", ge=0)
+    memory_len: int = key(
+        "tokens of the segment before whose hidden states each block keeps as extra keys; 0: off", ge=0
+    )
     rope_theta: float = key("base of the rotary embedding's wavelengths", gt=1)
     norm_eps: float = key("epsilon under the square root of RMSNorm", gt=0, lt=1)
     tie_embeddings: bool = key("the output projection is the embedding table")
@@ -186,7 +188,7 @@ class ExperimentConfig:
 
     do: Do = key("train, eval (validation loss of a checkpoint) or sample (text from a checkpoint)")
     device: Device = key("auto takes a GPU when there is one")
-    seed: int = key("seed of weights, data order and sampling", ge=0)
+    seed: int = key("seed of weights, data order and sampling", ge=0, lt=2**63)
     resume: str | None = key("checkpoint to go on from: last, an MLflow run id, or a path; null: start anew")
     output_dir: str = key("folder for runs, the MLflow database and caches")
     model: ModelConfig = MISSING

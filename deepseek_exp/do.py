@@ -16,15 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from deepseek_exp import compose, validate
 from deepseek_exp.config import ROOT, Do, ExperimentConfig
-from deepseek_exp.errors import ConfigError, Problem, UserError
+from deepseek_exp.errors import ConfigError, DataError, Problem, UserError
 from deepseek_exp.parallel import manifest
 from deepseek_exp.sweep import SWEEP_FILE
 from deepseek_exp.tracking import TrackedRun
 
 if TYPE_CHECKING:
     from deepseek_exp.build import Parts
+    from deepseek_exp.data import Tokenizer
+    from deepseek_exp.models import Transformer
 
 READY_SECONDS = 60.0
+DIGESTS = "data.json"
 # the sections whose overrides are worth a place in the run's name
 NAMED = ("model", "data", "optim")
 
@@ -66,17 +69,17 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
         CheckpointError: the checkpoint is missing or damaged.
     """
     checkpoint = None
-    if sweep_dir is not None:
-        composed.tracking.parent_run_id = json.loads((sweep_dir.parent / SWEEP_FILE).read_text())["run_id"]
     if composed.resume is not None or composed.do is not Do.train:
         checkpoint, passed_over = manifest.locate(composed.resume or "last", Path(composed.output_dir))
         for sentence in passed_over:
             say(sentence)
         composed = _on_top_of(checkpoint, overrides)
+    if sweep_dir is not None:
+        composed.tracking.parent_run_id = json.loads((sweep_dir.parent / SWEEP_FILE).read_text())["run_id"]
     cfg = compose.to_experiment(composed)
     if cfg.do is Do.train and checkpoint is not None:
         _check_steps_left(cfg, checkpoint)
-    name = cfg.tracking.run_name or _name(cfg, overrides, size)
+    name = cfg.tracking.run_name or _name(cfg, overrides, size, checkpoint, sweep_dir is not None)
     if cfg.do is Do.train and checkpoint is not None:
         run_dir = manifest.run_dir_of(checkpoint)
     else:
@@ -93,6 +96,8 @@ def _on_top_of(checkpoint: Path, overrides: Sequence[str]) -> DictConfig:
     fixed = validate.resume_problems(before, now)
     if fixed:
         raise ConfigError(*fixed)
+    if now.do is not Do.train:  # a run of its own, not the one that trained
+        merged.tracking.parent_run_id = merged.tracking.run_name = None
     return merged
 
 
@@ -117,12 +122,14 @@ def train(job: Job, tracked: TrackedRun, run_id: str) -> float:
 
     started = time.monotonic()
     parts = build.build_parts(job.cfg, None)
+    _check_data(job, parts)
     _log_inputs(parts, tracked)
-    texts = {"config.yaml": job.yaml, "tokenizer.json": parts.data.tokenizer.json}
+    digests = json.dumps(_digests(parts))
+    texts = {"config.yaml": job.yaml, "tokenizer.json": parts.data.tokenizer.json, DIGESTS: digests}
     trainer, checkpoints, metrics = build.build_trainer(job.cfg, parts, tracked, run_id, texts)
     say(_plan(job, parts, run_id))
     trainer.fit(parts.lit, datamodule=parts.datamodule, ckpt_path=job.checkpoint)
-    text = _sample_text(job.cfg, parts, room=True)
+    text = _sample_text(job.cfg, parts.lit.model.to(parts.device), parts.data.tokenizer, room=True)
     tracked.log_text(text, "sample.txt")
     say(_summary(job, parts, run_id, checkpoints.saved, metrics.last, text, time.monotonic() - started))
     return float(trainer.callback_metrics["val/loss"])
@@ -133,7 +140,9 @@ def evaluate(job: Job, tracked: TrackedRun, run_id: str) -> float:
     from deepseek_exp import build
 
     parts = build.build_parts(job.cfg, job.checkpoint)
+    _check_data(job, parts)
     _log_inputs(parts, tracked)
+    parts.lit.steps_done = manifest.read_manifest(job.checkpoint).step
     trainer, _, _ = build.build_trainer(job.cfg, parts, tracked, run_id, {})
     say(f"evaluating {job.checkpoint} on {parts.data.valid.n_tokens:,} tokens")
     trainer.validate(parts.lit, datamodule=parts.datamodule, verbose=False)
@@ -142,11 +151,15 @@ def evaluate(job: Job, tracked: TrackedRun, run_id: str) -> float:
 
 
 def sample(job: Job) -> None:
-    """Continue the prompt from a checkpoint; this is not recorded in MLflow."""
+    """Continue the prompt from a checkpoint with its own tokenizer; this is not recorded in MLflow."""
     from deepseek_exp import build
+    from deepseek_exp.data import Tokenizer
 
-    parts = build.build_parts(job.cfg, job.checkpoint)
-    say(_sample_text(job.cfg, parts, room=False))
+    build.set_up_torch(job.cfg)
+    model = build.build_model(job.cfg, build.pick_device(job.cfg.device), job.checkpoint)
+    tokenizer = Tokenizer.load(job.checkpoint / "tokenizer.json")
+    asked = any(o.startswith("sample.max_new_tokens=") for o in job.overrides)
+    say(_sample_text(job.cfg, model, tokenizer, room=not asked))
 
 
 def say(text: str) -> None:
@@ -183,9 +196,9 @@ def _tracked(job: Job, action: Any) -> float:
             _end(tracked, "KILLED", str(stopped))
             say(f"{stopped}; the checkpoint is saved. Go on with: {_command()} resume={run_id[:12]}")
             raise SystemExit(128 + stopped.signum) from stopped
-    except SystemExit:
-        raise
     except BaseException as error:
+        if isinstance(error, SystemExit) and isinstance(error.__cause__, Stopped):
+            raise
         _end(tracked, "FAILED", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         raise
     _end(tracked, "FINISHED", None)
@@ -204,20 +217,42 @@ def _log_inputs(parts: Parts, tracked: TrackedRun) -> None:
         tracked.log_dataset(entry["name"], entry["context"], entry["digest"], entry["source"], profile)
 
 
-def _sample_text(cfg: ExperimentConfig, parts: Parts, *, room: bool) -> str:
+def _check_data(job: Job, parts: Parts) -> None:
+    """Refuse to go on from a checkpoint with text or a tokenizer that has changed since."""
+    if job.checkpoint is None:
+        return
+    saved = json.loads((job.checkpoint / DIGESTS).read_text())
+    compared = saved if job.cfg.do is Do.train else ["tokenizer"]
+    changed = [name for name in compared if saved[name] != _digests(parts)[name]]
+    if changed:
+        d = job.cfg.data
+        rule = f"is not what {job.checkpoint} was trained with any more: its {', '.join(changed)} has changed"
+        fix = "bring back the text as it was (for stdlib: the same Python), or start a new run with resume=null"
+        raise DataError(Problem("data.path" if d.path else "data.source", d.path or d.source.value, rule, fix))
+
+
+def _digests(parts: Parts) -> dict[str, str]:
+    data = parts.data
+    return {"tokenizer": data.tokenizer.digest, "train": data.train.digest, "valid": data.valid.digest}
+
+
+def _sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer, *, room: bool) -> str:
     """Continue the configured prompt; `room` takes as many tokens as there is room for instead of failing."""
     from deepseek_exp.serve import generate
 
-    tokenizer, s, longest = parts.data.tokenizer, cfg.sample, cfg.model.max_seq_len
+    s, longest = cfg.sample, cfg.model.max_seq_len
     prompt = tokenizer.encode(s.prompt)
     left = longest - max(1, len(prompt))
+    if left < 1 and not room:
+        rule = f"has {len(prompt)} tokens and leaves no room in model.max_seq_len={longest}"
+        raise ConfigError(Problem("sample.prompt", s.prompt, rule, "shorten it"))
     if s.max_new_tokens > left and not room:
         rule = f"and a prompt of {len(prompt)} tokens are more than model.max_seq_len={longest}"
         raise ConfigError(
             Problem("sample.max_new_tokens", s.max_new_tokens, rule, f"use {max(left, 0)} or less, or a shorter prompt")
         )
     tokens = generate(
-        parts.lit.model.to(parts.device).eval(),
+        model.eval(),
         prompt[: longest - 1],
         max_new_tokens=min(s.max_new_tokens, max(left, 1)),
         temperature=s.temperature,
@@ -270,13 +305,17 @@ def _summary(
     lines += [f"checkpoint  {_shown(saved or job.checkpoint)}", "sample      " + text.replace("\n", "\n            ")]
     if job.in_sweep:
         return "\n".join(lines) + "\n"
-    lines += [
-        "\nnext:",
-        f"  {'make ui':60}# look at it and compare runs in the MLflow UI",
-        f"  {start + f' do=sample resume={short}':60}# more text from it",
-        f"  {start + f' resume={short} trainer.max_steps={2 * job.cfg.trainer.max_steps}':60}# go on training",
-        f"  {start + ' -m model.n_heads=2,4 optim.lr=1e-3,3e-4':60}# a sweep",
-    ]
+    steps, where = 2 * job.cfg.trainer.max_steps, job.cfg.output_dir
+    if where != "outputs":
+        short += f" output_dir={where}"
+    commands = {
+        "make ui": "look at it and compare runs in the MLflow UI",
+        f"{start} do=sample resume={short}": "more text from it",
+        f"{start} resume={short} trainer.max_steps={steps}": "go on training",
+        f"{start} -m model.n_heads=2,4 optim.lr=1e-3,3e-4": "a sweep",
+    }
+    width = max(map(len, commands))
+    lines += ["\nnext:", *(f"  {command:{width}}  # {what}" for command, what in commands.items())]
     return "\n".join(lines)
 
 
@@ -288,21 +327,24 @@ def _validation_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _tags(job: Job) -> dict[str, str]:
-    tags = {"overrides": " ".join(job.overrides), "do": job.cfg.do.value, "run_dir": str(job.run_dir)}
-    if job.checkpoint is not None:
-        tags["checkpoint"] = str(job.checkpoint)
-    return tags
+    overrides, tags = " ".join(job.overrides), {"do": job.cfg.do.value, "run_dir": str(job.run_dir)}
+    if job.checkpoint is None:
+        return {"overrides": overrides, **tags}
+    which = "overrides_on_resume" if job.cfg.do is Do.train else "overrides"
+    return {which: overrides, "checkpoint": str(job.checkpoint), **tags}
 
 
-def _name(cfg: ExperimentConfig, overrides: Sequence[str], size: str) -> str:
+def _name(cfg: ExperimentConfig, overrides: Sequence[str], size: str, checkpoint: Path | None, in_sweep: bool) -> str:
     """Name a run by its version, size and data, then by the values that its command line set."""
+    if checkpoint is not None:
+        return f"{cfg.do.value} {cfg.model.version} {checkpoint.resolve().parents[1].name} {checkpoint.name}"
+    named = (*NAMED, "trainer") if in_sweep else NAMED
     own = []
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key == "seed" or ("." in key and key.split(".")[0] in NAMED):
+        if key == "seed" or ("." in key and key.split(".")[0] in named):
             own.append(f"{key.rsplit('.', 1)[-1]}={value}")
-    parts = [cfg.model.version, size, cfg.data.source.value, *own]
-    return " ".join(parts if cfg.do is Do.train else [cfg.do.value, *parts])
+    return " ".join([cfg.model.version, size, cfg.data.source.value, *own])
 
 
 def _folder_name(name: str) -> str:

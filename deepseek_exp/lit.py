@@ -43,7 +43,7 @@ class LanguageModel(pl.LightningModule):
         self.val_memory: Tensor | None = None
         self.val_sums = torch.zeros(4, dtype=torch.float64)  # nats, unigram bits, tokens, bytes
         self.val_loss: float | None = None  # of this very step
-        self.skip_validation = False
+        self.steps_done = 0  # by the weights that are validated without training
         self._rng: dict[str, Any] | None = None
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
@@ -77,6 +77,15 @@ class LanguageModel(pl.LightningModule):
         n_bytes = self.token_bytes[targets].sum()
         return {"loss": nats / targets.numel(), "nats": nats, "bytes": n_bytes, "grad_norm": grad_norm, "lr": lr}
 
+    def on_train_start(self) -> None:
+        """Let the configuration's learning rate and decay hold, also where a checkpoint brought back other ones."""
+        schedule, optim = self.lr_schedulers(), self.cfg.optim
+        schedule.base_lrs = [optim.lr] * len(schedule.base_lrs)
+        for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["initial_lr"] = optim.lr
+            group["lr"] = optim.lr * factor(schedule.last_epoch)
+            group["weight_decay"] = optim.weight_decay if group["decays"] else 0.0
+
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Put the random number generators where the checkpoint had them, once after a resume."""
         if self._rng is not None:
@@ -90,8 +99,6 @@ class LanguageModel(pl.LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add one micro batch (sequences, seq + 1) to the validation sums."""
-        if self.skip_validation:
-            return
         nll, self.val_memory = self._nll(batch, self.val_memory)
         targets = batch[:, 1:]
         nats = nll.sum(dtype=torch.float64)
@@ -103,8 +110,6 @@ class LanguageModel(pl.LightningModule):
 
         Loss (nats per token), bits per byte, and the bits per byte of a unigram model on the same tokens.
         """
-        if self.skip_validation:
-            return
         nats, unigram, tokens, n_bytes = self.val_sums.tolist()
         self.val_loss = nats / tokens
         values = {
@@ -113,7 +118,7 @@ class LanguageModel(pl.LightningModule):
             "val/unigram_bits_per_byte": unigram / n_bytes,
         }
         self.log_dict(values, logger=False)  # for callbacks; Lightning's own logging counts steps from 0
-        self.trainer.logger.log_metrics(values, self.trainer.global_step)
+        self.trainer.logger.log_metrics(values, self.trainer.global_step or self.steps_done)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer and the per-step schedule."""

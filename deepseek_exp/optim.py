@@ -27,13 +27,13 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
     """
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay, "decays": True},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0, "decays": False},
     ]
     groups = [g for g in groups if g["params"]]
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return instantiate(cfg.optimizer, _partial_=True, _convert_="all")(groups, lr=cfg.lr)
+        return instantiate(cfg.optimizer, _partial_=True, _recursive_=False, _convert_="all")(groups, lr=cfg.lr)
 
     return MasterWeights(groups, make) if any(p.dtype == torch.bfloat16 for p in params) else make(groups)
 

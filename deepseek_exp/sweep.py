@@ -8,6 +8,9 @@ from __future__ import annotations
 import atexit
 import json
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from deepseek_exp import tracking
 from deepseek_exp.config import TrackingConfig
-from deepseek_exp.errors import TrackingError
+from deepseek_exp.errors import UserError
 
 SWEEP_FILE = "sweep.json"
+# in the folder of a job that failed, whether or not it got as far as a run in MLflow
+FAILED_FILE = "failed.txt"
 
 
 class SweepRun(Callback):
@@ -35,36 +40,47 @@ class SweepRun(Callback):
         """Create the parent run before the first job."""
         cfg, overrides = _tracking(config), " ".join(config.hydra.overrides.task)
         name = cfg.run_name or f"sweep {overrides}"
-        try:
+        folder = Path(config.hydra.sweep.dir)
+        with _leaving_on_error():
             self.parent_run_id = tracking.start_sweep(
                 cfg, name=name, tags={"overrides": overrides}, artifact_dir=Path(config.output_dir) / "artifacts"
             )
-        except TrackingError as error:
-            sys.stderr.write(f"{error}\n")
-            raise SystemExit(1) from error
-        folder = Path(config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SWEEP_FILE).write_text(json.dumps({"run_id": self.parent_run_id}))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SWEEP_FILE).write_text(json.dumps({"run_id": self.parent_run_id}))
         atexit.register(self._abandon, cfg)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print and log the table; leave with status 1 if a job failed."""
         if self.parent_run_id is None:
             return
-        cfg = _tracking(config)
-        rows = tracking.sweep_table(cfg, self.parent_run_id)
-        failed = [row for row in rows if row.status != "FINISHED"]
-        tracking.finish_sweep(cfg, self.parent_run_id, rows, bool(failed))
-        sys.stdout.write(f"\n{tracking.render_table(rows)}\n")
-        sys.stdout.write(f"\n{len(rows) - len(failed)} of {len(rows)} jobs finished; MLflow run {self.parent_run_id}\n")
+        cfg, parent_run_id = _tracking(config), self.parent_run_id
         self.parent_run_id = None
-        if failed:
+        n_failed = len(list(Path(config.hydra.sweep.dir).glob(f"*/{FAILED_FILE}")))
+        with _leaving_on_error():
+            rows = tracking.sweep_table(cfg, parent_run_id)
+            n_failed = max(n_failed, sum(row.status != "FINISHED" for row in rows))
+            tracking.finish_sweep(cfg, parent_run_id, rows, n_failed > 0)
+        sys.stdout.write(f"\n{tracking.render_table(rows)}\n\n{n_failed} of the sweep's jobs failed; ")
+        sys.stdout.write(f"MLflow run {parent_run_id}\n")
+        if n_failed:
             raise SystemExit(1)
 
     def _abandon(self, cfg: TrackingConfig) -> None:
         """Close the parent run of a sweep that was interrupted."""
         if self.parent_run_id is not None:
             tracking.finish_sweep(cfg, self.parent_run_id, tracking.sweep_table(cfg, self.parent_run_id), True)
+
+
+@contextmanager
+def _leaving_on_error() -> Iterator[None]:
+    """Tell an error and leave with status 1: Hydra would turn it into a warning."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(1) from error
 
 
 def _tracking(config: DictConfig) -> TrackingConfig:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import glob
+import math
+import re
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from deepseek_exp.config import Device, ExperimentConfig, Order, Source
+from deepseek_exp.config import Device, Do, ExperimentConfig, Order, Source
 from deepseek_exp.errors import Problem
 
 # whose classes a `_target_` may name: what a YAML file can import is limited to these
-ALLOWED_TARGETS = ("torch.optim.", "pytorch_lightning.callbacks.", "deepseek_exp.")
-TRACKING_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
+ALLOWED_MODULES = ("torch.optim", "pytorch_lightning.callbacks", "deepseek_exp.callbacks")
+TRACKING_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
 
 def problems(exp: ExperimentConfig) -> list[Problem]:
@@ -32,6 +34,8 @@ def _ranges(section: Any, prefix: str) -> Iterator[Problem]:
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
             yield from _ranges(value, f"{prefix}{field.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield Problem(prefix + field.name, value, "is not a finite number", "use a number")
         elif value is not None:
             for name, bound in field.metadata.get("bounds", {}).items():
                 holds, words, fix = BOUNDS[name]
@@ -67,6 +71,12 @@ def _lengths(exp: ExperimentConfig) -> Iterator[Problem]:
     if m.memory_len and not m.window:
         rule = "needs a local window: without one the memory would be the whole past"
         yield Problem("model.memory_len", m.memory_len, rule, "set model.window to a length, or model.memory_len=0")
+    if m.memory_len and m.window and m.memory_len >= m.window:
+        rule = f"is more than a query of model.window={m.window} sees of it"
+        yield Problem("model.memory_len", m.memory_len, rule, f"set model.memory_len={m.window - 1} or less")
+    if m.memory_len and exp.trainer.compile:
+        rule = f"does not reach the segments of a model with model.memory_len={m.memory_len}"
+        yield Problem("trainer.compile", True, rule, "set trainer.compile=false, or model.memory_len=0")
     if m.memory_len and d.order is not Order.contiguous:
         rule = f"needs each sequence to go on where the one before ended, and data.order is '{d.order.value}'"
         yield Problem("model.memory_len", m.memory_len, rule, "set data.order=contiguous, or model.memory_len=0")
@@ -135,8 +145,8 @@ def _targets(exp: ExperimentConfig) -> Iterator[Problem]:
         target = node.get("_target_") if isinstance(node, dict) else None
         if target is None:
             yield Problem(path, node, "has no _target_", f"set {path}._target_ to a class")
-        elif not str(target).startswith(ALLOWED_TARGETS):
-            rule = f"is outside the modules that a configuration may name ({', '.join(ALLOWED_TARGETS)})"
+        elif not re.fullmatch(rf"({'|'.join(map(re.escape, ALLOWED_MODULES))})\.[A-Z]\w*", str(target)):
+            rule = f"is not a class of the modules that a configuration may name ({', '.join(ALLOWED_MODULES)})"
             yield Problem(f"{path}._target_", target, rule, "use a class of those modules")
 
 
@@ -160,9 +170,24 @@ RULES = (_heads, _lengths, _vocabulary, _batches, _data, _tracking, _targets, _d
 
 
 def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Problem]:
-    """Find what a resumed run may not change: the model, the seed and the data; all else may."""
-    fixed = {"seed": (saved.seed, now.seed)}
-    for name, skip in (("model", ()), ("data", ("n_workers", "cache_dir"))):
+    """Find what may not differ from the checkpoint.
+
+    Always the model; for a training that goes on also the seed, the data, the precision and the optimizer's class and
+    arguments (its learning rate, decay and clipping may change), and the batch where the memory's lanes depend on it.
+    """
+    fixed: dict[str, tuple[Any, Any]] = {}
+    sections: list[tuple[str, tuple[str, ...]]] = [("model", ())]
+    if now.do is Do.train:
+        sections.append(("data", ("n_workers", "cache_dir")))
+        fixed["seed"] = saved.seed, now.seed
+        fixed["optim.optimizer"] = saved.optim.optimizer, now.optim.optimizer
+        batch = ("global_batch_seqs",) if now.data.order is Order.contiguous else ()
+        micro_batch = ("micro_batch_seqs",) if now.model.memory_len else ()
+        for key in ("precision", *batch, *micro_batch):
+            fixed[f"trainer.{key}"] = getattr(saved.trainer, key), getattr(now.trainer, key)
+    if now.do is Do.eval:
+        sections.append(("data", ("n_workers", "cache_dir", "seq_len", "order")))
+    for name, skip in sections:
         old, new = getattr(saved, name), getattr(now, name)
         fixed |= {
             f"{name}.{f.name}": (getattr(old, f.name), getattr(new, f.name))

@@ -11,7 +11,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from deepseek_exp import compose, config
+from deepseek_exp import compose, config, validate
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
@@ -127,9 +127,11 @@ class TestMergeSaved:
         assert self.merged(saved, "optim=adamw").optim.optimizer["_target_"] == "torch.optim.AdamW"
         assert self.merged(saved).optim.optimizer == {"_target_": "torch.optim.Adafactor"}
 
-    def test_what_a_resumed_run_may_not_change(self):
-        from deepseek_exp import validate
+    def test_what_refers_to_the_model_refers_to_the_saved_one(self):
+        cfg = self.merged(self.saved("size=tiny"), "data=stdlib", "resume=last")
+        assert (cfg.data.seq_len, cfg.data.vocab_size) == (64, 512)
 
+    def test_what_a_resumed_run_may_not_change(self):
         before, now = composed("seed=1"), composed("seed=2", "model.n_layers=9", "data.text_key=x", "optim.lr=1")
         assert [str(p) for p in validate.resume_problems(before, now)] == [
             "seed=2 differs from the checkpoint's 1. Fix: leave seed out, or start a new run with resume=null.",
@@ -138,3 +140,28 @@ class TestMergeSaved:
             "data.text_key='x' differs from the checkpoint's text. "
             "Fix: leave data.text_key out, or start a new run with resume=null.",
         ]
+
+    @pytest.mark.parametrize(
+        ("before", "now", "keys"),
+        [
+            ([], ["trainer.precision=bf16"], ["trainer.precision"]),
+            ([], ["optim=adafactor"], ["optim.optimizer"]),
+            ([], ["optim.lr=1", "optim.weight_decay=0", "trainer.max_steps=900", "trainer.global_batch_seqs=16"], []),
+            (
+                ["data.order=contiguous"],
+                ["data.order=contiguous", "trainer.global_batch_seqs=16"],
+                ["trainer.global_batch_seqs"],
+            ),
+            (
+                ["data.order=contiguous", "model.memory_len=9"],
+                ["data.order=contiguous", "model.memory_len=9", "trainer.micro_batch_seqs=4"],
+                ["trainer.micro_batch_seqs"],
+            ),
+            ([], ["do=sample", "seed=9", "data=synthetic"], []),
+            ([], ["do=sample", "model.n_layers=9"], ["model.n_layers"]),
+            ([], ["do=eval", "seed=9", "data.seq_len=99"], []),
+            ([], ["do=eval", "data=synthetic"], ["data.source", "data.max_bytes"]),
+        ],
+    )
+    def test_what_each_verb_may_change(self, before, now, keys):
+        assert [p.key for p in validate.resume_problems(composed(*before), composed(*now))] == keys

@@ -45,8 +45,8 @@ MESSAGES = {
     "model.n_heads=2,4": "model.n_heads='2,4' gives several values without -m. Fix: add -m for a sweep.",
     "trainer.callbacks.stop={a:1}": "trainer.callbacks.stop={'a': 1} adds an entry, which needs a plus sign. "
     "Fix: write +trainer.callbacks.stop={a:1}.",
-    "+trainer.callbacks.stop={_target_:os.system}": "trainer.callbacks.stop._target_='os.system' is outside the "
-    "modules that a configuration may name (torch.optim., pytorch_lightning.callbacks., deepseek_exp.). "
+    "+trainer.callbacks.stop={_target_:os.system}": "trainer.callbacks.stop._target_='os.system' is not a class "
+    "of the modules that a configuration may name (torch.optim, pytorch_lightning.callbacks, deepseek_exp.callbacks). "
     "Fix: use a class of those modules.",
     "+trainer.callbacks.stop={a:1}": "trainer.callbacks.stop={'a': 1} has no _target_. "
     "Fix: set trainer.callbacks.stop._target_ to a class.",
@@ -59,7 +59,7 @@ MESSAGES = {
     "model.head_dim=31": "model.head_dim=31 is odd, and the rotary embedding turns pairs. Fix: use model.head_dim=32.",
     "data.seq_len=4096": "data.seq_len=4096 is longer than model.max_seq_len=256. "
     "Fix: set data.seq_len=256 or less, or raise model.max_seq_len.",
-    "model.memory_len=64": "model.memory_len=64 needs each sequence to go on where the one before ended, and "
+    "model.memory_len=63": "model.memory_len=63 needs each sequence to go on where the one before ended, and "
     "data.order is 'shuffled'. Fix: set data.order=contiguous, or model.memory_len=0.",
     "model.memory_len=64 model.window=0 data.order=contiguous": "model.memory_len=64 needs a local window: without one "
     "the memory would be the whole past. Fix: set model.window to a length, or model.memory_len=0.",
@@ -74,8 +74,19 @@ MESSAGES = {
     "data.path=/nowhere": "data.path='/nowhere' is not read by data.source='stdlib'. Fix: add data=text.",
     "data=synthetic data.max_bytes=null": "data.max_bytes=null is needed for data.source='synthetic'. "
     "Fix: set data.max_bytes=300000.",
-    "tracking.uri=outputs": "tracking.uri='outputs' has no scheme of sqlite, http, https, postgresql, mysql, mssql, "
-    "databricks (MLflow's file store is gone). "
+    "optim.optimizer._target_=torch.optim.adam.torch.hub.load": "optim.optimizer._target_="
+    "'torch.optim.adam.torch.hub.load' is not a class of the modules that a configuration may name (torch.optim, pytorch_lightning.callbacks, "
+    "deepseek_exp.callbacks). Fix: use a class of those modules.",
+    "optim.lr=inf": "optim.lr=inf is not a finite number. Fix: use a number.",
+    "model.memory_len=64 data.order=contiguous": "model.memory_len=64 is more than a query of model.window=64 "
+    "sees of it. Fix: set model.memory_len=63 or less.",
+    "model.memory_len=9 data.order=contiguous trainer.compile=true": "trainer.compile=true does not reach the "
+    "segments of a model with model.memory_len=9. Fix: set trainer.compile=false, or model.memory_len=0.",
+    "-m ++resume=last": "resume='a sweep' cannot be combined with -m. Fix: resume one run at a time, without -m.",
+    "optim.optimizer.betas=[${nope},1]": "optim.optimizer.betas[0]=['${nope}', 1] cannot be resolved "
+    "(Interpolation key 'nope' not found). Fix: mend the reference.",
+    "tracking.uri=outputs": "tracking.uri='outputs' has no scheme of sqlite, http, https, postgresql, mysql, mssql "
+    "(MLflow's file store is gone). "
     "Fix: set tracking.uri=sqlite:///outputs/mlflow.db or a server's http address.",
     "-m resume=last": "resume='a sweep' cannot be combined with -m. Fix: resume one run at a time, without -m.",
 }

@@ -129,6 +129,8 @@ class TestUseOfACheckpoint:
         first, second = runs.run(folder, *args), runs.run(folder, *args)
         assert first.returncode == 0, first.stderr
         assert first.stdout.startswith("7 + ") and first.stdout == second.stdout
+        other = runs.run(folder, *args, "seed=9")
+        assert other.returncode == 0 and other.stdout != first.stdout
 
     def test_sample_longer_than_the_model(self, finished):
         done = runs.run(finished[0], "do=sample", "sample.max_new_tokens=64", "sample.prompt=a")
@@ -163,6 +165,29 @@ class TestUseOfACheckpoint:
             done.stderr,
         )
 
+    def test_sampling_needs_no_training_text(self, copy_of_finished):
+        shutil.rmtree(copy_of_finished / "outputs" / "cache")
+        done = runs.run(copy_of_finished, "do=sample", "sample.max_new_tokens=3")
+        assert done.returncode == 0 and not (copy_of_finished / "outputs" / "cache").exists()
+
+    def test_text_that_changed_since_is_refused(self, tmp_path):
+        text = tmp_path / "text.txt"
+        text.write_text("".join(f"line {i} has {i * i} in it\n" for i in range(4000)))
+        own = [o for o in runs.QUICK if o != "data=synthetic"]
+        done = runs.run(tmp_path, *own, "data=text", f"data.path={text}", "trainer.max_steps=4")
+        assert done.returncode == 0, done.stderr
+        text.write_text("".join(f"line {i} has {i * i} in it\n" for i in range(4001)))
+        done = runs.run(tmp_path, "resume=last", "trainer.max_steps=8")
+        assert done.returncode == 1
+        assert (
+            done.stderr.strip()
+            .splitlines()[-1]
+            .endswith(
+                "has changed. Fix: bring back the text as it was (for stdlib: the same Python), "
+                "or start a new run with resume=null."
+            )
+        )
+
     def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(self, copy_of_finished):
         (run_dir,) = runs.run_dirs(copy_of_finished)
         damaged = run_dir / "checkpoints" / "step-00000012" / "state.safetensors"
@@ -177,8 +202,10 @@ class TestUseOfACheckpoint:
         """The same MLflow run goes on: one run, its history continued."""
         done = runs.run(tmp_path, *runs.QUICK, "trainer.max_steps=4")
         assert done.returncode == 0, done.stderr
-        done = runs.run(tmp_path, "resume=last", "trainer.max_steps=6")
+        run_id = all_runs(tmp_path)[0].info.run_id
+        done = runs.run(tmp_path, f"resume={run_id}", "trainer.max_steps=6", "optim.lr=1e-5", "optim.min_lr_ratio=1")
         assert done.returncode == 0, done.stderr
+        assert runs.trace(runs.run_dirs(tmp_path)[0], "optim/lr")[5] == 1e-5
         (run,) = all_runs(tmp_path)
         history = store(tmp_path).get_metric_history(run.info.run_id, "train/loss")
         assert [m.step for m in history] == [1, 2, 3, 4, 5, 6] and run.info.status == "FINISHED"
@@ -237,7 +264,7 @@ class TestSweep:
     def test_a_failed_job_takes_no_other_down_and_the_exit_code_says_so(self, swept):
         _, done = swept
         assert done.returncode == 1
-        assert "2 of 4 jobs finished" in done.stdout
+        assert "2 of the sweep's jobs failed" in done.stdout
         table = [
             line for line in done.stdout.splitlines() if "lr=" in line and ("FINISHED" in line or "FAILED" in line)
         ]

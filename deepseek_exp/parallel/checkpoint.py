@@ -118,16 +118,16 @@ def decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """Give the state of PyTorch's random number generators, CPU and GPUs."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": gpus}
+    """Give the state of PyTorch's random number generators, that of the CPU and of the GPU in use."""
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return {"cpu": torch.get_rng_state(), "cuda": gpu}
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Put PyTorch's random number generators where `rng_state` found them."""
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _without_aliases(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -115,8 +116,11 @@ def verify(folder: Path) -> Manifest:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """List the checkpoints of a run, oldest first."""
-    return sorted((run_dir / FOLDER).glob("step-*"))
+    """List the checkpoints of a run in the order they were saved.
+
+    That is not the order of their steps where a run went on from an earlier one.
+    """
+    return sorted((run_dir / FOLDER).glob("step-*"), key=lambda path: (_saved_at(path), path.name))
 
 
 def prune(run_dir: Path, keep: int) -> None:
@@ -127,7 +131,7 @@ def prune(run_dir: Path, keep: int) -> None:
             readable.append((path, read_manifest(path)))
         except CheckpointError:
             continue  # damaged: left for the user to look at
-    measured = [(m.val_loss, path) for path, m in readable if m.val_loss is not None]
+    measured = [(m.val_loss, path) for path, m in readable if m.val_loss is not None and math.isfinite(m.val_loss)]
     stay = {path for path, _ in readable[-keep:]} | ({min(measured)[1]} if measured else set())
     doomed = [path for path, _ in readable if path not in stay]
     for path in [*doomed, *(run_dir / FOLDER).glob(".step-*")]:
@@ -167,8 +171,16 @@ def locate(resume: str, output_dir: Path) -> tuple[Path, list[str]]:
 
 
 def run_dir_of(checkpoint: Path) -> Path:
-    """Give the run folder that a checkpoint lies in."""
-    return checkpoint.resolve().parents[1]
+    """Give the run folder that a checkpoint lies in.
+
+    Raises:
+        CheckpointError: it was moved out of its run's folder.
+    """
+    folder = checkpoint.resolve()
+    if folder.parent.name != FOLDER:
+        rule, fix = f"does not lie in the folder '{FOLDER}' of a run", "put it back there to go on with the run"
+        raise CheckpointError(Problem("resume", str(checkpoint), rule, fix))
+    return folder.parent.parent
 
 
 def _newest_whole(resume: str, run_dir: Path) -> tuple[Path, list[str]]:
@@ -193,7 +205,14 @@ def _run_dirs(output_dir: Path) -> Iterable[Path]:
 
 
 def _newest(run_dir: Path) -> float:
-    return max(p.stat().st_mtime for p in list_checkpoints(run_dir))
+    return max(_saved_at(p) for p in list_checkpoints(run_dir))
+
+
+def _saved_at(folder: Path) -> float:
+    try:
+        return read_manifest(folder).saved_at
+    except CheckpointError:
+        return folder.stat().st_mtime
 
 
 def _run_id(run_dir: Path) -> str:

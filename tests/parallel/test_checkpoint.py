@@ -127,13 +127,31 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     assert left == ["step-00000002", "step-00000004", "step-00000005"]
 
 
+def test_pruning_goes_by_the_time_of_saving(tmp_path):
+    """A run that went on from an earlier checkpoint saves lower steps later; those are its newest."""
+    for step in (5, 10, 6):
+        save(tmp_path, step)
+    manifest.prune(tmp_path, 1)
+    assert [p.name for p in manifest.list_checkpoints(tmp_path)] == ["step-00000006"]
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
+    for step, loss in ((1, float("nan")), (2, 2.0), (3, 3.0)):
+        save(tmp_path, step, loss)
+    manifest.prune(tmp_path, 1)
+    assert [p.name for p in manifest.list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
+def test_a_checkpoint_outside_of_a_run_has_no_run_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="does not lie in the folder 'checkpoints' of a run"):
+        manifest.run_dir_of(tmp_path / "step-00000001")
+
+
 class TestLocate:
     def two_runs(self, tmp_path):
         for name, run_id, steps in (("a", "aaaa1111", (1, 2)), ("b", "bbbb2222", (1, 2, 3))):
             for step in steps:
                 save(tmp_path / "runs" / name, step, run_id=run_id)
-        for i, path in enumerate(sorted(tmp_path.rglob("step-*"))):
-            os.utime(path, (i, i))
         return tmp_path / "runs"
 
     def test_last_is_the_newest_of_all_runs(self, tmp_path):

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 
-from deepseek_exp.callbacks import Checkpoints, GateMetric, Metrics, Progress
+from deepseek_exp.callbacks import Checkpoints, Metrics, Progress
 from deepseek_exp.config import ActivationCheckpointing, Device, ExperimentConfig, Precision
 from deepseek_exp.data import PreparedData, TokenDataModule, prepare
 from deepseek_exp.errors import DeviceError, Problem
@@ -133,7 +133,7 @@ def build_trainer(
         accelerator="gpu" if parts.device.type == "cuda" else "cpu",
         devices=1,
         logger=JournalLogger(run),
-        callbacks=[metrics, GateMetric(), *third_party, Progress(cfg, metrics), checkpoints],
+        callbacks=[metrics, *third_party, Progress(cfg, metrics), checkpoints],
         plugins=[FolderCheckpointIO(texts, run_id)],
         max_epochs=-1,
         max_steps=t.max_steps,

@@ -74,9 +74,16 @@ class Metrics(Callback):
         self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the clock."""
+        """Go on with the clock, and log how much the dynamic attention mask leans to the local window.
+
+        attn/gate is averaged over heads and in 0..1; 0.5 treats local and global keys alike.
+        """
         then, before = self._since
         self._since = (then + time.perf_counter() - self._paused, before)
+        gates = [m.gate for m in pl_module.modules() if isinstance(m, Attention) and m.gate is not None]
+        if gates and trainer.state.fn == "fit":
+            share = torch.cat([g.detach().float().sigmoid() for g in gates]).mean().item()
+            trainer.logger.log_metrics({"attn/gate": share}, trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what is queued."""
@@ -141,17 +148,6 @@ def _to_host(values: Tensor) -> tuple[Tensor, Any]:
 
 def _arrived(event: Any) -> bool:
     return event is None or event.query()
-
-
-class GateMetric(Callback):
-    """Logs how much the dynamic attention mask leans to the local window, averaged over heads, at each validation."""
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log attn/gate, in 0..1: 0.5 treats local and global keys alike."""
-        gates = [m.gate for m in pl_module.modules() if isinstance(m, Attention) and m.gate is not None]
-        if gates and trainer.state.fn == "fit":
-            share = torch.cat([g.detach().float().sigmoid() for g in gates]).mean().item()
-            trainer.logger.log_metrics({"attn/gate": share}, trainer.global_step)
 
 
 class Progress(Callback):

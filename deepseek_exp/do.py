@@ -74,12 +74,13 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
         for sentence in passed_over:
             say(sentence)
         composed = _on_top_of(checkpoint, overrides)
-    if sweep_dir is not None:
-        composed.tracking.parent_run_id = json.loads((sweep_dir.parent / SWEEP_FILE).read_text())["run_id"]
+    sweep = json.loads((sweep_dir.parent / SWEEP_FILE).read_text()) if sweep_dir is not None else None
+    if sweep is not None:
+        composed.tracking.parent_run_id, composed.tracking.run_name = sweep["run_id"], None
     cfg = compose.to_experiment(composed)
     if cfg.do is Do.train and checkpoint is not None:
         _check_steps_left(cfg, checkpoint)
-    name = cfg.tracking.run_name or _name(cfg, overrides, size, checkpoint, sweep_dir is not None)
+    name = cfg.tracking.run_name or _name(cfg, overrides, size, checkpoint, sweep["keys"] if sweep else None)
     if cfg.do is Do.train and checkpoint is not None:
         run_dir = manifest.run_dir_of(checkpoint)
     else:
@@ -334,15 +335,17 @@ def _tags(job: Job) -> dict[str, str]:
     return {which: overrides, "checkpoint": str(job.checkpoint), **tags}
 
 
-def _name(cfg: ExperimentConfig, overrides: Sequence[str], size: str, checkpoint: Path | None, in_sweep: bool) -> str:
-    """Name a run by its version, size and data, then by the values that its command line set."""
+def _name(
+    cfg: ExperimentConfig, overrides: Sequence[str], size: str, checkpoint: Path | None, swept: list[str] | None
+) -> str:
+    """Name a run by its version, size and data, then by what its command line set; in a sweep, by what is swept."""
     if checkpoint is not None:
         return f"{cfg.do.value} {cfg.model.version} {checkpoint.resolve().parents[1].name} {checkpoint.name}"
-    named = (*NAMED, "trainer") if in_sweep else NAMED
     own = []
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key == "seed" or ("." in key and key.split(".")[0] in named):
+        of_interest = key in ("seed", "optim", "recipes") or ("." in key and key.split(".")[0] in NAMED)
+        if key in swept if swept is not None else of_interest:
             own.append(f"{key.rsplit('.', 1)[-1]}={value}")
     return " ".join([cfg.model.version, size, cfg.data.source.value, *own])
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,8 +30,8 @@ FAILED_FILE = "failed.txt"
 class SweepRun(Callback):
     """Opens the parent run of a sweep and closes it with the summary table.
 
-    Its id lies in the sweep's folder, where each job finds it (`do.make_job`): Hydra gives a job its own copy of the
-    configuration before any hook could change it.
+    Its id and the swept keys lie in the sweep's folder, where each job finds them (`do.make_job`): Hydra gives a job
+    its own copy of the configuration before any hook could change it.
     """
 
     def __init__(self) -> None:
@@ -38,15 +39,22 @@ class SweepRun(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Create the parent run before the first job."""
-        cfg, overrides = _tracking(config), " ".join(config.hydra.overrides.task)
-        name = cfg.run_name or f"sweep {overrides}"
+        cfg, overrides = _tracking(config), list(config.hydra.overrides.task)
+        parser = OverridesParser.create()
+        swept = [o for o in overrides if parser.parse_overrides([o])[0].is_sweep_override()]
+        name = cfg.run_name or f"sweep {' '.join(swept)}"
         folder = Path(config.hydra.sweep.dir)
         with _leaving_on_error():
             self.parent_run_id = tracking.start_sweep(
-                cfg, name=name, tags={"overrides": overrides}, artifact_dir=Path(config.output_dir) / "artifacts"
+                cfg,
+                name=name,
+                tags={"overrides": " ".join(overrides)},
+                artifact_dir=Path(config.output_dir) / "artifacts",
             )
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / SWEEP_FILE).write_text(json.dumps({"run_id": self.parent_run_id}))
+            (folder / SWEEP_FILE).write_text(
+                json.dumps({"run_id": self.parent_run_id, "keys": [o.split("=")[0] for o in swept]})
+            )
         atexit.register(self._abandon, cfg)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:

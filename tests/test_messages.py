@@ -75,8 +75,8 @@ MESSAGES = {
     "data=synthetic data.max_bytes=null": "data.max_bytes=null is needed for data.source='synthetic'. "
     "Fix: set data.max_bytes=300000.",
     "optim.optimizer._target_=torch.optim.adam.torch.hub.load": "optim.optimizer._target_="
-    "'torch.optim.adam.torch.hub.load' is not a class of the modules that a configuration may name (torch.optim, pytorch_lightning.callbacks, "
-    "deepseek_exp.callbacks). Fix: use a class of those modules.",
+    "'torch.optim.adam.torch.hub.load' is not a class of the modules that a configuration may name "
+    "(torch.optim, pytorch_lightning.callbacks, deepseek_exp.callbacks). Fix: use a class of those modules.",
     "optim.lr=inf": "optim.lr=inf is not a finite number. Fix: use a number.",
     "model.memory_len=64 data.order=contiguous": "model.memory_len=64 is more than a query of model.window=64 "
     "sees of it. Fix: set model.memory_len=63 or less.",

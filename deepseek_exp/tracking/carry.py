@@ -72,11 +72,11 @@ class Carrier:
             when_gone: is called then.
         """
         pause, gone = 0.0, False
+        threading.Thread(target=self._give_up_without_progress, args=[lifeline], daemon=True).start()
         while True:
             if not gone and (self._progress.end or lifeline.is_cut(pause)):
                 gone, pause = True, POLL_SECONDS
                 when_gone()
-                self._give_up_without_progress()
             elif gone:
                 time.sleep(POLL_SECONDS)
             if self.attempt(closing=gone) and gone:
@@ -106,16 +106,17 @@ class Carrier:
         self._progress.save(self._run_dir)
         self._last_progress = time.monotonic()
 
-    def _give_up_without_progress(self) -> None:
-        """End this process, whatever it hangs in, when nothing has arrived for too long; the rest is in the journal."""
+    def _give_up_without_progress(self, lifeline: Lifeline) -> None:
+        """End this process, whatever it hangs in, when nothing has arrived for too long after the training is gone.
+
+        The rest is in the journal.
+        """
+        while not lifeline.is_cut(POLL_SECONDS):
+            pass
         self._last_progress = time.monotonic()
-
-        def watch() -> None:
-            while time.monotonic() - self._last_progress < self._spec.tracking.drain_seconds:
-                time.sleep(0.1)
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
+        while time.monotonic() - self._last_progress < self._spec.tracking.drain_seconds:
+            time.sleep(0.1)
+        os._exit(1)
 
     def _send_values(self, *, closing: bool) -> None:
         if self._sampler:

@@ -9,7 +9,7 @@ import csv
 import io
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,7 @@ def finish_sweep(cfg: TrackingConfig, parent_run_id: str, rows: list[SweepRow], 
 
 def render_table(rows: list[SweepRow]) -> str:
     """Render the table as text: aligned columns, the lowest val/loss first and marked with `*`."""
-    rows = _sorted(rows)
+    rows = _without_common(_sorted(rows))
     lines = [["", *_HEADINGS.values()]]
     lines += [["*" if row is rows[0] and _has_loss(row) else "", *_cells(row)] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -141,6 +141,14 @@ def _has_loss(row: SweepRow) -> bool:
     return row.val_loss is not None and abs(row.val_loss) < sys.float_info.max
 
 
+def _without_common(rows: list[SweepRow]) -> list[SweepRow]:
+    """Leave out the overrides that all jobs share: the table tells what differs."""
+    split = [row.overrides.split() for row in rows]
+    common = set.intersection(*map(set, split)) if len(rows) > 1 else set()
+    kept = (" ".join(o for o in own if o not in common) for own in split)
+    return [replace(row, overrides=overrides) for row, overrides in zip(rows, kept, strict=True)]
+
+
 def _sorted(rows: list[SweepRow]) -> list[SweepRow]:
     return sorted(rows, key=lambda row: (not _has_loss(row), row.val_loss if _has_loss(row) else 0.0, row.name))
 
@@ -156,6 +164,7 @@ def _text(value: Any) -> str:
 
 
 def _markdown(rows: list[SweepRow]) -> str:
+    rows = _without_common(rows)
     table = [list(_HEADINGS.values()), ["---"] * len(_HEADINGS)]
     table += [[cell.replace("|", "\\|") for cell in _cells(row)] for row in rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in table)

@@ -127,9 +127,7 @@ def _experiment(client: MlflowClient, cfg: TrackingConfig, artifact_dir: Path) -
     if found is None:
         location = None if cfg.uri.startswith(("http://", "https://")) else artifact_dir.resolve().as_uri()
         try:
-            # the kind makes MLflow's page show training runs first, not its tools for generative applications
-            kind = {"mlflow.experimentKind": "custom_model_development"}
-            return str(client.create_experiment(cfg.experiment, artifact_location=location, tags=kind))
+            return str(client.create_experiment(cfg.experiment, artifact_location=location))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

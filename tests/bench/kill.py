@@ -3,7 +3,7 @@
     python tests/bench/kill.py [N] [seed]
 
 Compared: the loss, gradient norm and validation loss of every step, and the final weights.
-Measured 2026-11-22, 2 CPU cores, Python 3.11, torch 2.13.0: see README.md beside this file.
+Results: README.md beside this file.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def _tracked(job: Job, action: Any) -> float:
             loss = action(job, tracked, run_id)
         except Stopped as stopped:
             _end(tracked, "KILLED", str(stopped))
-            say(f"{stopped}; the checkpoint is saved. Go on with: {_command()} resume={run_id[:12]}")
+            say(f"{stopped}; the checkpoint is saved. Go on with: {_command()} {_resume(job, run_id)}")
             raise SystemExit(128 + stopped.signum) from stopped
     except BaseException as error:
         if isinstance(error, SystemExit) and isinstance(error.__cause__, Stopped):
@@ -299,20 +299,18 @@ def _device_name(parts: Parts) -> str:
 def _summary(
     job: Job, parts: Parts, run_id: str, saved: Path | None, last: Mapping[str, float], text: str, seconds: float
 ) -> str:
-    start, short = _command(), run_id[:12]
+    start = _command()
     lines = [f"\ndone in {seconds / 60:.1f} minutes", *_validation_lines(parts.lit.trainer.callback_metrics)]
     if last:
         lines.append(f"speed       {last['perf/tokens_per_second']:,.0f} tokens/s")
     lines += [f"checkpoint  {_shown(saved or job.checkpoint)}", "sample      " + text.replace("\n", "\n            ")]
     if job.in_sweep:
         return "\n".join(lines) + "\n"
-    steps, where = 2 * job.cfg.trainer.max_steps, job.cfg.output_dir
-    if where != "outputs":
-        short += f" output_dir={where}"
+    steps, resume = 2 * job.cfg.trainer.max_steps, _resume(job, run_id)
     commands = {
         "make ui": "look at it and compare runs in the MLflow UI",
-        f"{start} do=sample resume={short}": "more text from it",
-        f"{start} resume={short} trainer.max_steps={steps}": "go on training",
+        f"{start} do=sample {resume}": "more text from it",
+        f"{start} {resume} trainer.max_steps={steps}": "go on training",
         f"{start} -m model.n_heads=2,4 optim.lr=1e-3,3e-4": "a sweep",
     }
     width = max(map(len, commands))
@@ -359,6 +357,12 @@ def _command() -> str:
     """Give the command that starts a run, as it is typed from the project's folder."""
     python = Path(sys.executable)
     return f"{_shown(python) if python.is_relative_to(Path.cwd()) else 'python'} run.py"
+
+
+def _resume(job: Job, run_id: str) -> str:
+    """Give the words of a command line that find this run again."""
+    where = job.cfg.output_dir
+    return f"resume={run_id[:12]}" + (f" output_dir={where}" if where != "outputs" else "")
 
 
 def _shown(path: Path | None) -> str:

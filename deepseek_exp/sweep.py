@@ -53,7 +53,7 @@ class SweepRun(Callback):
             )
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SWEEP_FILE).write_text(
-                json.dumps({"run_id": self.parent_run_id, "keys": [o.split("=")[0] for o in swept]})
+                json.dumps({"run_id": self.parent_run_id, "keys": [o.lstrip("+").split("=")[0] for o in swept]})
             )
         atexit.register(self._abandon, cfg)
 

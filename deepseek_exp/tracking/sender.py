@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from deepseek_exp.tracking.system import SystemSampler
 
 # The lowest priority while training runs: with both cores of a machine in use, 20 metrics a step at 70 steps/s cost
-# training 4.4 ms a step at 5 and 1.2 ms at 19 (2026-11-22, tests/bench/platform_tax.py).
+# training 4.4 ms a step at 5 and 1.2 ms at 19 (2026-11-22; tests/bench/README.md has the conditions).
 NICE = 19
 
 

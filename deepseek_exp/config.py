@@ -77,6 +77,86 @@ class ActivationCheckpointing(StrEnum):
     full = "full"
 
 
+class AttentionKind(StrEnum):
+    """How a block attends."""
+
+    gqa = "gqa"
+    mla = "mla"
+
+
+class RopeScalingKind(StrEnum):
+    """How rotary wavelengths are stretched beyond the length that was trained."""
+
+    none = "none"
+    linear = "linear"
+    llama3 = "llama3"
+    yarn = "yarn"
+
+
+class Score(StrEnum):
+    """How a router's logits become scores."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
+class GroupScore(StrEnum):
+    """What a group of experts is chosen by."""
+
+    max = "max"
+    top2_sum = "top2_sum"
+    sum = "sum"
+
+
+class Balance(StrEnum):
+    """What keeps the load of the experts even."""
+
+    none = "none"
+    aux_loss = "aux_loss"
+    bias = "bias"
+
+
+@dataclass
+class RopeScalingConfig:
+    """Longer contexts than the rotary embedding was trained for."""
+
+    kind: RopeScalingKind = key("none, linear, llama3 (by wavelength) or yarn (by wavelength, with attention scaling)")
+    factor: float = key("new length / original length", ge=1)
+    original_max_seq_len: int = key("length before scaling, tokens", ge=1)
+    low_freq_factor: float = key("llama3: waves longer than original length / this are stretched whole", gt=0)
+    high_freq_factor: float = key("llama3: waves shorter than original length / this are kept", gt=0)
+    beta_fast: float = key("yarn: waves that turn more often than this within the original length are kept", gt=0)
+    beta_slow: float = key("yarn: waves that turn less often than this are stretched whole", gt=0)
+    mscale: float = key("yarn: grows the attention logits' scale with the factor, in the rotary table", ge=0)
+    mscale_all_dim: float = key("yarn: the same for all of an MLA head's coordinates", ge=0)
+
+
+@dataclass
+class MoEConfig:
+    """The mixture of experts; n_routed_experts=0 turns it off."""
+
+    n_routed_experts: int = key("experts that a router chooses from; 0: a dense feed-forward network", ge=0)
+    n_shared_experts: int = key("experts that every token meets, as one network of that many d_expert", ge=0)
+    d_expert: int = key("hidden width of one expert; a multiple of 8", ge=0)
+    n_dense_layers: int = key("first blocks that keep a dense feed-forward network of width d_ff", ge=0)
+    top_k: int = key("routed experts of a token", ge=0)
+    score: Score = key("softmax over the experts, or an independent sigmoid for each")
+    norm_top_k: bool = key("divide a token's expert weights by their sum")
+    route_scale: float = key("factor on the weights of the routed experts", gt=0)
+    n_groups: int = key("groups of experts for routing in two stages; 1: one stage", ge=1)
+    top_k_groups: int = key("groups that a token's experts may come from", ge=1)
+    group_score: GroupScore = key("a group counts as its best score, its two best, or the sum of all")
+    capacity_factor: float = key(
+        "largest load factor (load / mean load) of an expert in training; more is dropped; 0: nothing is", ge=0
+    )
+    balance: Balance = key("none, aux_loss (a loss term) or bias (added to the scores for the choice only)")
+    bias_update_rate: float = key("balance=bias: step of each expert's bias after an optimizer step", gt=0, le=1)
+    aux_loss_weight: float = key("balance=aux_loss: weight of the batch-wise balance loss", gt=0)
+    sequence_loss_weight: float = key("weight of the balance loss within each sequence; 0: none", ge=0)
+    domains: list[str] = key("names that share the experts evenly, the first is open to every token; []: no domains")
+    domain_loss_weight: float = key("weight of the loss that teaches the router to tell the domain", ge=0)
+
+
 @dataclass
 class ModelConfig:
     """The architecture of one model version."""
@@ -86,16 +166,29 @@ class ModelConfig:
     max_seq_len: int = key("longest sequence the model serves, tokens", ge=2)
     d_model: int = key("width of the residual stream", ge=8)
     n_layers: int = key("transformer blocks", ge=1)
+    attention: AttentionKind = key("gqa: grouped-query attention; mla: multi-head latent attention")
     n_heads: int = key("query heads of a block", ge=1)
-    n_kv_heads: int = key("key and value heads of a block; divides n_heads", ge=1)
-    head_dim: int = key("width of one head; even, for the rotary embedding", ge=2)
-    d_ff: int = key("hidden width of the feed-forward network", ge=1)
+    n_kv_heads: int = key("gqa: key and value heads of a block; divides n_heads", ge=1)
+    head_dim: int = key("gqa: width of one head; even, for the rotary embedding", ge=2)
+    q_lora_rank: int = key("mla: width of the queries' latent; 0: queries straight from the residual stream", ge=0)
+    kv_lora_rank: int = key("mla: width of the latent that keys and values are made from; the cache stores it", ge=0)
+    qk_nope_head_dim: int = key("mla: width of a head's part without rotary positions", ge=0)
+    qk_rope_head_dim: int = key("mla: width of a head's part with them, its key shared by all heads; even", ge=0)
+    v_head_dim: int = key("mla: width of a head's values", ge=0)
+    qkv_bias: bool = key("gqa: queries, keys and values have a bias")
+    qk_norm: bool = key("gqa: RMSNorm over each head of queries and keys")
     window: int = key("tokens that a query sees locally, itself included; 0: all before it", ge=0)
     n_global_tokens: int = key("first tokens of a sequence, seen by every later query; 0: none", ge=0)
     memory_len: int = key(
         "tokens of the segment before whose hidden states each block keeps as extra keys; 0: off", ge=0
     )
     rope_theta: float = key("base of the rotary embedding's wavelengths", gt=1)
+    rope_scaling: RopeScalingConfig = MISSING
+    d_ff: int = key("hidden width of the dense feed-forward network", ge=1)
+    d_ff_active: int = key("hidden units that a token keeps, those with the largest gates; 0: all of d_ff", ge=0)
+    moe: MoEConfig = MISSING
+    n_mtp_layers: int = key("modules that predict one more token ahead each; 0: none", ge=0)
+    mtp_loss_weight: float = key("weight of the mean loss of those modules", ge=0)
     norm_eps: float = key("epsilon under the square root of RMSNorm", gt=0, lt=1)
     tie_embeddings: bool = key("the output projection is the embedding table")
     init_std: float = key("standard deviation of the initial weights", gt=0, le=1)
@@ -204,8 +297,20 @@ def lr_from_batch(base: float, batch: int) -> float:
     return base * batch / 256
 
 
+def share(width: int, numerator: int, denominator: int) -> int:
+    """Derive one width from another: width * numerator / denominator, down to a multiple of 8 and 8 at least."""
+    return max(8, width * numerator // denominator // 8 * 8)
+
+
+def at_most(limit: int, count: int, per: int) -> int:
+    """Derive a count from another: one for each `per` of it, `limit` at most and 1 at least."""
+    return max(1, min(limit, count // per))
+
+
 def register() -> None:
     """Make the schema and the resolvers known to Hydra; may be called again."""
     ConfigStore.instance().store(name="schema", node=ExperimentConfig)
     OmegaConf.register_new_resolver("lr_from_batch", lr_from_batch, replace=True)
+    OmegaConf.register_new_resolver("share", share, replace=True)
+    OmegaConf.register_new_resolver("at_most", at_most, replace=True)
     OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)

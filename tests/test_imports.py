@@ -17,7 +17,7 @@ LAYER = {
     "run": 6,
 }  # fmt: skip
 NOT_SIDEWAYS = {1, 3}
-LIGHT = {"errors", "config", "validate", "compose"}
+LIGHT = {"errors", "config", "validate", "compose", "planner"}
 HEAVY = {"torch", "pytorch_lightning", "mlflow", "deepspeed", "transformers", "tokenizers", "numpy"}
 
 

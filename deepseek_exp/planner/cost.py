@@ -1,0 +1,168 @@
+"""Parameters, FLOPs per token and cache bytes of a model, by arithmetic on its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deepseek_exp.config import AttentionKind, ModelConfig
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameter counts of one model, without buffers (rotary tables, the experts' balance bias).
+
+    Attributes:
+        total: every trainable parameter of the main model: embedding, blocks, head, with norms, biases, gates, routers
+            and domain classifiers; a tied table counts once; the MTP modules are left out.
+        active: those of `total` whose product a token takes. Of the routed experts top_k; of a sparse feed-forward
+            network w_gate whole and d_ff_active / d_ff of w_up and w_down; everything else whole. The output table
+            counts, tied or not; the embedding look-up does not, as it multiplies nothing. That is the convention behind
+            DeepSeek-V3's 37B (arXiv 2412.19437, abstract): it gives 36.63B, as README_WEIGHTS.md of
+            deepseek-ai/DeepSeek-V3-Base says (36.6B with the output head); with the look-up it would be 37.55B.
+        mtp: all parameters of the multi-token prediction modules, which share the embedding and the output table.
+        embedding: the look-up table, tied or not; contained in `total`.
+    """
+
+    total: int
+    active: int
+    mtp: int
+    embedding: int
+
+
+def parameters(cfg: ModelConfig) -> Parameters:
+    """Count the parameters of a model; `Parameters` says what belongs to each count.
+
+    Args:
+        cfg: the model; only widths, depths and counts matter.
+
+    Returns:
+        The counts that the built modules have, to the last parameter.
+    """
+    table = cfg.vocab_size * cfg.d_model
+    n_dense = min(cfg.moe.n_dense_layers, cfg.n_layers) if cfg.moe.n_routed_experts else cfg.n_layers
+    n_moe = cfg.n_layers - n_dense
+    # the output table, the last norm, and of every block what is not its feed-forward network
+    frame = table + cfg.d_model + cfg.n_layers * _block_without_feed_forward(cfg)
+    total = frame + n_dense * _feed_forward(cfg, cfg.d_ff, cfg.d_ff) + n_moe * _moe(cfg, cfg.moe.n_routed_experts)
+    kept = cfg.d_ff_active or cfg.d_ff
+    active = frame + n_dense * _feed_forward(cfg, cfg.d_ff, kept) + n_moe * _moe(cfg, cfg.moe.top_k)
+    return Parameters(
+        total=total if cfg.tie_embeddings else total + table,
+        active=active,
+        mtp=cfg.n_mtp_layers * _mtp_module(cfg),
+        embedding=table,
+    )
+
+
+def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """Count the FLOPs that training spends on one token: the numerator of every MFU in this project.
+
+    6 * N_active + 12 * n_layers * n_heads * head_dim * reach
+
+    A multiplication and an addition are two FLOPs, and the backward pass is twice the forward pass. N_active is
+    `Parameters.active`: without the embedding look-up, with the output table, of the experts those that a token is
+    routed to. `reach` is the mean number of keys that a query sees (`_mean_reach`): seq_len / 2 under a causal mask, so
+    without a window the second term is 6 * n_layers * n_heads * head_dim * seq_len (Chowdhery et al. 2022, "PaLM",
+    appendix B, counts twice that, the whole square). A window shortens the reach, for FLOPs that the mask removes are
+    no work of the model. For mla, head_dim is the mean of q.k's width (qk_nope_head_dim + qk_rope_head_dim) and the
+    values' (v_head_dim).
+
+    Not counted: norms, softmax, rotary embedding, recomputed activations, the memory's keys and values projected again,
+    and the MTP modules, which only training has: a run that trains them shows a lower MFU than its kernels reach.
+
+    Args:
+        cfg: the model.
+        seq_len: length of a training sequence, tokens.
+
+    Returns:
+        FLOPs per token, forward and backward.
+    """
+    head_dim: float = cfg.head_dim
+    if cfg.attention is AttentionKind.mla:
+        head_dim = (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim) / 2
+    attention = 12 * cfg.n_layers * cfg.n_heads * head_dim * _mean_reach(cfg, seq_len)
+    return 6 * parameters(cfg).active + attention
+
+
+def cache_bytes_per_token(cfg: ModelConfig, bytes_per_element: int) -> int:
+    """Count the bytes that generation keeps of one token of one sequence, in all blocks.
+
+    gqa keeps keys and values, 2 * n_kv_heads * head_dim a block; mla keeps the latent and the shared rotary key,
+    kv_lora_rank + qk_rope_head_dim a block (DeepSeek-AI 2024, "DeepSeek-V2", section 2.1, table 1).
+
+    Args:
+        cfg: the model; a window shortens how many tokens need be kept, not what one token takes.
+        bytes_per_element: of the cache's data type, e.g. 2 for bf16.
+
+    Returns:
+        Bytes per token.
+    """
+    if cfg.attention is AttentionKind.mla:
+        elements = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    else:
+        elements = 2 * cfg.n_kv_heads * cfg.head_dim
+    return cfg.n_layers * elements * bytes_per_element
+
+
+def _mean_reach(cfg: ModelConfig, seq_len: int) -> float:
+    """Give the mean number of keys that a query of a sequence sees.
+
+    The query at x sees min(memory_len + x, window) local keys (without a window: x), and of the n_global_tokens first
+    keys those that its window has left behind. The mean is an integral over x, so that causal attention is seq_len / 2;
+    a sum over whole keys would give up to half a key more.
+    """
+    if not cfg.window:
+        return seq_len / 2
+    local = _area_below(cfg.memory_len + seq_len, cfg.window) - _area_below(cfg.memory_len, cfg.window)
+    left_behind = _area_below(max(0, seq_len - cfg.window), cfg.n_global_tokens)
+    return (local + left_behind) / seq_len
+
+
+def _area_below(length: int, limit: int) -> float:
+    """Integrate min(x, limit) over x from 0 to length."""
+    rising = min(length, limit)
+    return rising**2 / 2 + limit * (length - rising)
+
+
+def _block_without_feed_forward(cfg: ModelConfig) -> int:
+    """Count attention and the two norms of a block."""
+    gate = cfg.n_heads if cfg.window and cfg.n_global_tokens else 0
+    attention = _mla(cfg) if cfg.attention is AttentionKind.mla else _gqa(cfg)
+    return 2 * cfg.d_model + attention + gate
+
+
+def _gqa(cfg: ModelConfig) -> int:
+    """Count wq, wk, wv with their biases, wo, and the norms of queries and keys."""
+    d_q, d_kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+    matrices = 2 * cfg.d_model * d_q + 2 * cfg.d_model * d_kv
+    biases = d_q + 2 * d_kv if cfg.qkv_bias else 0
+    norms = 2 * cfg.head_dim if cfg.qk_norm else 0
+    return matrices + biases + norms
+
+
+def _mla(cfg: ModelConfig) -> int:
+    """Count wq, or wq_a, q_norm and wq_b; wkv_a, kv_norm and wkv_b; wo."""
+    d_q = cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
+    d_v = cfg.n_heads * cfg.v_head_dim
+    queries = cfg.q_lora_rank * (cfg.d_model + 1 + d_q) if cfg.q_lora_rank else d_q * cfg.d_model
+    latent = (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * cfg.d_model + cfg.kv_lora_rank
+    keys_values = (cfg.n_heads * cfg.qk_nope_head_dim + d_v) * cfg.kv_lora_rank
+    return queries + latent + keys_values + cfg.d_model * d_v
+
+
+def _feed_forward(cfg: ModelConfig, width: int, kept: int) -> int:
+    """Count w_gate of `width` hidden units, w_up and w_down of the `kept` ones among them."""
+    return cfg.d_model * (width + 2 * kept)
+
+
+def _moe(cfg: ModelConfig, n_routed: int) -> int:
+    """Count a router with its domain classifier, `n_routed` of its experts and the shared ones."""
+    router = (cfg.moe.n_routed_experts + len(cfg.moe.domains)) * cfg.d_model
+    return router + (n_routed + cfg.moe.n_shared_experts) * _feed_forward(cfg, cfg.moe.d_expert, cfg.moe.d_expert)
+
+
+def _mtp_module(cfg: ModelConfig) -> int:
+    """Count three norms, the projection of two vectors to one, and a block as the main model's last ones are."""
+    moe = cfg.moe.n_routed_experts
+    feed_forward = _moe(cfg, moe) if moe else _feed_forward(cfg, cfg.d_ff, cfg.d_ff)
+    return 3 * cfg.d_model + 2 * cfg.d_model**2 + _block_without_feed_forward(cfg) + feed_forward

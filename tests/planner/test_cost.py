@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from tests.runs import ROOT
 from tests.test_config import MODELS, SIZES, composed
 
 
+@functools.cache
 def model(name: str, size: str = "published") -> ModelConfig:
     return composed(f"model={name}", f"size={size}").model
 

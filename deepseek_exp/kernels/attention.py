@@ -1,7 +1,7 @@
 """Local-global attention through PyTorch's fused scaled-dot-product kernels.
 
 The gate adds to the scores of one class of keys a number that depends on the head alone. It is carried in one more
-coordinate of q and k (q' = [q, sqrt(D)], k' = [k, bias]), so that the mask stays boolean, nothing of size
+coordinate of q and k (q' = [q, 1 / scale], k' = [k, bias]), so that the mask stays boolean, nothing of size
 queries x keys is stored, and the gate gets its gradient. A softmax does not see a shift of all its scores, so biasing
 the global keys by log(1 - g) - log(g) = -gate and the local ones by nothing gives what reference.py defines.
 
@@ -19,16 +19,17 @@ PAD = 8
 
 
 def local_global_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, is_global: Tensor, gate: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, is_global: Tensor, gate: Tensor | None, scale: float
 ) -> Tensor:
     """Compute `reference.local_global_attention`; same arguments and result."""
-    n_rep, width = q.shape[1] // k.shape[1], q.shape[-1]
-    k, v = (t.repeat_interleave(n_rep, dim=1) for t in (k, v))  # (batch, heads, keys, head_dim)
-    if gate is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (batch, heads, queries, head_dim)
-    bias = -gate[:, None].to(k.dtype) * is_global.to(k.dtype)  # (heads, keys)
-    q, k, v = (F.pad(t, (0, PAD)) for t in (q, k, v))  # (batch, heads, ..., head_dim + PAD)
-    q[..., width] = width**0.5
-    k[..., width] = bias
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=width**-0.5)
-    return out[..., :width]  # (batch, heads, queries, head_dim)
+    n_rep, width, v_width = q.shape[1] // k.shape[1], q.shape[-1], v.shape[-1]
+    k, v = (t.repeat_interleave(n_rep, dim=1) for t in (k, v))  # (batch, heads, keys, ...)
+    if gate is not None:
+        bias = -gate[:, None].to(k.dtype) * is_global.to(k.dtype)  # (heads, keys)
+        q, k = (F.pad(t, (0, PAD)) for t in (q, k))  # (batch, heads, ..., head_dim + PAD)
+        q[..., width] = 1 / scale
+        k[..., width] = bias
+    wide = max(q.shape[-1], v_width)  # the fused kernels take one width for all
+    q, k, v = (F.pad(t, (0, wide - t.shape[-1])) if t.shape[-1] < wide else t for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    return out[..., :v_width]  # (batch, heads, queries, v_head_dim)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deepseek_exp.kernels import attention, reference
+from deepseek_exp.kernels import attention, grouped, reference
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
-    local_global_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    top_k_swiglu: Callable[[Tensor, Tensor, int], Tensor]
+    grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor]
+    local_global_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
     cross_entropy: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -25,6 +27,8 @@ TORCH = Ops(
     rms_norm=reference.rms_norm,
     rope=reference.rope,
     swiglu=reference.swiglu,
+    top_k_swiglu=reference.top_k_swiglu,
+    grouped_mm=grouped.grouped_mm,
     local_global_attention=attention.local_global_attention,
     cross_entropy=reference.cross_entropy,
 )

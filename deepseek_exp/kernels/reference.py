@@ -57,14 +57,47 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def top_k_swiglu(gate: Tensor, up: Tensor, k: int) -> Tensor:
+    """Keep the k hidden units of each token with the largest gates: silu(gate) * up there, 0 elsewhere.
+
+    Our reading of the sources' "sparse activation"; the gates of the kept units alone get a gradient, as for a ReLU.
+
+    Args:
+        gate: (..., d_ff).
+        up: (..., d_ff).
+        k: units that stay; equal gates at the border all stay.
+
+    Returns:
+        (..., d_ff).
+    """
+    border = gate.topk(k, dim=-1).values[..., -1:]  # (..., 1)
+    return torch.where(gate >= border, F.silu(gate) * up, 0)
+
+
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each group of rows with its own matrix: y_r = weight_g x_r for the rows ends[g-1] <= r < ends[g].
+
+    Args:
+        x: (rows, d_in), the groups one after the other.
+        weight: (groups, d_out, d_in).
+        ends: (groups,) int32, where each group ends; a group may be empty. Rows past the last end belong to none.
+
+    Returns:
+        (rows, d_out); 0 here, and undefined in faster forms, for rows that belong to no group.
+    """
+    borders = [0, *ends.tolist()]
+    groups = [x[a:b] @ w.T for a, b, w in zip(borders, borders[1:], weight, strict=False)]
+    return torch.cat([*groups, x.new_zeros(len(x) - borders[-1], weight.shape[1])])
+
+
 def local_global_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, is_global: Tensor, gate: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, is_global: Tensor, gate: Tensor | None, scale: float
 ) -> Tensor:
     """Softmax attention over a local window and global keys, balanced by one gate a head.
 
     With g_h = sigmoid(gate_h), the weight of key j for query i is proportional to
-        g_h       * exp(q_i . k_j / sqrt(D))   for a visible local key,
-        (1 - g_h) * exp(q_i . k_j / sqrt(D))   for a visible global key,
+        g_h       * exp(scale q_i . k_j)   for a visible local key,
+        (1 - g_h) * exp(scale q_i . k_j)   for a visible global key,
         0                                      for any other.
     At gate 0 the two count alike and this is plain masked attention. The sources' mask, where(pos_diff > 5, 0, 1), is
     local only; global keys and the gate are our reading of the "dynamic balance" they describe.
@@ -72,23 +105,24 @@ def local_global_attention(
     Args:
         q: (B, H, S, D).
         k: (B, K, T, D); head h uses key-value head h // (H / K) (Ainslie et al. 2023, "GQA", section 2.2).
-        v: (B, K, T, D).
+        v: (B, K, T, V), of any width V.
         visible: (S, T) bool, which keys a query sees; every query sees one at least.
         is_global: (T,) bool, which keys are global.
         gate: (H,) logits, or None for plain masked attention.
+        scale: of the scores; 1 / sqrt(D) in plain attention.
 
     Returns:
-        (B, H, S, D).
+        (B, H, S, V).
     """
     n_rep = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(n_rep, dim=1) for t in (k, v))  # (batch, heads, keys, head_dim)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (batch, heads, queries, keys)
+    scores = q @ k.transpose(-1, -2) * scale  # (batch, heads, queries, keys)
     if gate is not None:
         log_local, log_global = F.logsigmoid(gate), F.logsigmoid(-gate)  # (heads,)
         bias = torch.where(is_global, log_global[:, None], log_local[:, None])  # (heads, keys)
         scores = scores + bias[:, None, :]
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    return weights @ v  # (batch, heads, queries, head_dim)
+    return weights @ v  # (batch, heads, queries, v_head_dim)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

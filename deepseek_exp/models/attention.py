@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from deepseek_exp.config import ModelConfig
 from deepseek_exp.kernels import Ops
+from deepseek_exp.models.rope import rope_table
 
 
 @dataclass
 class KVCache:
-    """Keys and values of one block for the tokens so far.
+    """What one block keeps of the tokens so far.
 
     Attributes:
-        k: (batch, n_kv_heads, max_len, head_dim), turned by their positions.
-        v: (batch, n_kv_heads, max_len, head_dim).
+        k: keys, turned by their positions: (batch, n_kv_heads, max_len, head_dim) for GQA; for MLA the part that all
+            heads share, (batch, 1, max_len, qk_rope_head_dim).
+        v: values: (batch, n_kv_heads, max_len, head_dim) for GQA; for MLA the latent that keys and values are made
+            from, (batch, 1, max_len, kv_lora_rank).
         length: tokens stored.
     """
 
@@ -36,24 +39,45 @@ class KVCache:
             raise ValueError(f"cache of {self.k.shape[2]} tokens is too short for {end}")
         self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
         self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]  # (batch, n_kv_heads, keys, head_dim)
+        return self.k[:, :, :end], self.v[:, :, :end]  # (batch, n_kv_heads, keys, ...)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of one token of one sequence."""
+        return sum(t[0, :, 0].numel() * t.element_size() for t in (self.k, self.v))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learned scale."""
+
+    def __init__(self, width: int, eps: float, ops: Ops) -> None:
+        super().__init__()
+        self.ops, self.eps = ops, eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of x."""
+        return self.ops.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
     """Multi-head attention with shared key-value heads, RoPE, and a local window with global tokens.
 
     The gate that balances window and global tokens exists when there are both (`kernels/reference.py` has the formula).
+    Optional, by configuration: biases of queries, keys and values; RMSNorm over each head of queries and keys before
+    RoPE.
     """
 
     def __init__(self, cfg: ModelConfig, ops: Ops) -> None:
         super().__init__()
-        self.ops, self.head_dim, self.rope_theta = ops, cfg.head_dim, cfg.rope_theta
-        self.window, self.n_global_tokens = cfg.window, cfg.n_global_tokens
-        self.wq = nn.Linear(cfg.d_model, cfg.n_heads * cfg.head_dim, bias=False)
-        self.wk = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.head_dim, bias=False)
-        self.wv = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.head_dim, bias=False)
+        self.cfg, self.ops, self.head_dim = cfg, ops, cfg.head_dim
+        self.wq = nn.Linear(cfg.d_model, cfg.n_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.wk = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.wv = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
         self.wo = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.d_model, bias=False)
-        self.gate = nn.Parameter(torch.empty(cfg.n_heads)) if cfg.window and cfg.n_global_tokens else None
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, ops) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, ops) if cfg.qk_norm else None
+        self.gate = new_gate(cfg)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Attend.
@@ -69,33 +93,31 @@ class Attention(nn.Module):
         batch, seq, _ = x.shape
         context = x if memory is None else torch.cat([memory, x], dim=1)  # (batch, n_memory + seq, d_model)
         n_memory, n_cached = context.shape[1] - seq, cache.length if cache is not None else 0
-        cos, sin = rope_table(self.head_dim, self.rope_theta, n_cached + n_memory + seq, x.device)
+        cos, sin = rope_table(self.cfg, self.head_dim, n_cached + n_memory + seq, x.device)
         q = self.wq(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)  # (batch, heads, seq, head_dim)
         k = self.wk(context).view(batch, n_memory + seq, -1, self.head_dim).transpose(1, 2)
         v = self.wv(context).view(batch, n_memory + seq, -1, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q = self.ops.rope(q, cos[n_cached + n_memory :], sin[n_cached + n_memory :])
         k = self.ops.rope(k, cos[n_cached:], sin[n_cached:])  # (batch, n_kv_heads, n_memory + seq, head_dim)
         if cache is not None:
             k, v = cache.append(k, v)  # (batch, n_kv_heads, keys, head_dim)
-        visible, is_global = attention_mask(seq, k.shape[2], n_memory, self.window, self.n_global_tokens, x.device)
-        out = self.ops.local_global_attention(q, k, v, visible, is_global, self.gate)
+        visible, is_global = attention_mask(
+            seq, k.shape[2], n_memory, self.cfg.window, self.cfg.n_global_tokens, x.device
+        )
+        out = self.ops.local_global_attention(q, k, v, visible, is_global, self.gate, self.head_dim**-0.5)
         return self.wo(out.transpose(1, 2).reshape(batch, seq, -1))  # (batch, seq, d_model)
 
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """Make an empty cache for `max_len` tokens."""
+        shape = (batch, self.wk.out_features // self.head_dim, max_len, self.head_dim)
+        return KVCache(self.wk.weight.new_zeros(shape), self.wk.weight.new_zeros(shape))
 
-@functools.lru_cache(maxsize=64)
-def rope_table(head_dim: int, theta: float, n_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position * theta^(-2i / head_dim).
 
-    Kept outside the module in fp32, so that casting a model to bf16 cannot round the angles.
-
-    Returns:
-        cos and sin, each (n_positions, head_dim / 2), fp32.
-    """
-    with torch.inference_mode(False):
-        exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
-        position = torch.arange(n_positions, device=device, dtype=torch.float64)
-        angle = position[:, None] * theta**-exponent
-        return angle.cos().float(), angle.sin().float()
+def new_gate(cfg: ModelConfig) -> nn.Parameter | None:
+    """Make the gate of each head, where there are both a window and global tokens to balance."""
+    return nn.Parameter(torch.empty(cfg.n_heads)) if cfg.window and cfg.n_global_tokens else None
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,39 +10,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from deepseek_exp.config import ModelConfig
 from deepseek_exp.kernels import Ops
-from deepseek_exp.models.attention import Attention, KVCache
+from deepseek_exp.models.attention import KVCache, RMSNorm
+from deepseek_exp.models.block import Block
+from deepseek_exp.models.mtp import MTPModule
 
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a learned scale."""
-
-    def __init__(self, cfg: ModelConfig, ops: Ops) -> None:
-        super().__init__()
-        self.ops, self.eps = ops, cfg.norm_eps
-        self.weight = nn.Parameter(torch.empty(cfg.d_model))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of x."""
-        return self.ops.rms_norm(x, self.weight, self.eps)
-
-
-class FeedForward(nn.Module):
-    """The SwiGLU feed-forward network: w_down(silu(w_gate x) * w_up x)."""
-
-    def __init__(self, cfg: ModelConfig, ops: Ops) -> None:
-        super().__init__()
-        self.ops = ops
-        self.w_gate = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-        self.w_up = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-        self.w_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, seq, d_model) to the same shape."""
-        return self.w_down(self.ops.swiglu(self.w_gate(x), self.w_up(x)))
+# matrices that write into the residual stream
+RESIDUAL = ("wo.weight", "w_down.weight", "experts.w_down")
 
 
 class Embedding(nn.Module):
@@ -57,38 +33,12 @@ class Embedding(nn.Module):
         return nn.functional.embedding(tokens, self.weight)
 
 
-class Block(nn.Module):
-    """One transformer block with normalisation before attention and before the feed-forward network."""
-
-    def __init__(self, cfg: ModelConfig, ops: Ops) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(cfg, ops)
-        self.attention = Attention(cfg, ops)
-        self.feed_forward_norm = RMSNorm(cfg, ops)
-        self.feed_forward = FeedForward(cfg, ops)
-
-    def forward(self, x: Tensor, memory: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Transform the residual stream.
-
-        Args:
-            x: (batch, seq, d_model).
-            memory: (batch, n_memory, d_model), this block's inputs for the tokens just before x, without gradient.
-            cache: this block's keys and values for the tokens before x.
-
-        Returns:
-            (batch, seq, d_model).
-        """
-        normed_memory = None if memory is None else self.attention_norm(memory)
-        x = x + self.attention(self.attention_norm(x), normed_memory, cache)
-        return x + self.feed_forward(self.feed_forward_norm(x))
-
-
 class Head(nn.Module):
     """The last layer: vectors to logits; with tied embeddings it has no table of its own."""
 
     def __init__(self, cfg: ModelConfig, ops: Ops, embedding: Embedding) -> None:
         super().__init__()
-        self.norm = RMSNorm(cfg, ops)
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops)
         tied = cfg.tie_embeddings
         self.weight = embedding.weight if tied else nn.Parameter(torch.empty(cfg.vocab_size, cfg.d_model))
 
@@ -109,51 +59,68 @@ class Transformer(nn.Module):
             recompute_blocks: keep only each block's input for the backward pass and compute the rest again.
         """
         super().__init__()
-        self.cfg, self.ops, self.recompute_blocks = cfg, ops, recompute_blocks
+        self.cfg, self.ops = cfg, ops
         self.embedding = Embedding(cfg)
-        self.blocks = nn.ModuleList(Block(cfg, ops) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(Block(cfg, ops, i, recompute=recompute_blocks) for i in range(cfg.n_layers))
         self.head = Head(cfg, ops, self.embedding)
+        self.mtp = nn.ModuleList(MTPModule(cfg, ops, recompute=recompute_blocks) for _ in range(cfg.n_mtp_layers))
 
     def layers(self) -> list[nn.Module]:
         """List the layers in order: embedding, blocks, head; each takes what the one before gives."""
         return [self.embedding, *self.blocks, self.head]
 
-    def forward(self, tokens: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, caches: Sequence[KVCache] | None = None, domain: Tensor | None = None) -> Tensor:
         """Give the logits of every next token.
 
         Args:
             tokens: (batch, seq), int64.
             caches: one a block, holding the tokens before these; extended in place.
+            domain: (batch,) int64, index of each sequence's domain in moe.domains, -1 where it is not known; None:
+                nowhere.
 
         Returns:
             (batch, seq, vocab_size).
         """
-        x = self.embedding(tokens)  # (batch, seq, d_model)
-        for i, block in enumerate(self.blocks):
-            x = self._run(block, x, None, caches[i] if caches is not None else None)
-        return self.head(x)
+        return self.head(self._hidden(tokens, caches, domain))
 
-    def forward_segment(self, tokens: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the logits of a segment that goes on where the one before ended.
+    def forward_ahead(self, tokens: Tensor, domain: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Give the logits of every next token, and of those further ahead.
+
+        Args:
+            tokens: (batch, seq + 1), int64: the inputs and the last target.
+            domain: as in `forward`.
+
+        Returns:
+            Logits (batch, seq, vocab_size), and for depth k = 1 .. n_mtp_layers those of the token k + 1 ahead,
+            (batch, seq - k, vocab_size).
+        """
+        x = self._hidden(tokens[:, :-1], None, domain)  # (batch, seq, d_model)
+        return self.head(x), self._ahead(x, tokens, domain)
+
+    def forward_segment(
+        self, tokens: Tensor, memory: Tensor, domain: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Do `forward_ahead` on a segment that goes on where the one before ended.
 
         Each block's keys include its inputs for the last `memory_len` tokens before the segment, through which no
         gradient flows. Source: Dai et al. 2019, "Transformer-XL", section 3.2; positions are rotary here, so the
-        paper's relative encoding (3.3) is not needed.
+        paper's relative encoding (3.3) is not needed. Modules that look ahead see the segment only.
 
         Args:
-            tokens: (batch, seq), int64.
+            tokens: (batch, seq + 1), int64: the inputs and the last target.
             memory: (n_layers, batch, n_memory, d_model); n_memory is 0 at the start of a text.
+            domain: as in `forward`.
 
         Returns:
-            Logits (batch, seq, vocab_size) and the memory for the next segment,
+            What `forward_ahead` gives, and the memory for the next segment,
             (n_layers, batch, min(n_memory + seq, memory_len), d_model).
         """
-        x = self.embedding(tokens)  # (batch, seq, d_model)
+        x = self.embedding(tokens[:, :-1])  # (batch, seq, d_model)
         kept = []
         for i, block in enumerate(self.blocks):
             kept.append(torch.cat([memory[i], x.detach()], dim=1)[:, -self.cfg.memory_len :])
-            x = self._run(block, x, memory[i], None)
-        return self.head(x), torch.stack(kept)
+            x = block(x, memory[i], None, domain)
+        return self.head(x), self._ahead(x, tokens, domain), torch.stack(kept)
 
     def empty_memory(self, batch: int) -> Tensor:
         """Give the memory at the start of a text: (n_layers, batch, 0, d_model)."""
@@ -161,14 +128,23 @@ class Transformer(nn.Module):
 
     def new_caches(self, batch: int, max_len: int) -> list[KVCache]:
         """Make empty caches for `max_len` tokens, one a block."""
-        shape = (batch, self.cfg.n_kv_heads, max_len, self.cfg.head_dim)
-        weight = self.embedding.weight
-        return [KVCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.blocks]
+        return [block.attention.new_cache(batch, max_len) for block in self.blocks]
 
-    def _run(self, block: nn.Module, x: Tensor, memory: Tensor | None, cache: KVCache | None) -> Tensor:
-        if self.recompute_blocks and torch.is_grad_enabled():
-            return checkpoint(block, x, memory, cache, use_reentrant=False, preserve_rng_state=False)
-        return block(x, memory, cache)
+    def _hidden(self, tokens: Tensor, caches: Sequence[KVCache] | None, domain: Tensor | None) -> Tensor:
+        x = self.embedding(tokens)  # (batch, seq, d_model)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None, caches[i] if caches is not None else None, domain)
+        return x
+
+    def _ahead(self, h: Tensor, tokens: Tensor, domain: Tensor | None) -> list[Tensor]:
+        logits = []
+        for k, module in enumerate(self.mtp, start=1):
+            # h sees tokens up to its own position + k - 1, this depth is given the next one
+            h = module(
+                h[:, : tokens.shape[1] - 1 - k], self.embedding(tokens[:, k:-1]), domain
+            )  # (batch, seq - k, ...)
+            logits.append(nn.functional.linear(module.head_norm(h), self.head.weight))
+        return logits
 
 
 def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
@@ -176,7 +152,7 @@ def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
 
     Matrices are normal with deviation init_std; those that write into the residual stream (wo, w_down) are divided by
     sqrt(2 n_layers) (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3). Norm
-    scales are 1, gates 0. Drawn on the CPU in fp32 whatever the device.
+    scales are 1, gates and biases 0. Drawn on the CPU in fp32 whatever the device.
 
     Args:
         model: with parameters on a real device.
@@ -188,10 +164,10 @@ def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
         for name, p in model.named_parameters():
             if name.endswith("norm.weight"):
                 p.fill_(1.0)
-            elif name.endswith("gate") and p.ndim == 1:
+            elif p.ndim == 1:
                 p.zero_()
             else:
-                std = residual_std if name.endswith(("wo.weight", "w_down.weight")) else cfg.init_std
+                std = residual_std if name.endswith(RESIDUAL) else cfg.init_std
                 p.copy_(torch.randn(p.shape, generator=_generator(seed, name)) * std)
 
 

@@ -1,0 +1,88 @@
+"""Multi-head latent attention: keys and values made from one narrow latent, which is all that a cache stores.
+
+Shapes: batch, seq (queries), keys (memory or cache, then the sequence), heads, nope and rope (the parts of a head
+without and with positions), latent (kv_lora_rank).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_exp.config import ModelConfig
+from deepseek_exp.kernels import Ops
+from deepseek_exp.models.attention import KVCache, RMSNorm, attention_mask, new_gate
+from deepseek_exp.models.rope import rope_table, softmax_scale
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention.
+
+    latent = norm(W_kv_a x); a head's key is [W_k latent, rope(k)], with k shared by all heads, its value W_v latent;
+    its query is [q, rope(q')] from W_q_b norm(W_q_a x). Source: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.
+
+    With a cache, W_k is applied to the query and W_v to the result instead (section 2.1.2: they are absorbed), so that
+    one new token reads the cached latents themselves and no key or value of an old token is made again.
+    """
+
+    def __init__(self, cfg: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.cfg, self.ops = cfg, ops
+        self.nope, self.rope, self.v_dim = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+        q_width = cfg.n_heads * (self.nope + self.rope)
+        if cfg.q_lora_rank:
+            self.wq_a = nn.Linear(cfg.d_model, cfg.q_lora_rank, bias=False)
+            self.q_norm = RMSNorm(cfg.q_lora_rank, cfg.norm_eps, ops)
+            self.wq_b = nn.Linear(cfg.q_lora_rank, q_width, bias=False)
+        else:
+            self.wq = nn.Linear(cfg.d_model, q_width, bias=False)
+        self.wkv_a = nn.Linear(cfg.d_model, cfg.kv_lora_rank + self.rope, bias=False)
+        self.kv_norm = RMSNorm(cfg.kv_lora_rank, cfg.norm_eps, ops)
+        self.wkv_b = nn.Linear(cfg.kv_lora_rank, cfg.n_heads * (self.nope + self.v_dim), bias=False)
+        self.wo = nn.Linear(cfg.n_heads * self.v_dim, cfg.d_model, bias=False)
+        self.gate = new_gate(cfg)
+        self.scale = softmax_scale(cfg, self.nope + self.rope)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Attend; arguments and result are those of `Attention.forward`."""
+        batch, seq, _ = x.shape
+        context = x if memory is None else torch.cat([memory, x], dim=1)  # (batch, n_memory + seq, d_model)
+        n_memory, n_cached = context.shape[1] - seq, cache.length if cache is not None else 0
+        cos, sin = rope_table(self.cfg, self.rope, n_cached + n_memory + seq, x.device)
+        q = self.wq_b(self.q_norm(self.wq_a(x))) if self.cfg.q_lora_rank else self.wq(x)
+        q = q.view(batch, seq, -1, self.nope + self.rope).transpose(1, 2)  # (batch, heads, seq, nope + rope)
+        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
+        q_rope = self.ops.rope(q_rope, cos[n_cached + n_memory :], sin[n_cached + n_memory :])
+        latent, k_rope = self.wkv_a(context)[:, None].split([self.cfg.kv_lora_rank, self.rope], dim=-1)
+        latent = self.kv_norm(latent)  # (batch, 1, n_memory + seq, latent)
+        k_rope = self.ops.rope(k_rope, cos[n_cached:], sin[n_cached:])  # (batch, 1, n_memory + seq, rope)
+        if cache is not None:
+            k_rope, latent = cache.append(k_rope, latent)  # (batch, 1, keys, ...)
+        attend = self._absorbed if n_cached else self._expanded
+        out = attend(q_nope, q_rope, latent, k_rope, n_memory)  # (batch, heads, seq, v_head_dim)
+        return self.wo(out.transpose(1, 2).reshape(batch, seq, -1))  # (batch, seq, d_model)
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """Make an empty cache for `max_len` tokens: kv_lora_rank + qk_rope_head_dim numbers a token."""
+        weight = self.wkv_a.weight
+        return KVCache(
+            weight.new_zeros(batch, 1, max_len, self.rope), weight.new_zeros(batch, 1, max_len, self.cfg.kv_lora_rank)
+        )
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, n_memory: int) -> Tensor:
+        kv = self.wkv_b(latent.squeeze(1)).unflatten(-1, (-1, self.nope + self.v_dim)).transpose(1, 2)
+        k_nope, v = kv.split([self.nope, self.v_dim], dim=-1)  # (batch, heads, keys, ...)
+        k = torch.cat([k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)], dim=-1)
+        return self._attend(torch.cat([q_nope, q_rope], dim=-1), k, v, n_memory)  # (batch, heads, seq, v_head_dim)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, n_memory: int) -> Tensor:
+        w = self.wkv_b.weight.view(-1, self.nope + self.v_dim, self.cfg.kv_lora_rank)  # (heads, nope + v, latent)
+        w_k, w_v = w.split([self.nope, self.v_dim], dim=1)
+        q = torch.cat([q_nope @ w_k, q_rope], dim=-1)  # (batch, heads, seq, latent + rope)
+        k = torch.cat([latent, k_rope], dim=-1)  # (batch, 1, keys, latent + rope)
+        return self._attend(q, k, latent, n_memory) @ w_v.transpose(1, 2)  # (batch, heads, seq, v_head_dim)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, n_memory: int) -> Tensor:
+        window, n_global = self.cfg.window, self.cfg.n_global_tokens
+        visible, is_global = attention_mask(q.shape[2], k.shape[2], n_memory, window, n_global, q.device)
+        return self.ops.local_global_attention(q, k, v, visible, is_global, self.gate, self.scale)

@@ -1,0 +1,84 @@
+"""Rotary position tables, and their stretching to contexts longer than were trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from deepseek_exp.config import ModelConfig, RopeScalingConfig, RopeScalingKind
+
+
+def rope_table(cfg: ModelConfig, dim: int, n_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Give cosine and sine of position * frequency, each (n_positions, dim / 2), fp32.
+
+    frequency_i = theta^(-2i / dim), changed by rope_scaling. Kept outside of the modules in fp32, so that casting a
+    model to bf16 cannot round the angles.
+    """
+    return _table(dim, cfg.rope_theta, dataclasses.astuple(cfg.rope_scaling), n_positions, device)
+
+
+def softmax_scale(cfg: ModelConfig, dim: int) -> float:
+    """Give the factor of attention scores: 1 / sqrt(dim), and for MLA under YaRN times its mscale squared.
+
+    Source: modeling_deepseek.py of deepseek-ai/DeepSeek-V3, `DeepseekV3Attention`.
+    """
+    s = cfg.rope_scaling
+    stretched = s.kind is not RopeScalingKind.none and s.mscale_all_dim
+    return dim**-0.5 * (_mscale(s.factor, s.mscale_all_dim) ** 2 if stretched else 1.0)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(dim: int, theta: float, scaling: tuple, n_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    s = RopeScalingConfig(*scaling)
+    with torch.inference_mode(False):
+        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        scale = 1.0
+        if s.kind is RopeScalingKind.linear:
+            frequency = frequency / s.factor
+        elif s.kind is RopeScalingKind.llama3:
+            frequency = _llama3(frequency, s)
+        elif s.kind is RopeScalingKind.yarn:
+            frequency, scale = _yarn(frequency, s, dim, theta), _yarn_table_scale(s)
+        position = torch.arange(n_positions, device=device, dtype=torch.float64)
+        angle = position[:, None] * frequency.to(device)
+        return (angle.cos() * scale).float(), (angle.sin() * scale).float()
+
+
+def _llama3(frequency: Tensor, s: RopeScalingConfig) -> Tensor:
+    """Stretch long waves whole, keep short ones, and go from one to the other linearly in the number of turns.
+
+    Source: meta-llama/llama-models, `models/llama3/model.py`, `apply_scaling`.
+    """
+    turns = s.original_max_seq_len * frequency / (2 * math.pi)  # of the wave within the original length
+    keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return frequency * keep + frequency / s.factor * (1 - keep)
+
+
+def _yarn(frequency: Tensor, s: RopeScalingConfig, dim: int, theta: float) -> Tensor:
+    """Keep waves that turn more than beta_fast times, stretch those that turn less than beta_slow times, blend between.
+
+    Source: Peng et al. 2023, "YaRN", section 3.2; the borders are rounded to whole pairs as in DeepSeek's code.
+    """
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(s.original_max_seq_len / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(s.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(s.beta_slow)), dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequency / s.factor * ramp + frequency * (1 - ramp)
+
+
+def _yarn_table_scale(s: RopeScalingConfig) -> float:
+    if s.mscale and s.mscale_all_dim:
+        return _mscale(s.factor, s.mscale) / _mscale(s.factor, s.mscale_all_dim)
+    return _mscale(s.factor, 1.0)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    """Give YaRN's growth of the attention scale: 0.1 weight ln(factor) + 1 (section 3.3, equation 22 of the paper)."""
+    return 0.1 * weight * math.log(factor) + 1.0

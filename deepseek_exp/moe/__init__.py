@@ -1,0 +1,6 @@
+"""The feed-forward half of a block: dense, sparsely active, or a mixture of experts."""
+
+from deepseek_exp.moe.feed_forward import FeedForward
+from deepseek_exp.moe.layer import MoE
+
+__all__ = ["FeedForward", "MoE"]

@@ -1,0 +1,115 @@
+"""Bring tokens to their experts and results back: sort by expert, gather, and gather back.
+
+Both ways are gathers, in the backward pass too: no value is added up in an order that changes from run to run.
+
+Suffixes of tensors: T tokens, K experts of a token, R rows = T * K, E experts, D d_model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Dispatched(NamedTuple):
+    """Rows in the order of their experts.
+
+    Attributes:
+        x_RD: one row for each token and expert.
+        ends_E: int32, where each expert's rows end.
+        load_E: int64, rows that chose each expert, dropped ones included.
+        order_R: sorted row -> token * K + which of its experts.
+        inverse_R: the other way round.
+        kept_R: which sorted rows an expert takes; None: all. Dropped ones come last.
+    """
+
+    x_RD: Tensor
+    ends_E: Tensor
+    load_E: Tensor
+    order_R: Tensor
+    inverse_R: Tensor
+    kept_R: Tensor | None
+
+
+class Dispatcher(Protocol):
+    """How rows get to the experts; what a layer needs of it whether or not all experts are here."""
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, n_experts: int, capacity: int | None) -> Dispatched:
+        """Give the experts their rows."""
+        ...
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Dispatched) -> Tensor:
+        """Add up each token's rows with its weights: (tokens, d_model)."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts are on this device."""
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, n_experts: int, capacity: int | None = None) -> Dispatched:
+        """Sort rows by expert.
+
+        Args:
+            x_TD: tokens.
+            ids_TK: experts of each.
+            n_experts: experts there are.
+            capacity: rows that one expert takes at most, the first tokens' first; None: all. Later tokens cannot push
+                out earlier ones, so what a token gets does not depend on what follows it.
+        """
+        expert_R, order_R = ids_TK.flatten().sort(stable=True)
+        ends_E = ends_of(expert_R, n_experts)
+        load_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+        kept_R = None
+        if capacity is not None:
+            place_R = torch.arange(len(expert_R), device=expert_R.device) - (ends_E - load_E)[expert_R]
+            expert_R, resort_R = expert_R.masked_fill(place_R >= capacity, n_experts).sort(stable=True)
+            order_R, kept_R, ends_E = order_R[resort_R], expert_R < n_experts, ends_of(expert_R, n_experts)
+        inverse_R = order_R.argsort()
+        x_RD = _Gather.apply(x_TD, order_R, inverse_R, ids_TK.shape[1])
+        if kept_R is not None:
+            x_RD = torch.where(kept_R[:, None], x_RD, 0)  # and no gradient from rows that no expert worked on
+        return Dispatched(x_RD, ends_E.int(), load_E, order_R, inverse_R, kept_R)
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Dispatched) -> Tensor:
+        """Add up each token's rows with its weights: (tokens, d_model)."""
+        if sent.kept_R is not None:
+            y_RD = torch.where(sent.kept_R[:, None], y_RD, 0)  # rows that no expert worked on are undefined
+        y_TKD = _Reorder.apply(y_RD, sent.inverse_R, sent.order_R).unflatten(0, weights_TK.shape)
+        return (weights_TK[:, None].to(y_TKD.dtype) @ y_TKD).squeeze(1)  # (tokens, d_model)
+
+
+def ends_of(sorted_ids: Tensor, n: int) -> Tensor:
+    """Give for each of the ids 0..n-1 how many of the (..., ids) sorted ids are not greater: (..., n), int64."""
+    wanted = torch.arange(n, device=sorted_ids.device).expand(*sorted_ids.shape[:-1], n).contiguous()
+    return torch.searchsorted(sorted_ids, wanted, right=True)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of tokens in sorted order; backward adds up each token's K rows after gathering them."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        ctx.k = k
+        return x_TD[order_R // k]
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> Any:
+        (inverse_R,) = ctx.saved_tensors
+        return grad_RD[inverse_R].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in another order; backward gathers by the inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, to_R: Tensor, back_R: Tensor) -> Tensor:
+        ctx.save_for_backward(back_R)
+        return y_RD[to_R]
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> Any:
+        (back_R,) = ctx.saved_tensors
+        return grad_RD[back_R], None, None

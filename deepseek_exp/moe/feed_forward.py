@@ -1,0 +1,37 @@
+"""The dense feed-forward network, which is also the form of the shared experts."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from deepseek_exp.kernels import Ops
+
+
+class FeedForward(nn.Module):
+    """The SwiGLU feed-forward network: w_down(silu(w_gate x) * w_up x), of all hidden units or of the largest gates."""
+
+    def __init__(self, d_model: int, d_ff: int, ops: Ops, d_ff_active: int = 0) -> None:
+        """Build with uninitialised weights.
+
+        Args:
+            d_model: width of the residual stream.
+            d_ff: hidden units.
+            ops: the operations to build from.
+            d_ff_active: hidden units that a token keeps; 0: all.
+        """
+        super().__init__()
+        self.ops, self.d_ff_active = ops, d_ff_active
+        self.w_gate = nn.Linear(d_model, d_ff, bias=False)
+        self.w_up = nn.Linear(d_model, d_ff, bias=False)
+        self.w_down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d_model) to the same shape."""
+        return self.w_down(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Give the hidden units (..., d_ff)."""
+        gate, up = self.w_gate(x), self.w_up(x)  # (..., d_ff)
+        if self.d_ff_active:
+            return self.ops.top_k_swiglu(gate, up, self.d_ff_active)
+        return self.ops.swiglu(gate, up)

@@ -1,0 +1,167 @@
+"""The mixture-of-experts layer: router, dispatch, experts and shared experts side by side.
+
+Suffixes of tensors: B sequences, S tokens of one, T = B * S, E routed experts, K experts of a token, R = T * K rows,
+D d_model, F d_expert, N domains.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek_exp.config import Balance, ModelConfig
+from deepseek_exp.kernels import Ops
+from deepseek_exp.moe.dispatch import Dispatcher, LocalDispatcher, ends_of
+from deepseek_exp.moe.feed_forward import FeedForward
+from deepseek_exp.moe.router import Router, Routing
+
+# what a layer counts beside the load of each expert
+COUNTS = ("dropped", "tokens", "sequences", "balance_loss", "domain_loss", "domain_hits", "domain_labels")
+
+
+class Experts(nn.Module):
+    """The routed experts, each a SwiGLU network of width d_expert, as three stacks of matrices."""
+
+    def __init__(self, cfg: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        n, d, f = cfg.moe.n_routed_experts, cfg.d_model, cfg.moe.d_expert
+        self.ops = ops
+        self.w_gate = nn.Parameter(torch.empty(n, f, d))
+        self.w_up = nn.Parameter(torch.empty(n, f, d))
+        self.w_down = nn.Parameter(torch.empty(n, d, f))
+
+    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """Map rows sorted by expert, of which expert e has those before ends_E[e], to the same shape."""
+        gate_RF = self.ops.grouped_mm(x_RD, self.w_gate, ends_E)
+        up_RF = self.ops.grouped_mm(x_RD, self.w_up, ends_E)
+        return self.ops.grouped_mm(self.ops.swiglu(gate_RF, up_RF), self.w_down, ends_E)  # (rows, d_model)
+
+
+class MoE(nn.Module):
+    """Mixture of experts: y = shared(x) + sum over a token's experts of weight * expert(x).
+
+    Source: Dai et al. 2024, "DeepSeekMoE", section 3 (fine-grained and shared experts). In training an expert takes at
+    most capacity_factor x the mean load, where that is set: its load factor, load / mean load, is then bounded by it.
+    Otherwise, and always outside of training, nothing is dropped.
+
+    The losses that keep the load even and teach the domain classifier are tied to the output: the backward pass adds
+    their gradient, times `loss_scale`, and no loss has to be carried to the end of the model.
+
+    Attributes:
+        loss_scale: 1 / micro batches of a step.
+        counts: float64, loads of the experts, then COUNTS, added up since `reset_counts`.
+    """
+
+    def __init__(self, cfg: ModelConfig, ops: Ops, dispatcher: Dispatcher | None = None) -> None:
+        super().__init__()
+        self.cfg, self.dispatcher, self.loss_scale = cfg.moe, dispatcher or LocalDispatcher(), 1.0
+        self.router = Router(cfg)
+        self.experts = Experts(cfg, ops)
+        n_shared = cfg.moe.n_shared_experts
+        self.shared = FeedForward(cfg.d_model, n_shared * cfg.moe.d_expert, ops) if n_shared else None
+        counts = torch.zeros(cfg.moe.n_routed_experts + len(COUNTS), dtype=torch.float64)
+        self.register_buffer("counts", counts, persistent=False)
+        self.register_buffer("slot_of_E", None, persistent=False)  # where an expert is when some are unloaded
+
+    def forward(self, x: Tensor, domain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map tokens through their experts.
+
+        Args:
+            x: (batch, seq, d_model).
+            domain: (batch,) int64, each sequence's domain, -1 where it is not known; None: nowhere.
+
+        Returns:
+            (batch, seq, d_model), and what to give to `record`: (experts + len(COUNTS),) float64.
+        """
+        x_TD = x.flatten(0, 1)
+        domain_T = None if domain is None else domain.repeat_interleave(x.shape[1])
+        routing = self.router(x_TD, domain_T)
+        slots_TK = routing.ids_TK if self.slot_of_E is None else self.slot_of_E[routing.ids_TK]
+        sent = self.dispatcher.dispatch(x_TD, slots_TK, len(self.experts.w_gate), self._capacity(slots_TK))
+        y_TD = self.dispatcher.combine(self.experts(sent.x_RD, sent.ends_E), routing.weights_TK, sent)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        dropped = 0 * sent.load_E.sum() if sent.kept_R is None else (~sent.kept_R).sum()
+        load_E = sent.load_E if self.slot_of_E is None else sent.load_E.new_zeros(self.cfg.n_routed_experts)
+        losses = self._losses(routing, load_E, domain_T, x.shape[1])
+        loss = (losses["balance_loss"] + losses["domain_loss"]) * self.loss_scale
+        if loss.requires_grad:
+            y_TD = _AttachLoss.apply(y_TD, loss)
+        counted = {"dropped": dropped, "tokens": len(x_TD), "sequences": x.shape[0], **losses}
+        rest = torch.stack([torch.as_tensor(counted[n], device=x.device).detach().double() for n in COUNTS])
+        return y_TD.view_as(x), torch.cat([load_E.double(), rest])
+
+    def record(self, counts: Tensor) -> None:
+        """Add what one forward pass counted."""
+        self.counts += counts
+
+    def reset_counts(self) -> None:
+        """Start counting anew."""
+        self.counts.zero_()
+
+    def update_bias(self) -> None:
+        """Balance by the loads counted since the last reset, where balance=bias."""
+        if self.cfg.balance is Balance.bias:
+            self.router.update_bias(self.counts[: self.cfg.n_routed_experts])
+
+    def _capacity(self, slots_TK: Tensor) -> int | None:
+        if not (self.training and self.cfg.capacity_factor):
+            return None
+        return math.ceil(self.cfg.capacity_factor * slots_TK.numel() / self.cfg.n_routed_experts)
+
+    def _losses(self, routing: Routing, load_E: Tensor, domain_T: Tensor | None, seq: int) -> dict[str, Tensor]:
+        """Give the weighted losses of this batch, and how the domain classifier did."""
+        zero = routing.scores_TE.new_zeros(())
+        losses = dict.fromkeys(("balance_loss", "domain_loss", "domain_hits", "domain_labels"), zero)
+        if not self.training:
+            return losses
+        scores_BSE = routing.scores_TE.unflatten(0, (-1, seq))
+        if self.cfg.balance is Balance.aux_loss:
+            batch = balance_loss(scores_BSE.flatten(0, 1)[None], load_E[None], self.cfg.top_k)
+            losses["balance_loss"] = self.cfg.aux_loss_weight * batch
+        if self.cfg.sequence_loss_weight:
+            ids = routing.ids_TK.unflatten(0, (-1, seq)).flatten(1)  # (batch, seq * top_k)
+            load_BE = ends_of(ids.sort(-1).values, self.cfg.n_routed_experts).diff(prepend=ids.new_zeros(len(ids), 1))
+            by_sequence = balance_loss(scores_BSE, load_BE, self.cfg.top_k)
+            losses["balance_loss"] = losses["balance_loss"] + self.cfg.sequence_loss_weight * by_sequence
+        if routing.domain_logits_TN is not None and domain_T is not None:
+            n_labels = (domain_T >= 0).sum()
+            nats = F.cross_entropy(routing.domain_logits_TN, domain_T, ignore_index=-1, reduction="sum")
+            losses["domain_loss"] = self.cfg.domain_loss_weight * nats / n_labels.clamp(min=1)
+            losses["domain_hits"] = (routing.domain_logits_TN.argmax(-1) == domain_T).sum()
+            losses["domain_labels"] = n_labels
+        return losses
+
+
+def balance_loss(scores_BSE: Tensor, load_BE: Tensor, top_k: int) -> Tensor:
+    """Mean over rows of sum over experts of f * P; 1 when the load is even, up to experts / top_k when it is not.
+
+    f = experts * load / (top_k * tokens), P = mean over tokens of the scores divided by their sum. Gradients flow
+    through P alone. Sources: Dai et al. 2024, "DeepSeekMoE", equations 12 to 14; DeepSeek-AI 2024, "DeepSeek-V3
+    Technical Report", equations 17 to 20, where a row is one sequence.
+
+    Args:
+        scores_BSE: scores of all experts.
+        load_BE: times that each expert was chosen in each row.
+        top_k: experts of a token.
+    """
+    f_BE = load_BE * scores_BSE.shape[2] / (top_k * scores_BSE.shape[1])
+    p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
+    return (f_BE * p_BE).sum(-1).mean()
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Pass x on; in the backward pass the loss gets gradient 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.dtype = loss.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, torch.ones((), dtype=ctx.dtype, device=grad.device)

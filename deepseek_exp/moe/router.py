@@ -1,0 +1,122 @@
+"""Which experts a token goes to, and with which weights.
+
+Suffixes of tensors: T tokens, E routed experts, K experts of a token (top_k), G groups, N domains, D d_model.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek_exp.config import Balance, GroupScore, ModelConfig, Score
+
+
+class Routing(NamedTuple):
+    """What a router decides.
+
+    Attributes:
+        ids_TK: experts of each token.
+        weights_TK: their weights, fp32.
+        scores_TE: scores of all experts, without the bias, fp32.
+        domain_logits_TN: the classifier's logits, fp32; None without domains.
+    """
+
+    ids_TK: Tensor
+    weights_TK: Tensor
+    scores_TE: Tensor
+    domain_logits_TN: Tensor | None
+
+
+class Router(nn.Module):
+    """Token-choice routing.
+
+    s = softmax(W x) or sigmoid(W x); the experts are the top_k of s + bias among the candidates, their weights
+    s / sum(s) or s, times route_scale. Candidates are narrowed in two ways, each optional:
+
+    - Groups: only experts of the top_k_groups groups with the best group score (the best of the group's s + bias, the
+      sum of its two best, or the sum of all, which under softmax is the probability of the group: coarse, then fine).
+    - Domains: only experts of the token's domain and of the first, general one. The domain is the label where there is
+      one, else the choice of a linear classifier on the same x.
+
+    Computed in fp32 whatever the type of x. Sources: DeepSeek-AI 2024, "DeepSeek-V2", section 2.2.2 (groups), and
+    "DeepSeek-V3 Technical Report", section 2.1.2 (sigmoid scores, bias for the choice only; groups by their best two).
+    Domains are ours.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = moe = cfg.moe
+        self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, cfg.d_model))
+        bias = torch.zeros(moe.n_routed_experts) if moe.balance is Balance.bias else None
+        self.register_buffer("bias", bias)  # moved by the loads, not by a gradient
+        n_domains = len(moe.domains)
+        self.domain_weight = nn.Parameter(torch.empty(n_domains, cfg.d_model)) if n_domains else None
+        loaded = torch.ones(n_domains, dtype=torch.bool) if n_domains else None
+        self.register_buffer("loaded", loaded, persistent=False)  # domains whose experts are there
+
+    def forward(self, x_TD: Tensor, domain_T: Tensor | None = None) -> Routing:
+        """Route tokens.
+
+        Args:
+            x_TD: tokens.
+            domain_T: int64 label of each token's domain, -1 where it is not known; None: nowhere.
+        """
+        wide = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
+        logits_TE = F.linear(wide, self.weight.to(wide.dtype))
+        scores_TE = logits_TE.softmax(-1) if self.cfg.score is Score.softmax else logits_TE.sigmoid()
+        choice_TE = scores_TE.detach() if self.bias is None else scores_TE.detach() + self.bias
+        domain_logits_TN = None
+        if self.domain_weight is not None:
+            domain_logits_TN = F.linear(wide, self.domain_weight.to(wide.dtype))
+            choice_TE = choice_TE.masked_fill(~self._open_to(domain_logits_TN, domain_T), float("-inf"))
+        if self.cfg.n_groups > 1:
+            choice_TE = self._within_groups(choice_TE)
+        ids_TK = choice_TE.topk(self.cfg.top_k, dim=-1).indices
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if self.cfg.norm_top_k:
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(ids_TK, weights_TK * self.cfg.route_scale, scores_TE, domain_logits_TN)
+
+    def update_bias(self, load_E: Tensor) -> None:
+        """Move each expert's bias by bias_update_rate, up where its load is under the mean, down where it is over.
+
+        Source: Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", algorithm 1.
+        With domains the mean is that of the expert's own domain, since domains have text of different amounts.
+
+        Args:
+            load_E: token slots that each expert was chosen for in the whole step.
+        """
+        mean_E = mean_load(load_E, max(1, len(self.cfg.domains)))
+        self.bias += self.cfg.bias_update_rate * torch.sign(mean_E - load_E).to(self.bias.dtype)
+
+    def _open_to(self, domain_logits_TN: Tensor, domain_T: Tensor | None) -> Tensor:
+        """Say which experts each token may go to: those of the first domain and of its own, where that is loaded."""
+        n_domains = domain_logits_TN.shape[1]
+        inferred_T = domain_logits_TN.argmax(-1)
+        known_T = inferred_T if domain_T is None else torch.where(domain_T >= 0, domain_T, inferred_T)
+        known_T = torch.where(self.loaded[known_T], known_T, 0)
+        of_E = torch.arange(self.cfg.n_routed_experts, device=known_T.device) // (
+            self.cfg.n_routed_experts // n_domains
+        )
+        return (of_E == 0) | (of_E == known_T[:, None])  # (tokens, experts)
+
+    def _within_groups(self, choice_TE: Tensor) -> Tensor:
+        in_groups = choice_TE.unflatten(1, (self.cfg.n_groups, -1))  # (tokens, groups, experts of a group)
+        if self.cfg.group_score is GroupScore.max:
+            score_TG = in_groups.amax(-1)
+        elif self.cfg.group_score is GroupScore.top2_sum:
+            score_TG = in_groups.topk(2, dim=-1).values.sum(-1)
+        else:
+            score_TG = in_groups.sum(-1)
+        best = score_TG.topk(self.cfg.top_k_groups, dim=-1).indices
+        keep_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter(1, best, True)
+        return in_groups.masked_fill(~keep_TG[..., None], float("-inf")).flatten(1)  # (tokens, experts)
+
+
+def mean_load(load: Tensor, n_domains: int) -> Tensor:
+    """Give the mean load of each expert's domain: (..., experts) to the same shape, float64."""
+    by_domain = load.double().unflatten(-1, (n_domains, -1))  # (..., domains, experts of a domain)
+    return by_domain.mean(-1, keepdim=True).expand_as(by_domain).flatten(-2)

@@ -31,7 +31,7 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 
 def test_the_files_are_found():
-    assert len(FILES) == 17
+    assert len(FILES) == 26
     assert len(RECIPES) == 2
 
 
@@ -78,7 +78,7 @@ def test_model_files_list_the_same_keys_in_the_schema_order():
 
 def test_data_files_list_the_same_keys():
     names = [k.removeprefix("data.") for k in compose.schema_keys() if k.startswith("data.")]
-    for name in ("stdlib", "text", "synthetic"):
+    for name in ("stdlib", "text", "synthetic", "mixture"):
         assert list(OmegaConf.load(CONF / "data" / f"{name}.yaml")) == names
 
 

@@ -21,7 +21,11 @@ CONF = ROOT / "conf"
 FILES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.rglob("*.yaml") if p.parent != CONF)
 RECIPES = sorted(p.relative_to(ROOT / "recipes").with_suffix("") for p in (ROOT / "recipes").rglob("*.yaml"))
 # what an option needs beside itself
-NEEDS = {"data=text": [f"data.path={ROOT / 'README.md'}"], "recipes=shakespeare": [f"data.path={ROOT / 'README.md'}"]}
+NEEDS = {
+    "data=mixture": [f"+data.mixture.readme.path={ROOT / 'README.md'}"],
+    "data=text": [f"data.path={ROOT / 'README.md'}"],
+    "recipes=shakespeare": [f"data.path={ROOT / 'README.md'}"],
+}
 
 
 def composed(*overrides: str) -> ExperimentConfig:
@@ -140,6 +144,20 @@ class TestMergeSaved:
             "data.text_key='x' differs from the checkpoint's text. "
             "Fix: leave data.text_key out, or start a new run with resume=null.",
         ]
+
+    def test_the_parts_of_a_mixture(self):
+        one, two = (f"+data.mixture.{name}.path={ROOT / 'README.md'}" for name in ("a", "b"))
+        saved = self.saved("data=mixture", one, two, "+data.mixture.b.weight=2")
+        before = self.merged(saved, "resume=last")
+        assert list(before.data.mixture) == ["a", "b"]
+        assert before.data.mixture["b"] == config.MixturePart(str(ROOT / "README.md"), None, 2)
+        after = self.merged(saved, "data=mixture", one, two)
+        (problem,) = validate.resume_problems(before, after)
+        path = str(ROOT / "README.md")
+        assert (problem.key, problem.value["b"]) == (
+            "data.mixture",
+            {"path": path, "valid_path": None, "weight": 1.0},
+        )
 
     @pytest.mark.parametrize(
         ("before", "now", "keys"),

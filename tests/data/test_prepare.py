@@ -340,3 +340,24 @@ def test_fewer_tokens_than_a_sequence(cfg) -> None:
         f"needs {n_train + 1} tokens of train text and there are {n_train}",
         f"needs {n_train + 1} tokens of valid text and there are {n_valid}",
     ]
+
+
+def test_a_given_tokenizer(cfg, tmp_path) -> None:
+    path = tmp_path / "t.json"
+    trained = Tokenizer.train(["other words " * 50], 290)
+    trained.save(path)
+    data = prepare(dataclasses.replace(cfg, tokenizer=str(path), vocab_size=trained.vocab_size))
+    assert data.tokenizer.digest == trained.digest
+    assert data.tokenizer.token_bytes[tokens(data.parts[0].train)].sum() == data.parts[0].train.n_bytes
+    n = trained.vocab_size
+    with pytest.raises(DataError) as error:
+        prepare(dataclasses.replace(cfg, tokenizer=str(path), vocab_size=n - 1))
+    assert str(error.value) == (
+        f"data.tokenizer='{path}' has {n} entries and data.vocab_size is {n - 1}. "
+        f"Fix: set model.vocab_size={n} or more (data.vocab_size follows it unless it is set)."
+    )
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"data\.tokenizer='.*' is not the JSON of a tokenizer .* Fix: use the"):
+        prepare(dataclasses.replace(cfg, tokenizer=str(path)))
+    with pytest.raises(DataError, match=r"cannot be read \(No such file or directory\)\. Fix: name a tokenizer.json"):
+        prepare(dataclasses.replace(cfg, tokenizer=f"{path}x"))

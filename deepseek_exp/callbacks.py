@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.data import Batch
 from deepseek_exp.errors import Problem, UserError
 from deepseek_exp.models.attention import Attention
 from deepseek_exp.parallel import manifest
@@ -56,7 +57,7 @@ class Metrics(Callback):
         self._since = (time.perf_counter(), trainer.global_step)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Queue this step's scalars when they are due, and log those that have arrived."""
         step = trainer.global_step
@@ -95,12 +96,12 @@ class Metrics(Callback):
             self._log(trainer, wait=True)
 
     def _host_metrics(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float, batch: Tensor
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float, batch: Batch
     ) -> dict[str, float]:
         data = trainer.datamodule
         metrics = {
             "perf/step_seconds": seconds,
-            "perf/tokens_per_second": batch[:, 1:].numel() / seconds,
+            "perf/tokens_per_second": batch.tokens[:, 1:].numel() / seconds,
             "data/position": float(data.position),
             "data/epoch": data.position / data.n_train_sequences,
         }
@@ -174,7 +175,7 @@ class Progress(Callback):
         )
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Move the bar; the numbers beside it are the last logged ones."""
         if self.bar is None:
@@ -220,7 +221,7 @@ class Checkpoints(Callback):
             signal.signal(signum, self._remember)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Save a step that is due and not validated; mark the last step as the last."""
         step, t = trainer.global_step, self.cfg.trainer

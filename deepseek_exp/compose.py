@@ -91,9 +91,10 @@ def merge_saved(saved: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     named = [SECTION_OF.get(str(o.key_or_group), str(o.key_or_group)) for o in parsed]
     # what refers to the model (data.seq_len: ${model.max_seq_len}) refers to the saved one, unless another is named
-    pins = (
-        [] if {"model", "recipes"} & set(named) else [f"model.{k}={json.dumps(v)}" for k, v in saved["model"].items()]
-    )
+    model = {k: _select(saved, k) for k in schema_keys() if k.startswith("model.")}
+    pins = [f"{k}={json.dumps(v)}" for k, v in model.items() if v is not None]
+    if {"model", "recipes"} & set(named):
+        pins = []
     with _hydra():
         now, default = (OmegaConf.to_container(compose("config", [*pins, *o]), resolve=True) for o in (overrides, []))
     schema = OmegaConf.structured(ExperimentConfig)

@@ -6,7 +6,7 @@ the ranges and the rules that span several keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def key(
-    doc: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None, lt: float | None = None
+    doc: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    default: Any = MISSING,
 ) -> Any:
-    """Declare a configuration key: what it means (with its unit) and the range of its value."""
+    """Declare a configuration key: what it means (with its unit) and the range of its value.
+
+    A default is for entries of a mapping alone, which no YAML file lists; all other values live in conf/.
+    """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    return field(default=MISSING, metadata={"doc": doc, "bounds": {k: v for k, v in bounds.items() if v is not None}})
+    return field(default=default, metadata={"doc": doc, "bounds": {k: v for k, v in bounds.items() if v is not None}})
 
 
 class Do(StrEnum):
@@ -47,6 +56,7 @@ class Source(StrEnum):
     stdlib = "stdlib"
     text = "text"
     synthetic = "synthetic"
+    mixture = "mixture"
 
 
 class OnBadLine(StrEnum):
@@ -195,25 +205,54 @@ class ModelConfig:
 
 
 @dataclass
+class MixturePart:
+    """One text of a mixture."""
+
+    path: str = key("file, folder or glob of .txt .md .jsonl .jsonl.gz .parquet")
+    valid_path: str | None = key("the same for validation; null: a part of `path` is held out", default=None)
+    weight: float = key("its share of the sequences is this / the sum of all weights", gt=0, default=1.0)
+
+
+@dataclass
 class DataConfig:
     """The text, its tokenizer and the order of its sequences."""
 
     source: Source = key(
-        "stdlib: the running Python's standard library; text: files of yours; synthetic: generated tokens"
+        "stdlib: the running Python's standard library; text: files of yours; synthetic: generated tokens; "
+        "mixture: several texts of yours, each with a share"
     )
     path: str | None = key("file, folder or glob of .txt .md .jsonl .jsonl.gz .parquet (source=text)")
     valid_path: str | None = key("the same for validation; null: a part of `path` is held out")
+    mixture: dict[str, Any] = key(
+        "source=mixture: name -> path, valid_path (left out: null) and weight (left out: 1), as in "
+        "+data.mixture.law.path=texts/law +data.mixture.law.weight=2"
+    )
     valid_fraction: float = key("share of the text held out for validation when valid_path is null", gt=0, lt=1)
     text_key: str = key("field of a .jsonl row or column of a .parquet file that holds the text")
     on_bad_line: OnBadLine = key("a row that cannot be read: stop, or skip and count it")
     max_bytes: int | None = key(
-        "read (source=synthetic: generate) at most this much text, bytes; null: all of it", ge=1
+        "read (source=synthetic: generate) at most this much text, source=mixture: of each part; bytes; null: all", ge=1
     )
-    vocab_size: int = key("entries that the tokenizer is trained to", ge=258)
+    tokenizer: str | None = key(
+        "tokenizer.json of a byte-level BPE (Hugging Face's tokenizers library) to use; null: train one on the text"
+    )
+    vocab_size: int = key("entries that the tokenizer is trained to; a given one has at most as many", ge=258)
     seq_len: int = key("tokens of one training sequence", ge=2)
     order: Order = key("shuffled: a random order each epoch; contiguous: each lane of a batch reads on where it was")
     n_workers: int = key("loader processes; 0: in the training process", ge=0)
     cache_dir: str = key("folder for trained tokenizers and packed shards")
+
+    def __post_init__(self) -> None:
+        """Make the entries of `mixture` that name no unknown key `MixturePart`s; `validate` tells about the others.
+
+        In the tree they are plain mappings, since OmegaConf cannot add a dataclass to one from the command line.
+        """
+        names = {f.name for f in fields(MixturePart)}
+        if isinstance(self.mixture, dict):
+            self.mixture = {
+                str(name): MixturePart(**part) if isinstance(part, dict) and part.keys() <= names else part
+                for name, part in self.mixture.items()
+            }
 
 
 @dataclass

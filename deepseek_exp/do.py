@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 READY_SECONDS = 60.0
 DIGESTS = "data.json"
+PART = "val/loss/"
 # the sections whose overrides are worth a place in the run's name
 NAMED = ("model", "data", "optim")
 
@@ -125,7 +126,7 @@ def train(job: Job, tracked: TrackedRun, run_id: str) -> float:
     parts = build.build_parts(job.cfg, None)
     _check_data(job, parts)
     _log_inputs(parts, tracked)
-    digests = json.dumps(_digests(parts))
+    digests = json.dumps(parts.data.digests())
     texts = {"config.yaml": job.yaml, "tokenizer.json": parts.data.tokenizer.json, DIGESTS: digests}
     trainer, checkpoints, metrics = build.build_trainer(job.cfg, parts, tracked, run_id, texts)
     say(_plan(job, parts, run_id))
@@ -145,7 +146,7 @@ def evaluate(job: Job, tracked: TrackedRun, run_id: str) -> float:
     _log_inputs(parts, tracked)
     parts.lit.steps_done = manifest.read_manifest(job.checkpoint).step
     trainer, _, _ = build.build_trainer(job.cfg, parts, tracked, run_id, {})
-    say(f"evaluating {job.checkpoint} on {parts.data.valid.n_tokens:,} tokens")
+    say(f"evaluating {job.checkpoint} on {parts.data.n_valid_tokens:,} tokens")
     trainer.validate(parts.lit, datamodule=parts.datamodule, verbose=False)
     say("\n".join(_validation_lines(trainer.callback_metrics)))
     return float(trainer.callback_metrics["val/loss"])
@@ -224,17 +225,13 @@ def _check_data(job: Job, parts: Parts) -> None:
         return
     saved = json.loads((job.checkpoint / DIGESTS).read_text())
     compared = saved if job.cfg.do is Do.train else ["tokenizer"]
-    changed = [name for name in compared if saved[name] != _digests(parts)[name]]
+    now = parts.data.digests()
+    changed = [name for name in compared if saved[name] != now.get(name)]
     if changed:
         d = job.cfg.data
         rule = f"is not what {job.checkpoint} was trained with any more: its {', '.join(changed)} has changed"
         fix = "bring back the text as it was (for stdlib: the same Python), or start a new run with resume=null"
         raise DataError(Problem("data.path" if d.path else "data.source", d.path or d.source.value, rule, fix))
-
-
-def _digests(parts: Parts) -> dict[str, str]:
-    data = parts.data
-    return {"tokenizer": data.tokenizer.digest, "train": data.train.digest, "valid": data.valid.digest}
 
 
 def _sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer, *, room: bool) -> str:
@@ -276,16 +273,24 @@ def _plan(job: Job, parts: Parts, run_id: str) -> str:
     rows = {
         "run": f"{job.name}, MLflow run {run_id[:12]} in {cfg.tracking.uri}",
         "model": f"{m.version}, {n_params:,} parameters: {m.n_layers} layers, d_model {m.d_model}, {mask}",
-        "data": f"{cfg.data.source.value}, {data.train.n_tokens:,} tokens (valid {data.valid.n_tokens:,}), "
+        "data": f"{_source(parts)}, {data.n_train_tokens:,} tokens (valid {data.n_valid_tokens:,}), "
         f"vocabulary {data.tokenizer.vocab_size:,}",
         "training": f"{steps:,} steps x {t.global_batch_seqs} sequences x {cfg.data.seq_len} tokens = {tokens:,} "
-        f"tokens ({tokens / data.train.n_tokens:.2f} epochs), {t.precision.value}",
+        f"tokens ({tokens / data.n_train_tokens:.2f} epochs), {t.precision.value}",
         "device": _device_name(parts),
         "expected": f"about {minutes:.1f} minutes" if minutes >= 0.1 else "a few seconds",
     }
     if job.checkpoint is not None:
         rows["resumes"] = str(job.checkpoint)
     return "\n".join(f"{key:9} {value}" for key, value in rows.items())
+
+
+def _source(parts: Parts) -> str:
+    """Name the text: its source, and of a mixture the parts with their shares."""
+    cfg, data = parts.lit.cfg.data, parts.data
+    total = sum(part.weight for part in data.parts)
+    shares = ", ".join(f"{part.name} {part.weight / total:.1%}" for part in data.parts if part.name)
+    return f"{cfg.source.value} of {shares}" if shares else cfg.source.value
 
 
 def _device_name(parts: Parts) -> str:
@@ -322,7 +327,14 @@ def _validation_lines(metrics: Mapping[str, Any]) -> list[str]:
     if "val/loss" not in metrics:
         return []
     loss, bits, unigram = (float(metrics[f"val/{n}"]) for n in ("loss", "bits_per_byte", "unigram_bits_per_byte"))
-    return [f"validation  {bits:.3f} bits per byte (unigram model: {unigram:.3f}), loss {loss:.3f} nats per token"]
+    parts = [
+        f"{name.removeprefix(PART)} {float(value):.3f}" for name, value in metrics.items() if name.startswith(PART)
+    ]
+    by_part = [f"            loss by part: {', '.join(parts)}"] if parts else []
+    return [
+        f"validation  {bits:.3f} bits per byte (unigram model: {unigram:.3f}), loss {loss:.3f} nats per token",
+        *by_part,
+    ]
 
 
 def _tags(job: Job) -> dict[str, str]:
@@ -343,6 +355,7 @@ def _name(
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         of_interest = key in ("seed", "optim", "recipes") or ("." in key and key.split(".")[0] in NAMED)
+        of_interest = of_interest and not key.startswith("data.mixture.")  # paths, several of them
         if key in swept if swept is not None else of_interest:
             own.append(f"{key.rsplit('.', 1)[-1]}={value}")
     return " ".join([cfg.model.version, size, cfg.data.source.value, *own])

@@ -20,7 +20,7 @@ def step_seconds(cfg: ExperimentConfig, parts: Parts) -> float:
         Seconds of one optimizer step.
     """
     model = parts.lit.model
-    tokens = next(iter(parts.datamodule.val_dataloader())).to(parts.device)  # (micro batch, seq + 1)
+    tokens = next(iter(parts.datamodule.val_dataloader())).tokens.to(parts.device)  # (micro batch, seq + 1)
     tries = []
     for _ in range(3):  # the first one warms up
         _wait(parts.device)

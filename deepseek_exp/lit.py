@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.data import Batch
 from deepseek_exp.models import Transformer
 from deepseek_exp.optim import build_optimizer, clip_gradients, lr_factor
 from deepseek_exp.parallel.checkpoint import rng_state, set_rng_state
@@ -42,15 +43,16 @@ class LanguageModel(pl.LightningModule):
         self.memories: dict[int, Tensor] = {}  # micro batch -> the memory that its next segment goes on from
         self.val_memory: Tensor | None = None
         self.val_sums = torch.zeros(4, dtype=torch.float64)  # nats, unigram bits, tokens, bytes
+        self.val_part_sums = torch.zeros(len(cfg.data.mixture), 2, dtype=torch.float64)  # nats, tokens of each part
         self.val_loss: float | None = None  # of this very step
         self.steps_done = 0  # by the weights that are validated without training
         self._rng: dict[str, Any] | None = None
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Do one optimizer step.
 
         Args:
-            batch: (sequences, seq + 1), the tokens of the whole step.
+            batch: tokens (sequences, seq + 1) and parts of the whole step.
             batch_idx: not used.
 
         Returns:
@@ -59,8 +61,8 @@ class LanguageModel(pl.LightningModule):
         """
         self.val_loss = None
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        micro_batches = batch.split(self.cfg.trainer.micro_batch_seqs)
-        nats = torch.zeros((), device=batch.device)
+        micro_batches = batch.tokens.split(self.cfg.trainer.micro_batch_seqs)
+        nats = torch.zeros((), device=batch.tokens.device)
         for i, tokens in enumerate(micro_batches):
             nll, memory = self._nll(tokens, self.memories.get(i))  # (sequences, seq)
             if memory is not None:
@@ -72,8 +74,10 @@ class LanguageModel(pl.LightningModule):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        self.trainer.datamodule.advance(len(batch))  # here, since callbacks save before the module's own batch end
-        targets = batch[:, 1:]
+        self.trainer.datamodule.advance(
+            len(batch.tokens)
+        )  # here, since callbacks save before the module's own batch end
+        targets = batch.tokens[:, 1:]
         n_bytes = self.token_bytes[targets].sum()
         return {"loss": nats / targets.numel(), "nats": nats, "bytes": n_bytes, "grad_norm": grad_norm, "lr": lr}
 
@@ -86,7 +90,7 @@ class LanguageModel(pl.LightningModule):
             group["lr"] = optim.lr * factor(schedule.last_epoch)
             group["weight_decay"] = optim.weight_decay if group["decays"] else 0.0
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Put the random number generators where the checkpoint had them, once after a resume."""
         if self._rng is not None:
             set_rng_state(self._rng)
@@ -95,20 +99,26 @@ class LanguageModel(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start the sums, and a text of its own for the memory."""
         self.val_sums.zero_()
+        self.val_part_sums.zero_()
         self.val_memory = None
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Add one micro batch (sequences, seq + 1) to the validation sums."""
-        nll, self.val_memory = self._nll(batch, self.val_memory)
-        targets = batch[:, 1:]
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one micro batch to the validation sums."""
+        nll, self.val_memory = self._nll(batch.tokens, self.val_memory)
+        targets = batch.tokens[:, 1:]
         nats = nll.sum(dtype=torch.float64)
         unigram, n_bytes = self.unigram_bits[targets].sum(), self.token_bytes[targets].sum()
         self.val_sums += torch.stack([nats, unigram, torch.ones_like(targets).sum(), n_bytes]).cpu()
+        if self.cfg.data.mixture:
+            by_sequence = nll.sum(1, dtype=torch.float64)  # (sequences,)
+            sums = torch.stack([by_sequence, torch.full_like(by_sequence, targets.shape[1])], 1)  # (sequences, 2)
+            self.val_part_sums.index_add_(0, batch.part.cpu(), sums.cpu())
 
     def on_validation_epoch_end(self) -> None:
         """Log what the validation measured under the number of steps done.
 
-        Loss (nats per token), bits per byte, and the bits per byte of a unigram model on the same tokens.
+        Loss (nats per token), bits per byte, and the bits per byte of a unigram model on the same tokens; of a mixture
+        also the loss of each part, of which the overall loss is the mean by the tokens that each was served with.
         """
         nats, unigram, tokens, n_bytes = self.val_sums.tolist()
         self.val_loss = nats / tokens
@@ -117,6 +127,9 @@ class LanguageModel(pl.LightningModule):
             "val/bits_per_byte": nats / math.log(2) / n_bytes,
             "val/unigram_bits_per_byte": unigram / n_bytes,
         }
+        for name, (part_nats, part_tokens) in zip(self.cfg.data.mixture, self.val_part_sums.tolist(), strict=True):
+            if part_tokens:
+                values[f"val/loss/{name}"] = part_nats / part_tokens
         self.log_dict(values, logger=False)  # for callbacks; Lightning's own logging counts steps from 0
         self.trainer.logger.log_metrics(values, self.trainer.global_step or self.steps_done)
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from deepseek_exp.config import Device, Do, ExperimentConfig, Order, Source
+from omegaconf import MISSING
+
+from deepseek_exp.config import Device, Do, ExperimentConfig, MixturePart, Order, Source
 from deepseek_exp.errors import Problem
 
 # whose classes a `_target_` may name: what a YAML file can import is limited to these
@@ -114,16 +116,67 @@ def _data(exp: ExperimentConfig) -> Iterator[Problem]:
         value = getattr(d, name)
         if value is not None and d.source is not Source.text:
             rule = f"is not read by data.source='{d.source.value}'"
-            yield Problem(f"data.{name}", value, rule, "add data=text")
-        elif value is not None and not (Path(value).exists() or glob.glob(value, recursive=True)):
-            yield Problem(
-                f"data.{name}",
-                value,
-                f"does not exist (looked in {Path.cwd()})",
-                "name a file, folder or glob that does",
-            )
+            fix = "add data=text"
+            if d.source is Source.mixture:
+                fix = f"set data.{name}=null and give each part its own, as in +data.mixture.<name>.{name}={value}"
+            yield Problem(f"data.{name}", value, rule, fix)
+        elif value is not None:
+            yield from _exists(f"data.{name}", value)
+    if d.tokenizer is not None and not Path(d.tokenizer).expanduser().is_file():
+        fix = "name a tokenizer.json, or set data.tokenizer=null to train one"
+        yield Problem("data.tokenizer", d.tokenizer, f"is no file (looked in {Path.cwd()})", fix)
     if d.source is Source.synthetic and d.max_bytes is None:
         yield Problem("data.max_bytes", None, "is needed for data.source='synthetic'", "set data.max_bytes=300000")
+
+
+def _mixture(exp: ExperimentConfig) -> Iterator[Problem]:
+    d = exp.data
+    if d.source is not Source.mixture:
+        if d.mixture:
+            rule = f"has parts, and data.source='{d.source.value}' reads none"
+            yield Problem("data.mixture", ", ".join(d.mixture), rule, "add data=mixture, or leave the parts out")
+        return
+    if not d.mixture:
+        fix = "add +data.mixture.<name>.path=<file, folder or glob> +data.mixture.<name>.weight=1 for each part"
+        yield Problem("data.mixture", {}, "has no part, and data.source='mixture' needs one at least", fix)
+    if d.order is not Order.shuffled:
+        rule = "cannot be used with data.source='mixture', whose neighbours in a lane are of different texts"
+        yield Problem("data.order", d.order.value, rule, "set data.order=shuffled, or train on one text")
+    for name, part in d.mixture.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            rule = "is not a name of letters, digits, _ and -, which metrics and keys are named with"
+            yield Problem("data.mixture", name, rule, "rename the part")
+        yield from _part(f"data.mixture.{name}", part)
+
+
+def _part(key: str, part: Any) -> Iterator[Problem]:
+    names = ", ".join(f.name for f in dataclasses.fields(MixturePart))
+    if not isinstance(part, MixturePart):
+        rule, fix = f"is not a part, which has the keys {names}", f"write +{key}.path=<file, folder or glob>"
+        if isinstance(part, dict):
+            unknown = next(k for k in part if k not in names.split(", "))
+            key, part, rule = f"{key}.{unknown}", part[unknown], f"is not a key of a part ({names})"
+            fix = "correct the name or remove it"
+        yield Problem(key, part, rule, fix)
+        return
+    if isinstance(part.weight, bool) or not isinstance(part.weight, int | float):
+        yield Problem(f"{key}.weight", part.weight, "is not a number", f"give a number, for example {key}.weight=1")
+    else:
+        yield from _ranges(dataclasses.replace(part, path="", valid_path=""), f"{key}.")
+    for name in ("path", "valid_path"):
+        value = getattr(part, name)
+        if value == MISSING or (name == "path" and value is None):
+            yield Problem(f"{key}.path", None, "has no value", f"add +{key}.path=<file, folder or glob>")
+        elif value is not None and not isinstance(value, str):
+            yield Problem(f"{key}.{name}", value, "is not a text", "name a file, folder or glob")
+        elif value is not None:
+            yield from _exists(f"{key}.{name}", value)
+
+
+def _exists(key: str, path: str) -> Iterator[Problem]:
+    if not (Path(path).exists() or glob.glob(path, recursive=True)):
+        rule = f"does not exist (looked in {Path.cwd()})"
+        yield Problem(key, path, rule, "name a file, folder or glob that does")
 
 
 def _tracking(exp: ExperimentConfig) -> Iterator[Problem]:
@@ -166,7 +219,7 @@ def _gpu_is_visible() -> bool:
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
-RULES = (_heads, _lengths, _vocabulary, _batches, _data, _tracking, _targets, _device)
+RULES = (_heads, _lengths, _vocabulary, _batches, _data, _mixture, _tracking, _targets, _device)
 
 
 def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Problem]:
@@ -207,4 +260,6 @@ def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Prob
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: vars(v) if isinstance(v, MixturePart) else v for k, v in value.items()}
     return value.value if isinstance(value, Enum) else value

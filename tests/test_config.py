@@ -21,7 +21,11 @@ CONF = ROOT / "conf"
 FILES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.rglob("*.yaml") if p.parent != CONF)
 RECIPES = sorted(p.relative_to(ROOT / "recipes").with_suffix("") for p in (ROOT / "recipes").rglob("*.yaml"))
 # what an option needs beside itself
-NEEDS = {"data=text": [f"data.path={ROOT / 'README.md'}"], "recipes=shakespeare": [f"data.path={ROOT / 'README.md'}"]}
+NEEDS = {
+    "data=mixture": [f"+data.mixture.readme.path={ROOT / 'README.md'}"],
+    "data=text": [f"data.path={ROOT / 'README.md'}"],
+    "recipes=shakespeare": [f"data.path={ROOT / 'README.md'}"],
+}
 
 
 def composed(*overrides: str) -> ExperimentConfig:
@@ -31,7 +35,7 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 
 def test_the_files_are_found():
-    assert len(FILES) == 17
+    assert len(FILES) == 26
     assert len(RECIPES) == 2
 
 
@@ -78,7 +82,7 @@ def test_model_files_list_the_same_keys_in_the_schema_order():
 
 def test_data_files_list_the_same_keys():
     names = [k.removeprefix("data.") for k in compose.schema_keys() if k.startswith("data.")]
-    for name in ("stdlib", "text", "synthetic"):
+    for name in ("stdlib", "text", "synthetic", "mixture"):
         assert list(OmegaConf.load(CONF / "data" / f"{name}.yaml")) == names
 
 
@@ -140,6 +144,20 @@ class TestMergeSaved:
             "data.text_key='x' differs from the checkpoint's text. "
             "Fix: leave data.text_key out, or start a new run with resume=null.",
         ]
+
+    def test_the_parts_of_a_mixture(self):
+        one, two = (f"+data.mixture.{name}.path={ROOT / 'README.md'}" for name in ("a", "b"))
+        saved = self.saved("data=mixture", one, two, "+data.mixture.b.weight=2")
+        before = self.merged(saved, "resume=last")
+        assert list(before.data.mixture) == ["a", "b"]
+        assert before.data.mixture["b"] == config.MixturePart(str(ROOT / "README.md"), None, 2)
+        after = self.merged(saved, "data=mixture", one, two)
+        (problem,) = validate.resume_problems(before, after)
+        path = str(ROOT / "README.md")
+        assert (problem.key, problem.value["b"]) == (
+            "data.mixture",
+            {"path": path, "valid_path": None, "weight": 1.0},
+        )
 
     @pytest.mark.parametrize(
         ("before", "now", "keys"),

@@ -74,6 +74,41 @@ MESSAGES = {
     "data.path=/nowhere": "data.path='/nowhere' is not read by data.source='stdlib'. Fix: add data=text.",
     "data=synthetic data.max_bytes=null": "data.max_bytes=null is needed for data.source='synthetic'. "
     "Fix: set data.max_bytes=300000.",
+    "data=mixture": "data.mixture={} has no part, and data.source='mixture' needs one at least. "
+    "Fix: add +data.mixture.<name>.path=<file, folder or glob> +data.mixture.<name>.weight=1 for each part.",
+    "+data.mixture.a.path=/": "data.mixture='a' has parts, and data.source='stdlib' reads none. "
+    "Fix: add data=mixture, or leave the parts out.",
+    "data=mixture data.mixture.a.path=/": "data.mixture.a.path='/' adds an entry, which needs a plus sign. "
+    "Fix: write +data.mixture.a.path=/.\n"
+    "data.mixture={} has no part, and data.source='mixture' needs one at least. "
+    "Fix: add +data.mixture.<name>.path=<file, folder or glob> +data.mixture.<name>.weight=1 for each part.",
+    "data=mixture +data.mixture.a.path=/ data.path=/": "data.path='/' is not read by data.source='mixture'. "
+    "Fix: set data.path=null and give each part its own, as in +data.mixture.<name>.path=/.",
+    "data=mixture +data.mixture.a.path=/ data.valid_path=/": "data.valid_path='/' is not read by "
+    "data.source='mixture'. Fix: set data.valid_path=null and give each part its own, as in "
+    "+data.mixture.<name>.valid_path=/.",
+    "data=mixture +data.mixture.a.path=/ data.order=contiguous": "data.order='contiguous' cannot be used with "
+    "data.source='mixture', whose neighbours in a lane are of different texts. "
+    "Fix: set data.order=shuffled, or train on one text.",
+    "data=mixture +data.mixture={a/b:{path:/}}": "data.mixture='a/b' is not a name of letters, digits, _ and -, which "
+    "metrics and keys are named with. Fix: rename the part.",
+    "data=mixture +data.mixture.a.path=/ +data.mixture.a.wight=1": "data.mixture.a.wight=1 is not a key of a part "
+    "(path, valid_path, weight). Fix: correct the name or remove it.",
+    "data=mixture +data.mixture.a=/": "data.mixture.a='/' is not a part, which has the keys path, valid_path, weight. "
+    "Fix: write +data.mixture.a.path=<file, folder or glob>.",
+    "data=mixture +data.mixture.a.weight=1": "data.mixture.a.path=null has no value. "
+    "Fix: add +data.mixture.a.path=<file, folder or glob>.",
+    "data=mixture +data.mixture.a.path=null": "data.mixture.a.path=null has no value. "
+    "Fix: add +data.mixture.a.path=<file, folder or glob>.",
+    "data=mixture +data.mixture.a.path=7": "data.mixture.a.path=7 is not a text. Fix: name a file, folder or glob.",
+    "data=mixture +data.mixture.a.path=/ +data.mixture.a.weight=x": "data.mixture.a.weight='x' is not a number. "
+    "Fix: give a number, for example data.mixture.a.weight=1.",
+    "data=mixture +data.mixture.a.path=/ +data.mixture.a.weight=true": "data.mixture.a.weight=true is not a number. "
+    "Fix: give a number, for example data.mixture.a.weight=1.",
+    "data=mixture +data.mixture.a.path=/ +data.mixture.a.weight=0": "data.mixture.a.weight=0 must be greater than 0. "
+    "Fix: use more than 0.",
+    "data=mixture +data.mixture.a.path=/ +data.mixture.a.weight=inf": "data.mixture.a.weight=inf is not a finite "
+    "number. Fix: use a number.",
     "optim.optimizer._target_=torch.optim.adam.torch.hub.load": "optim.optimizer._target_="
     "'torch.optim.adam.torch.hub.load' is not a class of the modules that a configuration may name "
     "(torch.optim, pytorch_lightning.callbacks, deepseek_exp.callbacks). Fix: use a class of those modules.",
@@ -113,6 +148,18 @@ def test_missing_path_names_the_folder_it_looked_in(monkeypatch, tmp_path):
     assert problems_of("data=text", "data.path=nowhere") == (
         f"data.path='nowhere' does not exist (looked in {tmp_path}). Fix: name a file, folder or glob that does."
     )
+
+
+def test_missing_parts_and_tokenizers_are_told(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    fix = "Fix: name a file, folder or glob that does."
+    parts = ("+data.mixture.a.path=nowhere", "+data.mixture.b.path=.", "+data.mixture.b.valid_path=x/*")
+    assert problems_of("data=mixture", *parts, "data.tokenizer=gone.json").splitlines() == [
+        f"data.tokenizer='gone.json' is no file (looked in {tmp_path}). "
+        "Fix: name a tokenizer.json, or set data.tokenizer=null to train one.",
+        f"data.mixture.a.path='nowhere' does not exist (looked in {tmp_path}). {fix}",
+        f"data.mixture.b.valid_path='x/*' does not exist (looked in {tmp_path}). {fix}",
+    ]
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):

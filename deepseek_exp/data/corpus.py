@@ -11,6 +11,7 @@ its share is full, the last one cut at a character border.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -63,16 +64,37 @@ class Corpus:
         root: folder of the standard library (source=stdlib), else None.
         files: files of the text that is split (source=synthetic: none).
         valid_files: files of the validation text (data.valid_path), else none.
+        name: of the part of a mixture; "" for every other source.
     """
 
     cfg: DataConfig
     root: Path | None
     files: list[Path]
     valid_files: list[Path]
+    name: str = ""
 
     @classmethod
-    def of(cls, cfg: DataConfig) -> Corpus:
+    def parts(cls, cfg: DataConfig) -> list[Corpus]:
+        """Find the files of every part of a mixture, in its order; any other source is one part without a name.
+
+        Raises:
+            DataError: as `of` does.
+        """
+        if cfg.source is not Source.mixture:
+            return [cls.of(cfg)]
+        alone = dataclasses.replace(cfg, source=Source.text, mixture={})
+        return [
+            cls.of(dataclasses.replace(alone, path=part.path, valid_path=part.valid_path), name)
+            for name, part in cfg.mixture.items()
+        ]
+
+    @classmethod
+    def of(cls, cfg: DataConfig, name: str = "") -> Corpus:
         """Find the files; nothing is read yet.
+
+        Args:
+            cfg: the data section; that of a part names the part's text as its own.
+            name: of the part of a mixture.
 
         Raises:
             DataError: no files, a missing setting, or files that are both for training and for validation.
@@ -85,16 +107,22 @@ class Corpus:
                 fix = "set data.max_bytes, such as 300000"
                 raise DataError(Problem("data.max_bytes", None, "leaves data.source=synthetic without an end", fix))
             return cls(cfg, None, [], [])
+        found = cls(cfg, None, [], [], name)
+        path, valid_path = found.key("path"), found.key("valid_path")
         if cfg.path is None:
-            fix = "set data.path to a file, folder or glob"
-            raise DataError(Problem("data.path", None, "names no text for data.source=text", fix))
-        files = find_files("data.path", cfg.path)
-        valid_files = find_files("data.valid_path", cfg.valid_path) if cfg.valid_path is not None else []
+            fix = f"set {path} to a file, folder or glob"
+            raise DataError(Problem(path, None, "names no text for data.source=text", fix))
+        files = find_files(path, cfg.path)
+        valid_files = find_files(valid_path, cfg.valid_path) if cfg.valid_path is not None else []
         shared = sorted(set(files) & set(valid_files))
         if shared:
-            rule = f"names {len(shared)} file(s) that data.path names too ({shared[0]})"
-            raise DataError(Problem("data.valid_path", cfg.valid_path, rule, "leave validation text out of data.path"))
-        return cls(cfg, None, files, valid_files)
+            rule = f"names {len(shared)} file(s) that {path} names too ({shared[0]})"
+            raise DataError(Problem(valid_path, cfg.valid_path, rule, f"leave validation text out of {path}"))
+        return dataclasses.replace(found, files=files, valid_files=valid_files)
+
+    def key(self, leaf: str) -> str:
+        """Give the configuration key of this text's path or valid_path."""
+        return f"data.mixture.{self.name}.{leaf}" if self.name else f"data.{leaf}"
 
     def documents(self, skipped: Counter[str]) -> Iterator[Document]:
         """Yield each document with its split, within max_bytes.
@@ -107,8 +135,8 @@ class Corpus:
         """
         shares = self._shares()
         if self.valid_files:
-            train = (("train", text) for text in self._texts("data.path", self.files, skipped))
-            valid = (("valid", text) for text in self._texts("data.valid_path", self.valid_files, skipped))
+            train = (("train", text) for text in self._texts(self.key("path"), self.files, skipped))
+            valid = (("valid", text) for text in self._texts(self.key("valid_path"), self.valid_files, skipped))
             yield from _within(train, {"train": shares["train"]})
             yield from _within(valid, {"valid": shares["valid"]})
         else:
@@ -153,7 +181,7 @@ class Corpus:
         if self.root is not None:
             yield from _library(self.root, self.files, fraction)
             return
-        texts = sums() if self.cfg.source is Source.synthetic else self._texts("data.path", self.files, skipped)
+        texts = sums() if self.cfg.source is Source.synthetic else self._texts(self.key("path"), self.files, skipped)
         if self.cfg.source is Source.text and self._are_few:
             for text in texts:
                 yield from _head_and_tail(text, fraction)
@@ -164,7 +192,7 @@ class Corpus:
     @cached_property
     def _are_few(self) -> bool:
         """True when there are not enough documents to hold whole ones out; reads `FEW` documents at most."""
-        texts = self._texts("data.path", self.files, Counter())
+        texts = self._texts(self.key("path"), self.files, Counter())
         return sum(1 for _ in itertools.islice(texts, FEW)) < FEW
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +16,20 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from deepseek_exp.config import DataConfig, Order
 from deepseek_exp.data.prepare import PreparedData
 from deepseek_exp.data.shards import Shard
-from deepseek_exp.data.stream import Contiguous, Shuffled
+from deepseek_exp.data.stream import Contiguous, Mixed, Shuffled
 from deepseek_exp.errors import DataError, Problem
+
+
+class Batch(NamedTuple):
+    """Sequences, and where they come from.
+
+    Attributes:
+        tokens: (sequences, seq_len + 1) int64.
+        part: (sequences,) int64, index of each one's part in the order of data.mixture; -1 where there is no mixture.
+    """
+
+    tokens: torch.Tensor
+    part: torch.Tensor
 
 
 class TokenDataModule(LightningDataModule):
@@ -29,7 +42,7 @@ class TokenDataModule(LightningDataModule):
 
     Attributes:
         position: sequences consumed so far.
-        n_train_sequences: sequences of one pass over the training text.
+        n_train_sequences: sequences of one pass over the training text, of all parts.
     """
 
     def __init__(
@@ -59,8 +72,8 @@ class TokenDataModule(LightningDataModule):
         """
         super().__init__()
         self.position = 0
-        self._train = _Sequences(data.train, cfg.seq_len)
-        self._valid = _Sequences(data.valid, cfg.seq_len)
+        self._train = _Sequences([part.train for part in data.parts], cfg.seq_len, labelled=bool(data.part_names))
+        self._valid = _Sequences([part.valid for part in data.parts], cfg.seq_len, labelled=bool(data.part_names))
         self.n_train_sequences = self._train.n_sequences
         self._n_workers, self._pin_memory = cfg.n_workers, pin_memory
         self._global_batch_seqs, self._micro_batch_seqs = global_batch_seqs, micro_batch_seqs
@@ -69,33 +82,43 @@ class TokenDataModule(LightningDataModule):
         if self._is_contiguous:
             _check_lanes("train", self._train, "trainer.global_batch_seqs", global_batch_seqs)
             _check_lanes("valid", self._valid, "trainer.micro_batch_seqs", micro_batch_seqs)
-            self._order = Contiguous(self._train.n_sequences, global_batch_seqs)
+            self._order: Contiguous | Mixed | Shuffled = Contiguous(self._train.n_sequences, global_batch_seqs)
+        elif data.part_names:
+            weights = tuple(part.weight for part in data.parts)
+            self._order = Mixed(tuple(data.part_names), tuple(self._train.sizes), weights, seed)
         else:
             self._order = Shuffled(self._train.n_sequences, seed)
 
     def train_dataloader(self) -> DataLoader:
-        """Serve int64 tensors (global_batch_seqs, seq_len + 1) without end, from `position` on."""
+        """Serve batches of global_batch_seqs sequences without end, from `position` on."""
         if self._n_workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns at each fork
         steps = _Steps(self._order, self._global_batch_seqs, lambda: self.position)
         return self._loader(self._train, steps, self._n_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Serve int64 tensors (micro_batch_seqs, seq_len + 1): eval_batches of them, or all.
+        """Serve batches of micro_batch_seqs sequences: eval_batches of them, or all.
 
         Fewer than all are taken at even distances, so that they stand for the whole of the text and not for its first
         documents. With order=contiguous a row of each batch reads on where that row of the batch before ended, rows
         start at even distances, and what does not fill a batch is left out; else the last batch of all is smaller when
         they do not divide. Read in the training process: validation needs no order of its own to be prefetched.
+
+        The parts of a mixture come one after the other, no batch holds two of them, and each has an equal number of
+        the eval_batches, whatever its weight: the first parts one more when they do not divide, and each one at least.
         """
-        n, rows = self._valid.n_sequences, self._micro_batch_seqs
+        rows, n_parts = self._micro_batch_seqs, len(self._valid.sizes)
         if self._is_contiguous:
-            order = Contiguous(n, rows)
+            n, order = self._valid.n_sequences, Contiguous(self._valid.n_sequences, rows)
             batches = [[order.sequence_at(g) for g in range(s * rows, (s + 1) * rows)] for s in range(n // rows)]
             return self._loader(self._valid, batches[: self._eval_batches or None], 0)
-        n_taken = min(n, self._eval_batches * rows) if self._eval_batches else n
-        taken = [i * n // n_taken for i in range(n_taken)]
-        return self._loader(self._valid, [taken[i : i + rows] for i in range(0, n_taken, rows)], 0)
+        batches = []
+        for part, (start, n) in enumerate(zip(self._valid.starts, self._valid.sizes, strict=True)):
+            n_batches = max(1, (self._eval_batches + n_parts - 1 - part) // n_parts)
+            n_taken = min(n, n_batches * rows) if self._eval_batches else n
+            taken = [start + i * n // n_taken for i in range(n_taken)]
+            batches += [taken[i : i + rows] for i in range(0, n_taken, rows)]
+        return self._loader(self._valid, batches, 0)
 
     def advance(self, n: int) -> None:
         """Count n more sequences as consumed."""
@@ -124,7 +147,7 @@ class TokenDataModule(LightningDataModule):
 class _Steps(Sampler[list[int]]):
     """The sequences of each optimizer step, without end, from the position that `position()` gives at the start."""
 
-    def __init__(self, order: Shuffled | Contiguous, rows: int, position: Callable[[], int]) -> None:
+    def __init__(self, order: Contiguous | Mixed | Shuffled, rows: int, position: Callable[[], int]) -> None:
         self._order, self._rows, self._position = order, rows, position
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -132,29 +155,43 @@ class _Steps(Sampler[list[int]]):
             yield [self._order.sequence_at(index) for index in range(start, start + self._rows)]
 
 
-class _Sequences(Dataset[torch.Tensor]):
-    """Rows of a shard: i -> tokens[i * seq_len : i * seq_len + seq_len + 1]; each process maps the file itself."""
+class _Sequences(Dataset[Batch]):
+    """Rows of the parts' shards, which count through all parts; each process maps the files itself.
 
-    def __init__(self, shard: Shard, seq_len: int) -> None:
-        self._shard, self._seq_len = shard, seq_len
-        self._tokens: np.memmap | None = None
-        self.n_sequences = (shard.n_tokens - 1) // seq_len
+    Row i of a part is tokens[i * seq_len : i * seq_len + seq_len + 1] of its shard.
 
-    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
+    Attributes:
+        sizes: sequences of each part.
+        starts: number of the first sequence of each.
+        n_sequences: of all parts.
+    """
+
+    def __init__(self, shards: Sequence[Shard], seq_len: int, *, labelled: bool) -> None:
+        self._shards, self._seq_len, self._labelled = shards, seq_len, labelled
+        self._tokens: list[np.memmap] | None = None
+        self.sizes = [(shard.n_tokens - 1) // seq_len for shard in shards]
+        self.n_sequences = sum(self.sizes)
+        self.starts = [0, *itertools.accumulate(self.sizes)][:-1]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
         if self._tokens is None:
-            self._tokens = self._shard.open()
+            self._tokens = [shard.open() for shard in self._shards]
         rows = np.empty((len(indices), self._seq_len + 1), dtype=np.int64)
-        for row, index in zip(rows, indices, strict=True):
-            start = index * self._seq_len
-            row[:] = self._tokens[start : start + self._seq_len + 1]
-        return torch.from_numpy(rows)  # (len(indices), seq_len + 1)
+        parts = np.full(len(indices), -1, dtype=np.int64)
+        for i, index in enumerate(indices):
+            part = bisect_right(self.starts, index) - 1
+            start = (index - self.starts[part]) * self._seq_len
+            rows[i] = self._tokens[part][start : start + self._seq_len + 1]
+            if self._labelled:
+                parts[i] = part
+        return Batch(torch.from_numpy(rows), torch.from_numpy(parts))
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process without the map, whose tokens would be copied."""
         return {**self.__dict__, "_tokens": None}
 
 
-def _as_is(batch: torch.Tensor) -> torch.Tensor:
+def _as_is(batch: Batch) -> Batch:
     return batch
 
 

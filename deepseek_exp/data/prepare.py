@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import logging
 import shutil
 import time
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from deepseek_exp.config import DataConfig, Source
 from deepseek_exp.data import shards
 from deepseek_exp.data.corpus import Corpus
-from deepseek_exp.data.shards import Shard, Shards, Survey
+from deepseek_exp.data.shards import SPLITS, Shard, Shards, Survey
 from deepseek_exp.data.tokenizer import Tokenizer
 from deepseek_exp.errors import DataError, Problem
 
@@ -28,95 +30,226 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Part:
+    """One text of an experiment, packed.
+
+    Attributes:
+        name: in data.mixture; "" where the source is no mixture, which then is the only part.
+        weight: its share of the sequences is this / the sum of all weights.
+        train: tokens to train on.
+        valid: tokens to validate on.
+    """
+
+    name: str
+    weight: float
+    train: Shard
+    valid: Shard
+
+
+@dataclass(frozen=True)
 class PreparedData:
     """Text, ready to train on.
 
     Attributes:
-        tokenizer: trained on the training text.
-        train: tokens to train on.
-        valid: tokens to validate on.
+        tokenizer: trained on the training text of all parts, or given.
+        parts: in the order of data.mixture; one, without a name, for every other source.
         unigram_bits: (vocab_size,) float64, bits that each token costs a model that knows only how often it is in the
-            training text.
+            training text; each part of a mixture counts by its weight.
         skipped: rows that could not be read (data.on_bad_line=skip), by file.
-        inputs: what an experiment tracker records of each split: name, context, digest, source, n_documents, n_bytes,
-            n_tokens.
+        inputs: what an experiment tracker records of each split of each part: name, context, digest, source,
+            n_documents, n_bytes, n_tokens.
     """
 
     tokenizer: Tokenizer
-    train: Shard
-    valid: Shard
+    parts: tuple[Part, ...]
     unigram_bits: Tensor
     skipped: dict[str, int]
     inputs: list[dict[str, Any]]
+
+    @property
+    def part_names(self) -> list[str]:
+        """Names of the parts of a mixture, in its order; none for every other source."""
+        return [part.name for part in self.parts if part.name]
+
+    @property
+    def n_train_tokens(self) -> int:
+        """Tokens to train on, of all parts."""
+        return sum(part.train.n_tokens for part in self.parts)
+
+    @property
+    def n_valid_tokens(self) -> int:
+        """Tokens to validate on, of all parts."""
+        return sum(part.valid.n_tokens for part in self.parts)
+
+    def digests(self) -> dict[str, str]:
+        """Digest of the tokenizer and of each split (`train`, `valid`; of a mixture `train of <part>` ...)."""
+        found = {"tokenizer": self.tokenizer.digest}
+        for part in self.parts:
+            of = f" of {part.name}" if part.name else ""
+            found |= {f"train{of}": part.train.digest, f"valid{of}": part.valid.digest}
+        return found
 
 
 def prepare(cfg: DataConfig) -> PreparedData:
     """Make the tokenizer and the packed tokens of a data section, or find them in `cfg.cache_dir`.
 
-    The cache is keyed by the settings and by path, size and time of change of every file, so a second start reads no
-    text. Several processes may call this at once: one builds, the others wait for it.
+    The cache is keyed by the settings, by path, size and time of change of every file, and by the content of a given
+    tokenizer, so a second start reads no text. Several processes may call this at once: one builds, the others wait.
 
     Raises:
-        DataError: there is no such text, it cannot be read, or it is too short.
+        DataError: there is no such text or tokenizer, it cannot be read or used, or the text is too short.
     """
-    corpus = Corpus.of(cfg)
-    folder = Path(cfg.cache_dir).absolute() / "shards" / corpus.fingerprint()
-    found = _cached(cfg, folder)
+    plan = _Plan.of(cfg)
+    found = _cached(plan)
     if found is None:
-        with _alone(folder):
-            found = _cached(cfg, folder) or _build(corpus, folder)
+        with _alone(plan.lock):
+            found = _cached(plan) or _build(plan)
     tokenizer, packed = found
-    _check_lengths(cfg, packed)
-    if packed.skipped:
-        by_file = ", ".join(f"{path}: {count}" for path, count in packed.skipped.items())
-        log.warning("skipped %d rows that could not be read (%s)", sum(packed.skipped.values()), by_file)
-    inputs = [_input(corpus, "train", packed.train), _input(corpus, "valid", packed.valid)]
-    bits = torch.from_numpy(packed.unigram_bits)
-    return PreparedData(tokenizer, packed.train, packed.valid, bits, packed.skipped, inputs)
+    _check_lengths(plan, packed)
+    skipped: dict[str, int] = {}
+    for shard in packed:
+        skipped |= shard.skipped
+    if skipped:
+        by_file = ", ".join(f"{path}: {count}" for path, count in skipped.items())
+        log.warning("skipped %d rows that could not be read (%s)", sum(skipped.values()), by_file)
+    weights = [part.weight for part in cfg.mixture.values()] or [1.0]
+    parts = tuple(
+        Part(corpus.name, weight, p.train, p.valid)
+        for corpus, weight, p in zip(plan.corpora, weights, packed, strict=True)
+    )
+    inputs = [
+        _input(c, split, getattr(p, split)) for c, p in zip(plan.corpora, packed, strict=True) for split in SPLITS
+    ]
+    return PreparedData(tokenizer, parts, _unigram_bits(weights, packed), skipped, inputs)
 
 
-def _cached(cfg: DataConfig, folder: Path) -> tuple[Tokenizer, Shards] | None:
-    packed = shards.load(folder)
-    if packed is None:
+@dataclass(frozen=True)
+class _Plan:
+    """What is looked for in the cache, and built when it is not there.
+
+    Attributes:
+        cfg: the data section.
+        given: the tokenizer that is used instead of one that is trained.
+        corpora: the text of each part.
+        fingerprints: of each.
+        lock: file that keeps others out while the tokenizer is trained and the parts are packed; all who would write
+            into one of the folders use the same.
+        folders: of each part's packed tokens.
+    """
+
+    cfg: DataConfig
+    given: Tokenizer | None
+    corpora: list[Corpus]
+    fingerprints: list[str]
+    lock: Path
+    folders: list[Path]
+
+    @classmethod
+    def of(cls, cfg: DataConfig) -> _Plan:
+        given, corpora = _given(cfg), Corpus.parts(cfg)
+        prints = [corpus.fingerprint() for corpus in corpora]
+        # what decides about the tokenizer
+        vocabulary = given.digest[:32] if given else prints[0] if len(prints) == 1 else _hash(*prints)
+        top = Path(cfg.cache_dir).absolute() / "shards"
+        folders = [top / (p if p == vocabulary else _hash(p, vocabulary)) for p in prints]
+        return cls(cfg, given, corpora, prints, top / f"{vocabulary}.lock", folders)
+
+
+def _hash(*words: str) -> str:
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:32]
+
+
+def _given(cfg: DataConfig) -> Tokenizer | None:
+    """Read the tokenizer that the configuration names."""
+    if cfg.tokenizer is None:
         return None
     try:
-        tokenizer = Tokenizer.load(_tokenizers(cfg) / packed.tokenizer_file)
+        tokenizer = Tokenizer.given(Path(cfg.tokenizer).expanduser())
+    except OSError as error:
+        rule, fix = f"cannot be read ({error.strerror})", "name a tokenizer.json, or set data.tokenizer=null"
+        raise DataError(Problem("data.tokenizer", cfg.tokenizer, rule, fix)) from error
+    except ValueError as error:
+        fix = "use the tokenizer.json of a byte-level BPE, or set data.tokenizer=null to train one"
+        raise DataError(Problem("data.tokenizer", cfg.tokenizer, str(error), fix)) from error
+    if tokenizer.vocab_size > cfg.vocab_size:
+        rule = f"has {tokenizer.vocab_size} entries and data.vocab_size is {cfg.vocab_size}"
+        fix = f"set model.vocab_size={tokenizer.vocab_size} or more (data.vocab_size follows it unless it is set)"
+        raise DataError(Problem("data.tokenizer", cfg.tokenizer, rule, fix))
+    return tokenizer
+
+
+def _cached(plan: _Plan) -> tuple[Tokenizer, list[Shards]] | None:
+    packed = [shards.load(folder) for folder in plan.folders]
+    if any(p is None for p in packed) or len({(p.tokenizer, p.tokenizer_file) for p in packed}) > 1:
+        return None
+    try:
+        tokenizer = Tokenizer.load(_tokenizers(plan.cfg) / packed[0].tokenizer_file)
     except (FileNotFoundError, ValueError):
         return None
-    return (tokenizer, packed) if tokenizer.digest == packed.tokenizer else None
+    return (tokenizer, packed) if tokenizer.digest == packed[0].tokenizer else None
 
 
-def _build(corpus: Corpus, folder: Path) -> tuple[Tokenizer, Shards]:
-    started, before = time.monotonic(), corpus.fingerprint()
-    log.info("reading %s, for the first time or since it changed", corpus.source("train"))
-    found = shards.survey(corpus)
-    _check_text(corpus.cfg, found)
-    tokenizer, name = _tokenizer(corpus, found)
-    packed = shards.build(corpus, found, tokenizer, name, folder)
-    if corpus.fingerprint() != before:
-        shutil.rmtree(folder)
-        rule = "names text that changed while it was read"
-        raise DataError(Problem("data.path", corpus.cfg.path, rule, "start again when the files are complete"))
-    n_tokens, seconds = packed.train.n_tokens + packed.valid.n_tokens, time.monotonic() - started
-    log.info("packed %d tokens into %s in %.1f s", n_tokens, folder, seconds)
+def _build(plan: _Plan) -> tuple[Tokenizer, list[Shards]]:
+    started = time.monotonic()
+    log.info("reading %s, for the first time or since it changed", ", ".join(c.source("train") for c in plan.corpora))
+    surveys = [shards.survey(corpus) for corpus in plan.corpora]
+    for corpus, found in zip(plan.corpora, surveys, strict=True):
+        _check_text(corpus, found)
+    tokenizer, name = _tokenizer(plan, surveys)
+    packed = []
+    for corpus, found, folder in zip(plan.corpora, surveys, plan.folders, strict=True):
+        old = shards.load(folder)
+        fits = old is not None and (old.tokenizer, old.tokenizer_file) == (tokenizer.digest, name)
+        packed.append(old if fits else shards.build(corpus, found, tokenizer, name, folder))
+    _check_unchanged(plan)
+    n_tokens, seconds = sum(p.train.n_tokens + p.valid.n_tokens for p in packed), time.monotonic() - started
+    where = ", ".join(str(folder) for folder in plan.folders)
+    log.info("packed %d tokens into %s in %.1f s", n_tokens, where, seconds)
     return tokenizer, packed
 
 
-def _tokenizer(corpus: Corpus, found: Survey) -> tuple[Tokenizer, str]:
-    """Find the tokenizer of this training text in the cache or train it; its file name depends on nothing else."""
-    vocab_size = corpus.cfg.vocab_size
-    key = hashlib.sha256(f"{found.digests['train']} {vocab_size}".encode()).hexdigest()
-    path = _tokenizers(corpus.cfg) / f"{key[:32]}.json"
+def _check_unchanged(plan: _Plan) -> None:
+    """Refuse what was packed from text that changed meanwhile."""
+    changed = [
+        corpus for corpus, before in zip(plan.corpora, plan.fingerprints, strict=True) if corpus.fingerprint() != before
+    ]
+    if changed:
+        for folder in plan.folders:
+            shutil.rmtree(folder)
+        rule, fix = "names text that changed while it was read", "start again when the files are complete"
+        raise DataError(*(Problem(corpus.key("path"), corpus.cfg.path, rule, fix) for corpus in changed))
+
+
+def _tokenizer(plan: _Plan, surveys: list[Survey]) -> tuple[Tokenizer, str]:
+    """Find the tokenizer in the cache, or train it; its file name depends on the training text alone.
+
+    A given tokenizer is put there too, so that all packed tokens name theirs in one way.
+    """
+    if plan.given:
+        path = _tokenizers(plan.cfg) / f"{plan.given.digest[:32]}.json"
+        plan.given.save(path)
+        return plan.given, path.name
+    vocab_size = plan.cfg.vocab_size
+    key = _hash(*(found.digests["train"] for found in surveys), str(vocab_size))
+    path = _tokenizers(plan.cfg) / f"{key}.json"
     try:
         return Tokenizer.load(path), path.name
     except (FileNotFoundError, ValueError):
-        log.info("training a tokenizer of %d entries on %.1f MB", vocab_size, found.n_bytes["train"] / 1e6)
-        documents = shards.reported(
-            corpus.documents(Counter()), "reading for the tokenizer", sum(found.n_bytes.values())
-        )
+        n_train, n_all = (sum(sum(f.n_bytes[s] for s in which) for f in surveys) for which in (("train",), SPLITS))
+        log.info("training a tokenizer of %d entries on %.1f MB", vocab_size, n_train / 1e6)
+        documents = itertools.chain.from_iterable(corpus.documents(Counter()) for corpus in plan.corpora)
+        documents = shards.reported(documents, "reading for the tokenizer", n_all)
         tokenizer = Tokenizer.train((text for split, text in documents if split == "train"), vocab_size)
         tokenizer.save(path)
         return tokenizer, path.name
+
+
+def _unigram_bits(weights: list[float], packed: list[Shards]) -> Tensor:
+    """Mix the parts' token frequencies by weight: -log2(sum of share * 2^-bits)."""
+    if len(packed) == 1:
+        return torch.from_numpy(packed[0].unigram_bits)
+    frequencies = sum(w / sum(weights) * np.exp2(-p.unigram_bits) for w, p in zip(weights, packed, strict=True))
+    return torch.from_numpy(-np.log2(frequencies))  # (vocab_size,)
 
 
 def _tokenizers(cfg: DataConfig) -> Path:
@@ -124,53 +257,53 @@ def _tokenizers(cfg: DataConfig) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(path: Path) -> Iterator[None]:
     """Keep other processes of this machine out; the lock ends with the process, however it ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("waiting for another process that builds %s", folder)
+            log.info("waiting for another process that builds %s", path.with_suffix(""))
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _check_text(cfg: DataConfig, found: Survey) -> None:
+def _check_text(corpus: Corpus, found: Survey) -> None:
     """Refuse a corpus without text to train on or to validate on, before anything is trained."""
+    cfg, path, valid_path = corpus.cfg, corpus.key("path"), corpus.key("valid_path")
     if not found.n_bytes["train"]:
         if cfg.source is Source.text:
-            raise DataError(Problem("data.path", cfg.path, "holds no text to train on", "point it at files with text"))
+            raise DataError(Problem(path, cfg.path, "holds no text to train on", "point it at files with text"))
         raise DataError(Problem("data.max_bytes", cfg.max_bytes, "leaves no text to train on", "raise data.max_bytes"))
     if not found.n_bytes["valid"]:
         if cfg.valid_path is not None:
             fix = "point it at files with text"
-            raise DataError(Problem("data.valid_path", cfg.valid_path, "holds no text to validate on", fix))
-        rule = f"holds out nothing of {found.n_documents['train']} documents to validate on"
-        fix = "set data.valid_path to validation text, or raise data.valid_fraction"
+            raise DataError(Problem(valid_path, cfg.valid_path, "holds no text to validate on", fix))
+        of = f" of {corpus.name}" if corpus.name else ""
+        rule = f"holds out nothing of {found.n_documents['train']} documents{of} to validate on"
+        fix = f"set {valid_path} to validation text, or raise data.valid_fraction"
         raise DataError(Problem("data.valid_fraction", cfg.valid_fraction, rule, fix))
 
 
-def _check_lengths(cfg: DataConfig, packed: Shards) -> None:
-    least = cfg.seq_len + 1
-    problems = [
-        Problem(
-            "data.seq_len",
-            cfg.seq_len,
-            f"needs {least} tokens of {split} text and there are {shard.n_tokens}",
-            f"lower data.seq_len, or give more {split} text",
-        )
-        for split, shard in (("train", packed.train), ("valid", packed.valid))
-        if shard.n_tokens < least
-    ]
+def _check_lengths(plan: _Plan, packed: list[Shards]) -> None:
+    seq_len = plan.cfg.seq_len
+    least, problems = seq_len + 1, []
+    for corpus, p in zip(plan.corpora, packed, strict=True):
+        for split, shard in (("train", p.train), ("valid", p.valid)):
+            if shard.n_tokens < least:
+                text = f"{split} text" + (f" of {corpus.name}" if corpus.name else "")
+                rule = f"needs {least} tokens of {text} and there are {shard.n_tokens}"
+                problems.append(Problem("data.seq_len", seq_len, rule, f"lower data.seq_len, or give more {text}"))
     if problems:
         raise DataError(*problems)
 
 
 def _input(corpus: Corpus, split: str, shard: Shard) -> dict[str, Any]:
     source = corpus.source(split)
+    file = Path(source).name if corpus.cfg.source is Source.text else corpus.cfg.source.value
     return {
-        "name": Path(source).name if corpus.cfg.source is Source.text else corpus.cfg.source.value,
+        "name": corpus.name or file,
         "context": split,
         "digest": shard.digest,
         "source": source,

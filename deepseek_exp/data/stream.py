@@ -7,9 +7,14 @@ the start of training, over all epochs; nothing depends on the number of loader 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from itertools import accumulate
 
+BLOCK = 64  # slots of a mixture that share one random arrangement
 ROUNDS = 6
 MASK = (1 << 64) - 1
 
@@ -55,7 +60,75 @@ class Contiguous:
         return lane * part + step % part
 
 
-@lru_cache(maxsize=8)
+@dataclass(frozen=True)
+class Mixed:
+    """Several streams, each with its own share and its own random order, epoch after epoch.
+
+    Sequences count through all parts in turn: part k has the numbers from starts[k] on. Of the first n * BLOCK indices
+    part k has a number that is its share of them within a few slots (`_counts`), so long-run shares are the weights
+    exactly. Block b = index // BLOCK holds the difference of two such counts, in an arrangement that is random by
+    (seed, b). A part's sequences come in the order `Shuffled` gives them, with a seed of the part's own, none twice in
+    an epoch of the part. Any index costs O(BLOCK) time and memory.
+
+    Attributes:
+        names: of the parts; they decide the parts' seeds, so that other parts' orders don't depend on a new one.
+        sizes: sequences of each part.
+        weights: share of each part, times any factor.
+        seed: of the arrangements and the orders.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+    seed: int
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Number of the first sequence of each part."""
+        return [0, *accumulate(self.sizes)][:-1]
+
+    def sequence_at(self, index: int) -> int:
+        """Find the sequence at a global index >= 0."""
+        block, slot = divmod(index, BLOCK)
+        part, place = _block(self.weights, self.seed, block)[slot]
+        return self.starts[part] + self._orders[part].sequence_at(place)
+
+    @cached_property
+    def _orders(self) -> list[Shuffled]:
+        return [Shuffled(size, _seed(self.seed, name)) for name, size in zip(self.names, self.sizes, strict=True)]
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
+
+
+@lru_cache(maxsize=16)
+def _block(weights: tuple[float, ...], seed: int, block: int) -> list[tuple[int, int]]:
+    """Lay out a block: for each slot the part, and how many of the part's sequences came before."""
+    done = _counts(weights, block * BLOCK)
+    counts = [after - before for after, before in zip(_counts(weights, (block + 1) * BLOCK), done, strict=True)]
+    ends, order, layout = list(accumulate(counts)), Shuffled(BLOCK, seed), []
+    for slot in range(BLOCK):
+        part = bisect_right(ends, order.sequence_at(block * BLOCK + slot))
+        layout.append((part, done[part]))
+        done[part] += 1
+    return layout
+
+
+def _counts(weights: Sequence[float], n: int) -> list[int]:
+    """Share n out by weights, to whole numbers.
+
+    Part 0 takes its share, rounded; part 1 its share of what is left, and so on. As n grows by one, so does exactly one
+    of the counts: rounded x * share grows by 0 or 1 when x grows by 1, and what it leaves by 1 or 0.
+    """
+    counts, left, rest = [], n, sum(map(Fraction, weights))
+    for weight in map(Fraction, weights):
+        counts.append((2 * left * weight + rest) // (2 * rest) if rest > weight else left)
+        left, rest = left - counts[-1], rest - weight
+    return counts
+
+
+@lru_cache(maxsize=256)
 def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
     digests = (hashlib.sha256(f"{seed} {epoch} {r}".encode()).digest() for r in range(ROUNDS))
     return tuple(int.from_bytes(digest[:8]) for digest in digests)

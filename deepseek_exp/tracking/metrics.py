@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ METRICS: dict[str, Metric] = {
     "train/loss": Metric("nats per token", "cross entropy of the training batch"),
     "train/bits_per_byte": Metric("bits per byte", "training loss per byte of text; comparable across tokenizers"),
     "val/loss": Metric("nats per token", "cross entropy of the validation set"),
+    "val/loss/<part>": Metric("nats per token", "cross entropy of the validation text of one part of a mixture"),
     "val/bits_per_byte": Metric("bits per byte", "validation loss per byte of text; comparable across tokenizers"),
     "val/unigram_bits_per_byte": Metric(
         "bits per byte", "the same text under token frequencies alone: the bar to beat"
@@ -28,9 +30,17 @@ METRICS: dict[str, Metric] = {
     "optim/lr": Metric("1", "learning rate of the step"),
     "optim/grad_norm": Metric("1", "global gradient norm before clipping"),
     "data/position": Metric("sequences", "training sequences consumed so far"),
-    "data/epoch": Metric("passes", "passes over the training data so far"),
+    "data/epoch": Metric(
+        "passes", "passes over the training data so far; of a mixture, sequences over those of all parts"
+    ),
     "attn/gate": Metric("0..1", "mean share that the attention gate gives to local attention"),
     "sweep/best_val_loss": Metric("nats per token", "lowest final val/loss among the runs of a sweep"),
+}
+
+
+# the rows that stand for many names: what is written in <> is one word of the user's
+PATTERNS = {
+    re.compile(re.sub("<.*?>", "[^/]+", re.escape(name))): metric for name, metric in METRICS.items() if "<" in name
 }
 
 
@@ -40,7 +50,7 @@ def check_names(names: Iterable[str]) -> None:
     Raises:
         ValueError: names the metrics and the table.
     """
-    if unknown := sorted(set(names) - METRICS.keys()):
+    if unknown := sorted(name for name in set(names) if _row(name) is None):
         raise ValueError(
             f"metric {', '.join(map(repr, unknown))} is not in METRICS (deepseek_exp/tracking/metrics.py): "
             "add it there with its unit and meaning."
@@ -49,8 +59,16 @@ def check_names(names: Iterable[str]) -> None:
 
 def describe(names: Iterable[str]) -> str:
     """Render the table's rows for the metrics that a run logged, as Markdown; empty if it logged none of them."""
-    known = sorted(set(names) & METRICS.keys())
+    known = [(name, metric) for name in sorted(set(names)) if (metric := _row(name)) is not None]
     if not known:
         return ""
-    rows = [f"| `{name}` | {METRICS[name].unit} | {METRICS[name].meaning} |" for name in known]
+    rows = [f"| `{name}` | {metric.unit} | {metric.meaning} |" for name, metric in known]
     return "\n".join(["| metric | unit | meaning |", "|---|---|---|", *rows])
+
+
+def _row(name: str) -> Metric | None:
+    """Find the table's row for a name."""
+    if "<" in name:
+        return None
+    fitting = (metric for pattern, metric in PATTERNS.items() if pattern.fullmatch(name))
+    return METRICS.get(name) or next(fitting, None)

@@ -56,7 +56,7 @@ def bare(cfg) -> float:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: lr_factor(s, cfg.optim.warmup_steps, steps, 0.1))
     batches, ends = iter(parts.datamodule.train_dataloader()), []
     for _ in range(steps):
-        micro_batches = next(batches).to(parts.device).split(cfg.trainer.micro_batch_seqs)
+        micro_batches = next(batches).tokens.to(parts.device).split(cfg.trainer.micro_batch_seqs)
         for tokens in micro_batches:
             loss = model.ops.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean() / len(micro_batches)
             loss.backward()

@@ -1,12 +1,13 @@
 """A data section with everything small, in a folder of its own."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from deepseek_exp.config import DataConfig, OnBadLine, Order, Source
+from deepseek_exp.config import DataConfig, MixturePart, OnBadLine, Order, Source
 
 
 @pytest.fixture
@@ -15,10 +16,12 @@ def cfg(tmp_path: Path) -> DataConfig:
         source=Source.synthetic,
         path=None,
         valid_path=None,
+        mixture={},
         valid_fraction=0.1,
         text_key="text",
         on_bad_line=OnBadLine.stop,
         max_bytes=30_000,
+        tokenizer=None,
         vocab_size=300,
         seq_len=16,
         order=Order.shuffled,
@@ -35,3 +38,23 @@ def text_cfg(cfg: DataConfig) -> Callable[..., DataConfig]:
         return dataclasses.replace(cfg, source=Source.text, path=str(path), max_bytes=None, **changes)
 
     return make
+
+
+@pytest.fixture
+def mixture_cfg(cfg: DataConfig, tmp_path: Path) -> DataConfig:
+    """Three parts of different sizes; of the first and the last, validation text is held out."""
+    kinds = {
+        "sums": [f"{i} + {i} = {2 * i}" for i in range(400)],
+        "words": [f"the {i}th word of the {i % 9}th kind" for i in range(150)],
+        "words_valid": [f"another word, number {i}" for i in range(60)],
+        "code": [f"def f{i}(x):\n    return x * {i}\n" for i in range(200)],
+    }
+    paths = {name: tmp_path / f"{name}.jsonl" for name in kinds}
+    for name, texts in kinds.items():
+        paths[name].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    parts = {
+        "sums": MixturePart(str(paths["sums"]), weight=3),
+        "words": MixturePart(str(paths["words"]), valid_path=str(paths["words_valid"]), weight=0.5),
+        "code": MixturePart(str(paths["code"])),
+    }
+    return dataclasses.replace(cfg, source=Source.mixture, mixture=parts, max_bytes=None)

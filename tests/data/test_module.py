@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 
 from deepseek_exp.config import Order
-from deepseek_exp.data import TokenDataModule, prepare
+from deepseek_exp.data import Batch, TokenDataModule, prepare
 from deepseek_exp.data.stream import Contiguous, Shuffled
 from deepseek_exp.errors import DataError
 
@@ -26,8 +26,11 @@ def module(cfg, *, seed=3, eval_batches=0, global_batch_seqs=8, micro_batch_seqs
     )
 
 
-def take(loader, n: int) -> list[torch.Tensor]:
-    return list(itertools.islice(loader, n))
+def take(loader, n: int | None = None) -> list[torch.Tensor]:
+    """Give the tokens of the first batches, or of all; without a mixture their sequences are of no part."""
+    batches = list(itertools.islice(loader, n))
+    assert all(batch.part.dtype == torch.int64 and batch.part.tolist() == [-1] * len(batch.tokens) for batch in batches)
+    return [batch.tokens for batch in batches]
 
 
 def same(left, right) -> bool:
@@ -40,7 +43,7 @@ def row(tokens, i: int, seq_len: int) -> list[int]:
 
 def test_batches_are_the_sequences_in_order(cfg) -> None:
     data, loader = prepare(cfg), module(cfg).train_dataloader()
-    tokens, n = data.train.open(), (data.train.n_tokens - 1) // 16
+    tokens, n = data.parts[0].train.open(), (data.parts[0].train.n_tokens - 1) // 16
     order = Shuffled(n, 3)
     batches = take(loader, n // 8 + 2)  # into the second epoch
     assert batches[0].shape == (8, 17)
@@ -97,13 +100,13 @@ def test_a_dataset_travels_without_its_tokens(cfg) -> None:
     first = take(loader, 1)
     dataset = loader.dataset
     assert len(pickle.dumps(dataset)) < 2000
-    assert torch.equal(pickle.loads(pickle.dumps(dataset)).__getitems__([0]), dataset.__getitems__([0]))
+    assert torch.equal(pickle.loads(pickle.dumps(dataset)).__getitems__([0]).tokens, dataset.__getitems__([0]).tokens)
     assert same(take(loader, 1), first)
 
 
 def test_lanes_read_on(cfg) -> None:
     cfg = dataclasses.replace(cfg, order=Order.contiguous)
-    tokens, data = prepare(cfg).train.open(), module(cfg)
+    tokens, data = prepare(cfg).parts[0].train.open(), module(cfg)
     first, second = take(data.train_dataloader(), 2)
     assert torch.equal(first[:, -1], second[:, 0])
     assert first[1].tolist() == row(tokens, ((len(tokens) - 1) // 16) // 8, 16)
@@ -112,18 +115,18 @@ def test_lanes_read_on(cfg) -> None:
 
 
 def test_validation_reads_all_in_order_or_some_at_even_distances(cfg) -> None:
-    tokens = prepare(cfg).valid.open()
+    tokens = prepare(cfg).parts[0].valid.open()
     n = (len(tokens) - 1) // 16
     rows = [row(tokens, i, 16) for i in range(n)]
     for micro in (4, 5, 7):
-        batches = list(module(cfg, micro_batch_seqs=micro).val_dataloader())
+        batches = take(module(cfg, micro_batch_seqs=micro).val_dataloader())
         assert torch.cat(batches).tolist() == rows
         assert [len(b) for b in batches] == [micro] * (n // micro) + [n % micro] * (n % micro > 0)
-    spread = torch.cat(list(module(cfg, eval_batches=3).val_dataloader())).tolist()
+    spread = torch.cat(take(module(cfg, eval_batches=3).val_dataloader())).tolist()
     assert spread == [rows[i * n // 12] for i in range(12)]
     assert n > 24 and spread[-1] == rows[11 * n // 12]
-    assert len(list(module(cfg, eval_batches=10_000).val_dataloader())) == -(-n // 4)
-    batches = list(module(dataclasses.replace(cfg, order=Order.contiguous), micro_batch_seqs=7).val_dataloader())
+    assert len(take(module(cfg, eval_batches=10_000).val_dataloader())) == -(-n // 4)
+    batches = take(module(dataclasses.replace(cfg, order=Order.contiguous), micro_batch_seqs=7).val_dataloader())
     order = Contiguous(n, 7)
     assert torch.cat(batches).tolist() == [rows[order.sequence_at(g)] for g in range(n // 7 * 7)]
 
@@ -131,7 +134,7 @@ def test_validation_reads_all_in_order_or_some_at_even_distances(cfg) -> None:
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_fewer_sequences_than_lanes(cfg, split: str) -> None:
     cfg = dataclasses.replace(cfg, order=Order.contiguous)
-    n = (getattr(prepare(cfg), split).n_tokens - 1) // 16
+    n = (getattr(prepare(cfg).parts[0], split).n_tokens - 1) // 16
     key = {"train": "global_batch_seqs", "valid": "micro_batch_seqs"}[split]
     module(cfg, **{key: n})
     with pytest.raises(DataError) as error:
@@ -150,13 +153,14 @@ class Watcher(LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: list[torch.Tensor] = []
 
-    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
-        self.seen.append(batch)
-        self.trainer.datamodule.advance(len(batch))
+    def training_step(self, batch: Batch) -> torch.Tensor:
+        assert isinstance(batch, Batch)
+        self.seen.append(batch.tokens)
+        self.trainer.datamodule.advance(len(batch.tokens))
         return self.weight * 1.0
 
-    def validation_step(self, batch: torch.Tensor) -> None:
-        assert batch.shape == (4, 17)
+    def validation_step(self, batch: Batch) -> None:
+        assert batch.tokens.shape == (4, 17)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)

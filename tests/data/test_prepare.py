@@ -32,7 +32,13 @@ def folder_of(cfg) -> Path:
 
 
 def state(data) -> tuple:
-    return data.tokenizer.digest, tokens(data.train), tokens(data.valid), data.unigram_bits.tolist(), data.inputs
+    return (
+        data.tokenizer.digest,
+        tokens(data.parts[0].train),
+        tokens(data.parts[0].valid),
+        data.unigram_bits.tolist(),
+        data.inputs,
+    )
 
 
 def built(caplog) -> bool:
@@ -53,7 +59,7 @@ def test_tokens_are_the_documents_each_with_an_end(tmp_path, text_cfg) -> None:
     sides = {"train": [], "valid": []}
     for side, text in Corpus.of(cfg).documents(Counter()):
         sides[side].append(text)
-    for shard, side in ((data.train, sides["train"]), (data.valid, sides["valid"])):
+    for shard, side in ((data.parts[0].train, sides["train"]), (data.parts[0].valid, sides["valid"])):
         ids = shard.open()
         ends = np.flatnonzero(ids == 0)
         parts = np.split(ids, ends + 1)
@@ -71,11 +77,11 @@ def test_inputs_for_tracking(cfg, tmp_path, text_cfg) -> None:
     assert data.inputs[1] == {
         "name": "synthetic",
         "context": "valid",
-        "digest": data.valid.digest,
+        "digest": data.parts[0].valid.digest,
         "source": "synthetic",
-        "n_documents": data.valid.n_documents,
+        "n_documents": data.parts[0].valid.n_documents,
         "n_bytes": 3000,
-        "n_tokens": data.valid.n_tokens,
+        "n_tokens": data.parts[0].valid.n_tokens,
     }
     write_rows(tmp_path / "a.jsonl", ["a b c d e"] * 20)
     write_rows(tmp_path / "b.jsonl", ["f g h i j"] * 20)
@@ -93,15 +99,15 @@ def test_a_document_longer_than_a_batch(tmp_path, text_cfg, monkeypatch) -> None
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("other words\n" * 50)
     data = prepare(text_cfg(tmp_path / "a.txt", valid_path=str(tmp_path / "b.txt")))
-    assert tokens(data.train) == [*data.tokenizer.encode(text), 0]
+    assert tokens(data.parts[0].train) == [*data.tokenizer.encode(text), 0]
 
 
 def test_unigram_bits_against_a_loop(cfg) -> None:
     data = prepare(cfg)
-    counts, size = Counter(tokens(data.train)), data.tokenizer.vocab_size
+    counts, size = Counter(tokens(data.parts[0].train)), data.tokenizer.vocab_size
     assert data.unigram_bits.shape == (size,)
     for token, bits in enumerate(data.unigram_bits.tolist()):
-        assert bits == pytest.approx(-math.log2((counts[token] + 1) / (data.train.n_tokens + size)), rel=1e-12)
+        assert bits == pytest.approx(-math.log2((counts[token] + 1) / (data.parts[0].train.n_tokens + size)), rel=1e-12)
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path, cfg, monkeypatch) -> None:
@@ -127,7 +133,7 @@ def test_a_second_start_builds_nothing_until_something_changes(tmp_path, text_cf
     write_rows(path, [f"changed {i}" for i in range(200)])
     second = prepare(cfg)
     assert built(caplog)
-    assert second.train.digest != first.train.digest
+    assert second.parts[0].train.digest != first.parts[0].train.digest
 
 
 def test_the_tokenizer_is_shared_by_all_with_the_same_training_text(tmp_path, text_cfg, caplog) -> None:
@@ -171,7 +177,7 @@ def test_a_damaged_cache_is_built_again(cfg, caplog, damage: str) -> None:
     if damage == "other tokenizer":
         assert second.tokenizer.digest != first[0]
         assert [i["digest"] for i in second.inputs] == [i["digest"] for i in first[-1]]
-        assert second.tokenizer.token_bytes[tokens(second.train)].sum() == second.train.n_bytes
+        assert second.tokenizer.token_bytes[tokens(second.parts[0].train)].sum() == second.parts[0].train.n_bytes
     else:
         assert state(second) == first
 
@@ -320,7 +326,7 @@ def test_no_text_within_max_bytes(cfg) -> None:
 
 def test_fewer_tokens_than_a_sequence(cfg) -> None:
     data = prepare(cfg)
-    n_train, n_valid = data.train.n_tokens, data.valid.n_tokens
+    n_train, n_valid = data.parts[0].train.n_tokens, data.parts[0].valid.n_tokens
     prepare(dataclasses.replace(cfg, seq_len=n_valid - 1))
     with pytest.raises(DataError) as error:
         prepare(dataclasses.replace(cfg, seq_len=n_valid))
@@ -334,3 +340,24 @@ def test_fewer_tokens_than_a_sequence(cfg) -> None:
         f"needs {n_train + 1} tokens of train text and there are {n_train}",
         f"needs {n_train + 1} tokens of valid text and there are {n_valid}",
     ]
+
+
+def test_a_given_tokenizer(cfg, tmp_path) -> None:
+    path = tmp_path / "t.json"
+    trained = Tokenizer.train(["other words " * 50], 290)
+    trained.save(path)
+    data = prepare(dataclasses.replace(cfg, tokenizer=str(path), vocab_size=trained.vocab_size))
+    assert data.tokenizer.digest == trained.digest
+    assert data.tokenizer.token_bytes[tokens(data.parts[0].train)].sum() == data.parts[0].train.n_bytes
+    n = trained.vocab_size
+    with pytest.raises(DataError) as error:
+        prepare(dataclasses.replace(cfg, tokenizer=str(path), vocab_size=n - 1))
+    assert str(error.value) == (
+        f"data.tokenizer='{path}' has {n} entries and data.vocab_size is {n - 1}. "
+        f"Fix: set model.vocab_size={n} or more (data.vocab_size follows it unless it is set)."
+    )
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"data\.tokenizer='.*' is not the JSON of a tokenizer .* Fix: use the"):
+        prepare(dataclasses.replace(cfg, tokenizer=str(path)))
+    with pytest.raises(DataError, match=r"cannot be read \(No such file or directory\)\. Fix: name a tokenizer.json"):
+        prepare(dataclasses.replace(cfg, tokenizer=f"{path}x"))

@@ -1,10 +1,11 @@
+import json
 import pickle
 import random
 from pathlib import Path
 
 import pytest
 
-from deepseek_exp.data.tokenizer import END, Tokenizer, pieces
+from deepseek_exp.data.tokenizer import END, ENDS, Tokenizer, pieces
 
 TEXTS = ["the cat sat on the mat.\n" * 20, "def f(x):\n    return x + 1\n" * 20, "大家好，世界。" * 20]
 
@@ -66,10 +67,10 @@ def test_saved_and_loaded_or_sent_it_is_the_same(tokenizer: Tokenizer, tmp_path:
 def test_a_file_that_is_no_tokenizer(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="not the JSON of a tokenizer"):
+    with pytest.raises(ValueError, match="is not the JSON of a tokenizer"):
         Tokenizer.load(path)
     path.write_text('{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
-    with pytest.raises(ValueError, match=r"the tokenizer's id 0 is not <\|endoftext\|>"):
+    with pytest.raises(ValueError, match=r"has no special token <\|endoftext\|> or <\|end_of_text\|> or"):
         Tokenizer.load(path)
 
 
@@ -84,3 +85,112 @@ def test_pieces_encode_like_the_whole(tokenizer: Tokenizer) -> None:
     assert [i for part in tokenizer.encode_batch(parts) for i in part] == tokenizer.encode(text)
     assert list(pieces("x" * 200_000)) == ["x" * 200_000]
     assert list(pieces(" \n" * 100_000)) == [" \n" * 100_000]
+
+
+LATER = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, tokenizer: Tokenizer):
+    """Give a function that writes a tokenizer.json as others make them, with some of it changed."""
+
+    def write(**changes: object) -> Path:
+        tree = json.loads(tokenizer.json)
+        del tree["model"]["vocab"][END]
+        vocab = {token: i for i, token in enumerate(tree["model"]["vocab"])}
+        model = {**tree["model"], "vocab": vocab, **changes.pop("model", {})}
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps({**tree, "added_tokens": [], "model": model, **changes}))
+        return path
+
+    return write
+
+
+def added(*names: str, special: bool = True) -> list[dict]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [{"id": 289 + i, "content": name, "special": special, **flags} for i, name in enumerate(names)]
+
+
+def test_a_given_tokenizer_without_an_end_gets_one(foreign, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    found = Tokenizer.given(foreign())
+    assert (found.end_id, found.vocab_size) == (289, 290)
+    assert found.encode(TEXTS[0] + END) == [i - 1 for i in tokenizer.encode(TEXTS[0] + END)]
+    assert found.token_bytes.tolist() == [*tokenizer.token_bytes[1:].tolist(), 0]
+    found.save(tmp_path / "saved.json")
+    assert Tokenizer.load(tmp_path / "saved.json").encode(TEXTS[1]) == found.encode(TEXTS[1])
+    assert Tokenizer.given(tmp_path / "saved.json").digest == found.digest
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_end_of_a_given_tokenizer_is_a_special_token_of_its_own(foreign, name: str) -> None:
+    found = Tokenizer.given(foreign(added_tokens=added("<|user|>", name)))
+    assert (found.end_id, found.vocab_size) == (290, 291)
+    text = f"a<|user|>b{name}"
+    assert not {289, 290} & set(found.encode(text)) and found.decode(found.encode(text)) == text
+    assert found.token_bytes[289:].tolist() == [0, 0]
+    both = Tokenizer.given(foreign(added_tokens=added("</s>", END)))
+    assert both.end_id == 290
+
+
+def test_tokens_that_are_written_as_text_count_their_bytes(foreign) -> None:
+    found = Tokenizer.given(foreign(added_tokens=added("<｜User｜>", special=False)))
+    ids = found.encode("é<｜User｜>")
+    assert 289 in ids
+    assert found.token_bytes[ids].sum() == len("é<｜User｜>".encode())
+    assert found.end_id == 290
+
+
+def test_a_given_tokenizer_neither_cuts_nor_pads_nor_adds(foreign) -> None:
+    plain = Tokenizer.given(foreign(added_tokens=added("</s>")))
+    dressed = foreign(
+        added_tokens=added("</s>"),
+        truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        padding={
+            "strategy": "BatchLongest",
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 289,
+            "pad_type_id": 0,
+            "pad_token": "</s>",
+        },
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "</s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [289], "tokens": ["</s>"]}},
+        },
+    )
+    found = Tokenizer.given(dressed)
+    assert found.encode_batch(TEXTS) == [found.encode(text) for text in TEXTS] == plain.encode_batch(TEXTS)
+    saved = Tokenizer(found.json)
+    assert saved.encode_batch(TEXTS) == plain.encode_batch(TEXTS)
+
+
+def test_pieces_encode_like_the_whole_where_punctuation_takes_line_breaks_along(foreign) -> None:
+    split = {"type": "Split", "pattern": {"Regex": LATER}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    merges = {"vocab": json.loads(foreign().read_text())["model"]["vocab"] | {"!Ċ": 289, "Ċt": 290}}
+    merges["merges"] = [["!", "Ċ"], ["Ċ", "t"]]
+    sequence = {"type": "Sequence", "pretokenizers": [split, level]}
+    found = Tokenizer.given(foreign(model=merges, pre_tokenizer=sequence))
+    rng = random.Random(0)
+    text = "".join(rng.choice(["the", "!\n", "!!\n\n", "\n", " \n", "7", "世"]) for _ in range(200_000))
+    parts = list(pieces(text))
+    assert len(parts) > 3 and 289 in found.encode(text)
+    assert [i for part in found.encode_batch(parts) for i in part] == found.encode(text)
+
+
+WRONG = {
+    "is not the JSON of a tokenizer": lambda write: write(version="9"),
+    "is not a BPE that always encodes a text in the same way": lambda write: write(model={"dropout": 0.5}),
+    "is not a byte-level BPE: 1 of the 256 bytes have no entry": lambda write: write(
+        model={"vocab": {t: i for t, i in json.loads(write().read_text())["model"]["vocab"].items() if t != "!"}}
+    ),
+    "does not give every text back unchanged": lambda write: write(normalizer={"type": "NFC"}),
+}
+
+
+@pytest.mark.parametrize("rule", WRONG)
+def test_a_given_tokenizer_of_another_kind(foreign, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        Tokenizer.given(WRONG[rule](foreign))

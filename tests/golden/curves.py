@@ -61,7 +61,7 @@ def _losses(cfg: ExperimentConfig):
     )
     batches = iter(parts.datamodule.train_dataloader())
     for _ in range(STEPS):
-        micro_batches = next(batches).split(cfg.trainer.micro_batch_seqs)
+        micro_batches = next(batches).tokens.split(cfg.trainer.micro_batch_seqs)
         total = 0.0
         for tokens in micro_batches:
             loss = model.ops.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean() / len(micro_batches)

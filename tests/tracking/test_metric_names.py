@@ -27,6 +27,16 @@ def test_a_name_outside_of_the_table_is_an_error_that_names_the_table() -> None:
         check_names(["train/loss", "train/los"])
 
 
+def test_a_row_may_stand_for_many_names() -> None:
+    check_names(["val/loss", "val/loss/finance", "val/loss/law_en"])
+    for name in ("val/loss/", "val/loss/a/b", "val/loss/<part>", "xval/loss/a"):
+        with pytest.raises(ValueError, match="is not in METRICS"):
+            check_names([name])
+    text = describe(["val/loss/finance", "val/loss/a/b"])
+    assert "| `val/loss/finance` | nats per token | cross entropy of the validation text of one part" in text
+    assert "a/b" not in text
+
+
 def test_description_lists_only_known_metrics_that_were_logged() -> None:
     text = describe(["val/loss", "callback/x"])
     assert "| `val/loss` | nats per token | cross entropy of the validation set |" in text

@@ -1,0 +1,52 @@
+"""The loss of each part of a mixture against a plain computation."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from deepseek_exp import build
+from deepseek_exp.tracking.metrics import check_names
+from tests.test_config import composed
+
+KINDS = {"sums": "{0} + {0} is", "words": "the {0}th word,", "code": "def f{0}(x):"}
+
+
+@pytest.fixture
+def parts(tmp_path) -> build.Parts:
+    """Parts of an experiment on a mixture of three texts, of which the last is a short one."""
+    overrides = []
+    for k, (name, text) in enumerate(KINDS.items()):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{"text": text.format(i) * 20} for i in range(400 - 150 * k)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        overrides += [f"+data.mixture.{name}.path={path}", f"+data.mixture.{name}.weight={k + 1}"]
+    sizes = ("trainer.micro_batch_seqs=4", "trainer.eval_batches=9", "device=cpu")
+    cfg = composed("size=tiny", "data=mixture", *overrides, *sizes, f"output_dir={tmp_path}")
+    return build.build_parts(cfg)
+
+
+def test_validation_loss_of_each_part(parts, monkeypatch):
+    logged = {}
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    monkeypatch.setattr(trainer.__class__, "logger", type("L", (), {"log_metrics": lambda _, v, s: logged.update(v)})())
+    for _ in range(2):  # the second validation starts from zero
+        trainer.validate(parts.lit, datamodule=parts.datamodule, verbose=False)
+    model = parts.lit.model
+    nll = {k: [] for k in range(3)}
+    with torch.no_grad():
+        for batch in parts.datamodule.val_dataloader():
+            for tokens, part in zip(batch.tokens, batch.part.tolist(), strict=True):
+                logits = model(tokens[None, :-1])[0]
+                nll[part].append(torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none").double())
+    expected = {f"val/loss/{name}": torch.cat(nll[k]).mean().item() for k, name in enumerate(KINDS)}
+    check_names(logged)
+    assert {name: v for name, v in logged.items() if name.startswith("val/loss/")} == pytest.approx(expected, rel=1e-6)
+    assert len({round(v, 6) for v in expected.values()}) == 3
+    counts = [sum(map(len, nll[k])) for k in range(3)]
+    assert counts[2] < counts[0]  # the overall loss weighs the parts by tokens
+    overall = sum(v * n for v, n in zip(expected.values(), counts, strict=True)) / sum(counts)
+    assert logged["val/loss"] == pytest.approx(overall, rel=1e-6)

@@ -1,0 +1,75 @@
+"""run.py on a mixture: what is recorded, a resume in its middle, a text that changed."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from tests import runs
+from tests.test_run import all_runs, store
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with the texts of two parts and one finished run on them."""
+    folder = tmp_path_factory.mktemp("mixture")
+    for name, line in (("sums", "{0} + {0} = {1}"), ("words", "the {0}th word")):
+        (folder / f"{name}.txt").write_text("".join(line.format(i, 2 * i) + "\n" for i in range(3000)))
+    parts = ["+data.mixture.sums.path=sums.txt", "+data.mixture.sums.weight=3", "+data.mixture.words.path=words.txt"]
+    own = [o for o in runs.QUICK if o != "data=synthetic"]
+    done = runs.run(folder, *own, "data=mixture", *parts)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.fixture
+def copy_of_finished(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_says_and_records_each_part(finished):
+    folder, done = finished
+    run, client = all_runs(folder)[0], store(folder)
+    assert "run       v1_dense tiny mixture warmup_steps=3, MLflow" in done.stdout
+    assert "data      mixture of sums 75.0%, words 25.0%, " in done.stdout
+    losses = [run.data.metrics[f"val/loss/{name}"] for name in ("sums", "words")]
+    assert f"\n            loss by part: sums {losses[0]:.3f}, words {losses[1]:.3f}\n" in done.stdout
+    assert run.data.metrics["val/loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)  # one batch each
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/loss/sums")] == [6, 12]
+    assert "| `val/loss/words` | nats per token |" in run.data.tags["mlflow.note.content"]
+    assert run.data.params["data.mixture.sums.weight"] == "3"
+    inputs = {(i.dataset.name, i.tags[0].value): i.dataset.digest for i in run.inputs.dataset_inputs}
+    assert set(inputs) == {(name, split) for name in ("sums", "words") for split in ("train", "valid")}
+    assert len(set(inputs.values())) == 4
+
+
+def test_a_resume_in_the_middle_changes_nothing(finished, copy_of_finished):
+    (whole,) = runs.run_dirs(finished[0])
+    (run_dir,) = runs.run_dirs(copy_of_finished)
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
+    done = runs.run(copy_of_finished, "resume=last")
+    assert done.returncode == 0 and "step-00000008\n" in done.stdout, done.stderr
+    before, after = runs.weights(whole, 12), runs.weights(run_dir, 12)
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    for name in ("train/loss", "val/loss", "val/loss/sums", "val/loss/words"):
+        assert runs.trace(run_dir, name) == runs.trace(whole, name)
+
+
+def test_eval_gives_the_loss_of_each_part(copy_of_finished):
+    done = runs.run(copy_of_finished, "do=eval", "resume=last")
+    assert done.returncode == 0, done.stderr
+    trained, measured = runs.run_dirs(copy_of_finished)
+    for name in ("val/loss", "val/loss/sums", "val/loss/words"):
+        assert list(runs.trace(measured, name).values()) == [runs.trace(trained, name)[12]]
+
+
+def test_going_on_with_the_changed_text_of_one_part_is_refused(copy_of_finished):
+    words = copy_of_finished / "words.txt"
+    words.write_text("new\n" + words.read_text())
+    done = runs.run(copy_of_finished, "resume=last", "trainer.max_steps=20")
+    assert done.returncode == 2
+    assert "its tokenizer, train of words, valid of words has changed" in done.stderr
+    assert "sums" not in done.stderr.split("Fix:")[0].splitlines()[-1]

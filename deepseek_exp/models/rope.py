@@ -80,5 +80,5 @@ def _yarn_table_scale(s: RopeScalingConfig) -> float:
 
 
 def _mscale(factor: float, weight: float) -> float:
-    """Give YaRN's growth of the attention scale: 0.1 weight ln(factor) + 1 (the paper's section 3.4; the weight is DeepSeek's)."""
+    """Give YaRN's growth of the attention scale: 0.1 weight ln(factor) + 1 (section 3.4; the weight is DeepSeek's)."""
     return 0.1 * weight * math.log(factor) + 1.0

@@ -46,6 +46,14 @@ def test_is_as_exact_as_the_definition_with_every_gradient(dtype, ends):
         assert (f - e).norm() <= 2 * (p - e).norm() + torch.finfo(dtype).eps * e.norm() / 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_gradient_may_have_any_strides(dtype):
+    """That of a sum is one number expanded."""
+    x, weight, ends = tensors(dtype, [4, 8, 12])
+    TORCH.grouped_mm(x, weight, ends).sum().backward()
+    torch.testing.assert_close(x.grad[0], weight.detach()[0].sum(0), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_shapes_are_known_without_values(dtype):
     x, weight, ends = (t.to("meta") for t in tensors(dtype, [4, 8, 12]))

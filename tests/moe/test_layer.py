@@ -21,7 +21,13 @@ CASES = {
     "scaled": {"score": "sigmoid", "route_scale": 2.5, "n_shared_experts": 1},
     "raw and scaled": {"norm_top_k": False, "route_scale": 16.0},
     "groups by their best": {"n_groups": 4, "top_k_groups": 2, "group_score": "max", "top_k": 3},
-    "groups by their best two": {"n_groups": 2, "top_k_groups": 1, "group_score": "top2_sum", "top_k": 3},
+    "groups by their best two": {
+        "score": "sigmoid",
+        "n_groups": 2,
+        "top_k_groups": 1,
+        "group_score": "top2_sum",
+        "top_k": 3,
+    },
     "groups by their sum": {"n_groups": 4, "top_k_groups": 2, "group_score": "sum"},
     "sigmoid groups by their best two": {
         "score": "sigmoid",
@@ -77,6 +83,20 @@ def test_the_bias_chooses_and_does_not_weigh():
     assert after.ids_TK[0, 0] == outsider
     assert after.weights_TK[0, 0] == before.scores_TE[0, outsider] < 1
     assert torch.equal(after.scores_TE, before.scores_TE)
+
+
+@pytest.mark.parametrize(("score", "group"), [("max", 0), ("top2_sum", 1), ("sum", 2)])
+def test_each_group_score_names_its_own_group(score, group):
+    """Of three groups one has the best expert, one the best two, and one the most in all."""
+    layer = build(n_routed_experts=12, n_groups=3, top_k_groups=1, group_score=score, score="sigmoid")
+    wanted = torch.tensor([9.0, 1, 1, 1, 8, 7, 1, 1, 6, 6, 6, 5], dtype=torch.float64) / 10
+    x = torch.zeros(1, D_MODEL, dtype=torch.float64)
+    x[0, 0] = 1
+    with torch.no_grad():
+        layer.router.weight[:, 0] = wanted.logit()
+    ids = layer.router(x).ids_TK
+    assert torch.all(ids // 4 == group)
+    assert set(wanted[ids[0]].tolist()) == set(wanted[4 * group : 4 * group + 4].topk(2).values.tolist())
 
 
 class TestEdges:

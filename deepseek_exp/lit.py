@@ -74,9 +74,8 @@ class LanguageModel(pl.LightningModule):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        self.trainer.datamodule.advance(
-            len(batch.tokens)
-        )  # here, since callbacks save before the module's own batch end
+        # here, since callbacks save before the module's own batch end
+        self.trainer.datamodule.advance(len(batch.tokens))
         targets = batch.tokens[:, 1:]
         n_bytes = self.token_bytes[targets].sum()
         return {"loss": nats / targets.numel(), "nats": nats, "bytes": n_bytes, "grad_norm": grad_norm, "lr": lr}

@@ -83,9 +83,8 @@ class LanguageModel(pl.LightningModule):
         optimizer.zero_grad()
         self.update_biases()
         schedule.step()
-        self.trainer.datamodule.advance(
-            len(batch.tokens)
-        )  # here, since callbacks save before the module's own batch end
+        # here, since callbacks save before the module's own batch end
+        self.trainer.datamodule.advance(len(batch.tokens))
         targets = batch.tokens[:, 1:]
         n_bytes = self.token_bytes[targets].sum()
         ahead = {"train/mtp_loss": mtp_loss} if self.cfg.model.n_mtp_layers else {}

@@ -6,7 +6,6 @@ D d_model, F d_expert, N domains.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -45,8 +44,8 @@ class MoE(nn.Module):
     """Mixture of experts: y = shared(x) + sum over a token's experts of weight * expert(x).
 
     Source: Dai et al. 2024, "DeepSeekMoE", section 3 (fine-grained and shared experts). In training an expert takes at
-    most capacity_factor x the mean load, where that is set: its load factor, load / mean load, is then bounded by it.
-    Otherwise, and always outside of training, nothing is dropped.
+    most capacity_factor x the mean load, rounded down, and one row at least, where that is set: its load factor, load /
+    mean load, is then bounded by it. Otherwise, and always outside of training, nothing is dropped.
 
     The losses that keep the load even and teach the domain classifier are tied to the output: the backward pass adds
     their gradient, times `loss_scale`, and no loss has to be carried to the end of the model.
@@ -92,7 +91,7 @@ class MoE(nn.Module):
         if loss.requires_grad:
             y_TD = _AttachLoss.apply(y_TD, loss)
         counted = {"passes": 1, "dropped": dropped, **losses}
-        rest = torch.stack([torch.as_tensor(counted[n], device=x.device).detach().double() for n in COUNTS])
+        rest = torch.stack([_as_count(counted[n], x.device) for n in COUNTS])
         return y_TD.view_as(x), torch.cat([load_E.double(), rest])
 
     def record(self, counts: Tensor) -> None:
@@ -159,7 +158,7 @@ class MoE(nn.Module):
     def _capacity(self, slots_TK: Tensor) -> int | None:
         if not (self.training and self.cfg.capacity_factor):
             return None
-        return math.ceil(self.cfg.capacity_factor * slots_TK.numel() / self.cfg.n_routed_experts)
+        return max(1, int(self.cfg.capacity_factor * slots_TK.numel() / self.cfg.n_routed_experts))
 
     def _losses(self, routing: Routing, load_E: Tensor, domain_T: Tensor | None, seq: int) -> dict[str, Tensor]:
         """Give the weighted losses of this batch, and how the domain classifier did."""
@@ -197,9 +196,16 @@ def balance_loss(scores_BSE: Tensor, load_BE: Tensor, top_k: int) -> Tensor:
         load_BE: times that each expert was chosen in each row.
         top_k: experts of a token.
     """
-    f_BE = load_BE * scores_BSE.shape[2] / (top_k * scores_BSE.shape[1])
+    f_BE = load_BE.to(scores_BSE.dtype) * scores_BSE.shape[2] / (top_k * scores_BSE.shape[1])
     p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
     return (f_BE * p_BE).sum(-1).mean()
+
+
+def _as_count(value: Tensor | int, device: torch.device) -> Tensor:
+    """Give a scalar in float64 on the device, where a number is made without a copy that the host would wait for."""
+    if isinstance(value, Tensor):
+        return value.detach().double()
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 class _AttachLoss(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from deepseek_exp.config import GroupScore, Score
 from deepseek_exp.kernels import TORCH, Ops, reference
 from deepseek_exp.moe import MoE
+from deepseek_exp.moe.layer import COUNTS
 from tests.test_config import composed
 
 TINY = composed("model=v2_moe", "size=tiny").model
@@ -99,6 +100,11 @@ def gradients(layer: MoE, x, forward):
     (out * g.to(out.dtype)).sum().backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in layer.named_parameters()}
     return {"y": out.detach(), "x": x.grad} | grads
+
+
+def counted(counts, *names: str) -> list[float]:
+    """What a pass counted beside the loads of its eight experts."""
+    return [counts[8 + COUNTS.index(name)].item() for name in names]
 
 
 def distance(a, b) -> float:

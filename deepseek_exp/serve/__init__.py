@@ -1,5 +1,7 @@
-"""Use of trained models."""
+"""Use of trained models: text from them, and checkpoints that others read."""
 
+from deepseek_exp.serve.export import export_hf
 from deepseek_exp.serve.generate import generate
+from deepseek_exp.serve.pretrained import Pretrained, from_pretrained
 
-__all__ = ["generate"]
+__all__ = ["Pretrained", "export_hf", "from_pretrained", "generate"]

@@ -2,6 +2,7 @@
 
 from deepseek_exp.serve.export import export_hf
 from deepseek_exp.serve.generate import generate
+from deepseek_exp.serve.hf_weights import load_release
 from deepseek_exp.serve.pretrained import Pretrained, from_pretrained
 
-__all__ = ["Pretrained", "export_hf", "from_pretrained", "generate"]
+__all__ = ["Pretrained", "export_hf", "from_pretrained", "generate", "load_release"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from deepseek_exp.config import AttentionKind, ModelConfig, Score
 from deepseek_exp.errors import CheckpointError, Problem
-from deepseek_exp.huggingface import Release, Stored, stored_weights
+from deepseek_exp.huggingface import Stored, read_release, stored_weights
 
 SHARD_BYTES = 5 * 10**9
 EMBEDDING, HEAD = "embedding.weight", "head.weight"
@@ -142,23 +142,23 @@ def to_pairs(w: Tensor, rope: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def load(model: nn.Module, m: ModelConfig, folder: Path, release: Release, key: str = "init_from") -> None:
+def load_release(model: nn.Module, m: ModelConfig, folder: Path, key: str = "init_from") -> None:
     """Fill a model with the weights of a Hugging Face checkpoint, one tensor at a time.
 
     Args:
         model: whose parameters take their own types.
         m: what it was built from.
         folder: the checkpoint.
-        release: what its config.json says.
         key: the configuration key that led here, for the messages.
 
     Raises:
         CheckpointError: weights are missing, left over or of another shape; all of them are named.
     """
     state = model.state_dict()
+    interleaved = read_release(folder, key).interleaved
     stored = stored_weights(folder, key)
     entries = []
-    for entry in table(m, interleaved=release.interleaved):
+    for entry in table(m, interleaved=interleaved):
         if entry.ours in state or not entry.ours.endswith("router.bias"):
             entries.append(entry)
         else:

@@ -104,10 +104,9 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
 
 
 def _read_release(folder: Path) -> Transformer:
-    release = read_release(folder, "path")
-    cfg = model_config(release.model)
+    cfg = model_config(read_release(folder, "path").model)
     model = Transformer(cfg, TORCH)
-    hf_weights.load(model, cfg, folder, release, "path")
+    hf_weights.load_release(model, cfg, folder, "path")
     return model
 
 

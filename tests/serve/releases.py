@@ -109,7 +109,7 @@ def load_ours(folder: Path) -> tuple[Transformer, ModelConfig, Release]:
     release = read_release(folder)
     cfg = model_config(release.model)
     model = Transformer(cfg, TORCH)
-    hf_weights.load(model, cfg, folder, release)
+    hf_weights.load_release(model, cfg, folder)
     return model.eval(), cfg, release
 
 

@@ -343,6 +343,8 @@ def _summary(
         f"{start} {resume} trainer.max_steps={steps}": "go on training",
         f"{start} -m model.n_heads=2,4 optim.lr=1e-3,3e-4": "a sweep",
     }
+    if job.cfg.init_from is not None:
+        commands.popitem()  # its model is given
     width = max(map(len, commands))
     lines += ["\nnext:", *(f"  {command:{width}}  # {what}" for command, what in commands.items())]
     return "\n".join(lines)

@@ -37,7 +37,7 @@ def export_hf(
         ConfigError: no Hugging Face family expresses the model, or the target is not empty.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        rule, fix = "is there already and not an empty folder", "name another folder, or remove that one"
+        rule, fix = "is there already and not an empty folder", "set export.path to another folder, or remove that one"
         raise ConfigError(Problem("export.path", str(target), rule, fix))
     tokenizer = Tokenizer.load(checkpoint / TOKENIZER)
     dtype = DTYPES[stored_weights(checkpoint, "resume")[hf_weights.EMBEDDING].dtype]

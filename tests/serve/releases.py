@@ -8,8 +8,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import transformers
 import yaml
 from safetensors.torch import save_file
 
@@ -21,6 +21,7 @@ from deepseek_exp.models import Transformer
 from deepseek_exp.serve import hf_weights
 from deepseek_exp.serve.pretrained import model_config
 
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 

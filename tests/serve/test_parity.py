@@ -12,9 +12,7 @@ from safetensors.torch import load_file
 from deepseek_exp.kernels import TORCH, reference
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.serve import export_hf, hf_weights
-from tests.serve.releases import CASES, load_ours, some_tokenizer, their_model, write_checkpoint
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+from tests.serve.releases import CASES, load_ours, some_tokenizer, their_model, transformers, write_checkpoint
 
 
 def distance(a, b) -> float:

@@ -158,7 +158,7 @@ def start_from(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, l
 
 
 # of the model, what may be chosen for weights that are there: nothing that inference computes depends on it
-FREE = {"model.version", "model.max_seq_len", "model.mtp_loss_weight", "model.init_std"} | {
+FREE = {f"model.{name}" for name in ("version", "max_seq_len", "mtp_loss_weight", "init_std")} | {
     f"model.moe.{name}"
     for name in ("capacity_factor", "balance", "bias_update_rate", "aux_loss_weight", "sequence_loss_weight")
 }

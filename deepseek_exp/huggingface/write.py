@@ -29,7 +29,7 @@ def family_of(m: ModelConfig) -> str:
     problems = []
     for key, (value, wanted) in _wanted(m, family).items():
         if value not in wanted:
-            shown = " or ".join("''" if w == "" else str(getattr(w, "value", w)).lower() for w in wanted)
+            shown = " or ".join(str(getattr(w, "value", w)).lower() for w in wanted)
             rule = f"has no place in a Hugging Face model of the family {family}, which is the nearest and has {shown}"
             fix = f"train a model with {key}={shown}; this one stays usable from its own checkpoints"
             problems.append(Problem(key, getattr(value, "value", value), rule, fix))
@@ -113,7 +113,7 @@ def _wanted(m: ModelConfig, family: str) -> dict[str, tuple[Any, tuple[Any, ...]
         "model.n_global_tokens": (m.n_global_tokens if m.window else 0, (0,)),
         "model.memory_len": (m.memory_len, (0,)),
         "model.d_ff_active": (m.d_ff_active, (0,)),
-        "model.moe.domains": (", ".join(moe.domains), ("",)),
+        "model.moe.domains": (", ".join(moe.domains) or "[]", ("[]",)),
     }
     if family != "deepseek_v3":
         wanted["model.n_mtp_layers"] = m.n_mtp_layers, (0,)

@@ -20,6 +20,7 @@ from deepseek_exp.kernels import TORCH
 from deepseek_exp.lit import LanguageModel
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, load_weights
+from deepseek_exp.serve import load_release
 from deepseek_exp.tracking import TrackedRun
 from deepseek_exp.tracking.logger import JournalLogger
 
@@ -62,7 +63,7 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
 
     Args:
         cfg: the experiment.
-        weights: checkpoint folder to take the model's parameters from; None initialises them from the seed.
+        weights: checkpoint folder to take the model's parameters from; None: from `init_from` or the seed.
     """
     device = pick_device(cfg.device)
     set_up_torch(cfg)
@@ -82,11 +83,13 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
 
 
 def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Transformer:
-    """Build the model on a device, with weights from a checkpoint or from the seed."""
+    """Build the model on a device, with weights from a checkpoint, else from `init_from`, else from the seed."""
     recompute = cfg.trainer.activation_checkpointing is ActivationCheckpointing.full
     model = Transformer(cfg.model, TORCH, recompute_blocks=recompute)
     if weights is not None:
         model.load_state_dict(load_weights(weights))
+    elif cfg.init_from is not None:
+        load_release(model, cfg.model, Path(cfg.init_from))
     else:
         init_weights(model, cfg.model, cfg.seed)
     dtype = DTYPES[cfg.trainer.precision]

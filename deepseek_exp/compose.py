@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -23,9 +25,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deepseek_exp import validate
+from deepseek_exp import huggingface, validate
 from deepseek_exp.config import ROOT, Do, ExperimentConfig
-from deepseek_exp.errors import ConfigError, Problem
+from deepseek_exp.errors import ConfigError, Problem, UserError
+from deepseek_exp.huggingface.files import CONFIG, TOKENIZER
 
 CONF = str(ROOT / "conf")
 # groups that write into another section of the tree
@@ -49,8 +52,11 @@ def check_command_line(argv: Sequence[str]) -> None:
         problems: dict[str, Problem] = {}
         for overrides in jobs:
             cfg, found = _compose_all(overrides)
+            if cfg.get("init_from") is not None:
+                cfg, more = start_from(cfg, overrides)
+                found += more
             # what goes on from a checkpoint is checked once its own configuration lies underneath
-            later = cfg.get("resume") is not None or cfg.get("do") is not Do.train
+            later = cfg.get("resume") is not None or (cfg.get("do") is not Do.train and cfg.get("init_from") is None)
             problems |= {str(p): p for p in found + _check(cfg, found, rules=not later)}
     resumes = [o.lstrip("+") for o in args.overrides if o.lstrip("+").startswith("resume=")]
     if args.multirun and any(o != "resume=null" for o in resumes):
@@ -110,6 +116,93 @@ def merge_saved(saved: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
             Problem("resume", "its configuration", f"does not fit this version ({message})", "start a new run")
         ) from error
     return typing.cast(DictConfig, merged)
+
+
+def start_from(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
+    """Lay what `init_from` says over a composed tree: its model section, and its tokenizer.
+
+    Args:
+        cfg: the composed tree, with init_from.
+        overrides: the command line's overrides; of the model they may name `FREE` alone.
+
+    Returns:
+        The tree under the schema, and what is wrong; it is as it was where something is.
+    """
+    folder = Path(cfg.init_from)
+    fix = "leave one of the two out"
+    problems = []
+    if cfg.resume is not None:
+        rule = f"cannot be combined with resume={cfg.resume}, whose checkpoint has weights and a model of its own"
+        problems.append(Problem("init_from", cfg.init_from, rule, fix))
+    if cfg.do is Do.export:
+        rule = "is not written by do=export, which takes a checkpoint of a run"
+        problems.append(Problem("init_from", cfg.init_from, rule, "set resume=<checkpoint> instead"))
+    problems += _model_overrides(cfg, overrides)
+    try:
+        model = dict(_flat(huggingface.read_release(folder).model, "model."))
+    except UserError as error:
+        problems += error.problems
+    if cfg.data.tokenizer is None and not (folder / TOKENIZER).is_file() and (folder / CONFIG).is_file():
+        fix = "put the model's own there (AutoTokenizer's save_pretrained writes one), or name one by data.tokenizer"
+        problems.append(Problem("init_from", cfg.init_from, f"has no {TOKENIZER}", fix))
+    if problems:
+        return cfg, problems
+    asked = {path for path, _ in _set_by_hand(cfg, overrides)}
+    cfg = copy.deepcopy(cfg)
+    for path, value in model.items():
+        if path not in asked:
+            OmegaConf.update(cfg, path, value, merge=False)
+    if cfg.data.tokenizer is None:
+        cfg.data.tokenizer = str(folder / TOKENIZER)
+    return cfg, []
+
+
+# of the model, what may be chosen for weights that are there: nothing that inference computes depends on it
+FREE = {f"model.{name}" for name in ("version", "max_seq_len", "mtp_loss_weight", "init_std")} | {
+    f"model.moe.{name}"
+    for name in ("capacity_factor", "balance", "bias_update_rate", "aux_loss_weight", "sequence_loss_weight")
+}
+
+
+def _model_overrides(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[Problem]:
+    """Refuse what is set of the model beside `init_from`."""
+    rule = f"cannot be used with init_from={cfg.init_from}, whose config.json gives the model"
+    groups = [o for o in _parsed(overrides) if SECTION_OF.get(str(o.key_or_group), str(o.key_or_group)) == "model"]
+    for o in groups:
+        yield Problem(str(o.key_or_group), o.value(), rule, f"leave {o.key_or_group} out")
+    if not groups:
+        for path, value in _set_by_hand(cfg, overrides):
+            if path not in FREE:
+                yield Problem(path, value, rule, f"leave {path} out")
+
+
+def _set_by_hand(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """List the model's leaves that the command line or a recipe sets, with their values."""
+    named = [str(o.key_or_group) for o in _parsed(overrides)]
+    with _hydra():
+        default = OmegaConf.to_container(compose("config"), resolve=False)
+    now = OmegaConf.to_container(cfg, resolve=False)
+    for path, value in _leaves(now):
+        asked = any(path == n or path.startswith(n + ".") for n in named)
+        if path.startswith("model.") and (asked or value != _select(default, path)):
+            yield path, value.value if isinstance(value, Enum) else value
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    """Parse those overrides that can be."""
+    found = []
+    for override in overrides:
+        with suppress(OverrideParseException):
+            found.append(_parse_one(override))
+    return found
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def register_help() -> None:

@@ -40,6 +40,13 @@ class Do(StrEnum):
     train = "train"
     eval = "eval"
     sample = "sample"
+    export = "export"
+
+
+class ExportFormat(StrEnum):
+    """How a checkpoint is written for other programs."""
+
+    hf = "hf"
 
 
 class Device(StrEnum):
@@ -315,13 +322,28 @@ class SampleConfig:
 
 
 @dataclass
+class ExportConfig:
+    """Checkpoints for other programs."""
+
+    format: ExportFormat = key("hf: config.json, safetensors and tokenizer of Hugging Face's transformers")
+    path: str | None = key("folder to make; null: `hf` in the run's folder")
+
+
+@dataclass
 class ExperimentConfig:
     """One experiment, completely."""
 
-    do: Do = key("train, eval (validation loss of a checkpoint) or sample (text from a checkpoint)")
+    do: Do = key(
+        "train, eval (validation loss of a checkpoint), sample (text from a checkpoint) or export (a checkpoint for "
+        "other programs)"
+    )
     device: Device = key("auto takes a GPU when there is one")
     seed: int = key("seed of weights, data order and sampling", ge=0, lt=2**63)
     resume: str | None = key("checkpoint to go on from: last, an MLflow run id, or a path; null: start anew")
+    init_from: str | None = key(
+        "folder of a Hugging Face checkpoint to start from: its config.json gives the model section, its "
+        "tokenizer.json the tokenizer; null: weights from the seed"
+    )
     output_dir: str = key("folder for runs, the MLflow database and caches")
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
@@ -329,6 +351,7 @@ class ExperimentConfig:
     trainer: TrainerConfig = MISSING
     tracking: TrackingConfig = MISSING
     sample: SampleConfig = MISSING
+    export: ExportConfig = MISSING
 
 
 def lr_from_batch(base: float, batch: int) -> float:

@@ -1,4 +1,4 @@
-"""What `do` means: train, evaluate or sample, and what the person in front of it is told."""
+"""What `do` means: train, evaluate, sample or export, and what the person in front of it is told."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from deepseek_exp import compose, planner, validate
-from deepseek_exp.config import ROOT, Do, ExperimentConfig
+from deepseek_exp.config import ROOT, Do, ExperimentConfig, ExportFormat
 from deepseek_exp.errors import ConfigError, DataError, Problem, UserError
 from deepseek_exp.parallel import manifest
 from deepseek_exp.sweep import SWEEP_FILE
@@ -70,7 +70,11 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
         CheckpointError: the checkpoint is missing or damaged.
     """
     checkpoint = None
-    if composed.resume is not None or composed.do is not Do.train:
+    if composed.init_from is not None:
+        composed, problems = compose.start_from(composed, overrides)
+        if problems:
+            raise ConfigError(*problems)
+    elif composed.resume is not None or composed.do is not Do.train:
         checkpoint, passed_over = manifest.locate(composed.resume or "last", Path(composed.output_dir))
         for sentence in passed_over:
             say(sentence)
@@ -112,8 +116,8 @@ def _check_steps_left(cfg: ExperimentConfig, checkpoint: Path) -> None:
 
 def run(job: Job) -> float | None:
     """Do what the job says; gives the validation loss where there is one."""
-    if job.cfg.do is Do.sample:
-        return sample(job)
+    if job.cfg.do in (Do.sample, Do.export):
+        return sample(job) if job.cfg.do is Do.sample else export(job)
     action = train if job.cfg.do is Do.train else evaluate
     return _tracked(job, action)
 
@@ -123,7 +127,9 @@ def train(job: Job, tracked: TrackedRun, run_id: str) -> float:
     from deepseek_exp import build
 
     started = time.monotonic()
-    parts = build.build_parts(job.cfg, None)
+    # weights that Lightning takes from the checkpoint need not be read from anywhere else before
+    cfg = job.cfg if job.checkpoint is None else dataclasses.replace(job.cfg, init_from=None)
+    parts = build.build_parts(cfg, None)
     _check_data(job, parts)
     _log_inputs(parts, tracked)
     digests = json.dumps(parts.data.digests())
@@ -138,15 +144,15 @@ def train(job: Job, tracked: TrackedRun, run_id: str) -> float:
 
 
 def evaluate(job: Job, tracked: TrackedRun, run_id: str) -> float:
-    """Measure the validation loss of a checkpoint."""
+    """Measure the validation loss of a checkpoint, one of ours or the one that `init_from` names."""
     from deepseek_exp import build
 
     parts = build.build_parts(job.cfg, job.checkpoint)
     _check_data(job, parts)
     _log_inputs(parts, tracked)
-    parts.lit.steps_done = manifest.read_manifest(job.checkpoint).step
+    parts.lit.steps_done = manifest.read_manifest(job.checkpoint).step if job.checkpoint is not None else 0
     trainer, _, _ = build.build_trainer(job.cfg, parts, tracked, run_id, {})
-    say(f"evaluating {job.checkpoint} on {parts.data.n_valid_tokens:,} tokens")
+    say(f"evaluating {job.checkpoint or job.cfg.init_from} on {parts.data.n_valid_tokens:,} tokens")
     trainer.validate(parts.lit, datamodule=parts.datamodule, verbose=False)
     say("\n".join(_validation_lines(trainer.callback_metrics)))
     return float(trainer.callback_metrics["val/loss"])
@@ -159,9 +165,26 @@ def sample(job: Job) -> None:
 
     build.set_up_torch(job.cfg)
     model = build.build_model(job.cfg, build.pick_device(job.cfg.device), job.checkpoint)
-    tokenizer = Tokenizer.load(job.checkpoint / "tokenizer.json")
+    if job.checkpoint is not None:
+        tokenizer = Tokenizer.load(job.checkpoint / "tokenizer.json")
+    else:
+        tokenizer = Tokenizer.given(Path(job.cfg.data.tokenizer))
     asked = any(o.startswith("sample.max_new_tokens=") for o in job.overrides)
     say(_sample_text(job.cfg, model, tokenizer, room=not asked))
+
+
+def export(job: Job) -> None:
+    """Write a checkpoint for other programs, and tell how they load it; this is not recorded in MLflow."""
+    from deepseek_exp import serve
+
+    wanted = job.cfg.export
+    target = Path(wanted.path) if wanted.path is not None else manifest.run_dir_of(job.checkpoint) / "hf"
+    writers = {ExportFormat.hf: serve.export_hf}
+    names = writers[wanted.format](job.cfg.model, job.checkpoint, target)
+    size = sum((target / name).stat().st_size for name in names)
+    say(f"wrote     {_shown(target)}, {size / 1e6:,.1f} MB: {', '.join(names)}")
+    say(f"from      {_shown(job.checkpoint)}, a {job.cfg.model.version}")
+    say(f'load it   transformers.AutoModelForCausalLM.from_pretrained("{_shown(target)}")')
 
 
 def say(text: str) -> None:
@@ -284,6 +307,8 @@ def _plan(job: Job, parts: Parts, run_id: str) -> str:
     }
     if job.checkpoint is not None:
         rows["resumes"] = str(job.checkpoint)
+    elif cfg.init_from is not None:
+        rows["starts"] = f"from {cfg.init_from}"
     return "\n".join(f"{key:9} {value}" for key, value in rows.items())
 
 
@@ -320,6 +345,8 @@ def _summary(
         f"{start} {resume} trainer.max_steps={steps}": "go on training",
         f"{start} -m model.n_heads=2,4 optim.lr=1e-3,3e-4": "a sweep",
     }
+    if job.cfg.init_from is not None:
+        commands.popitem()  # its model is given
     width = max(map(len, commands))
     lines += ["\nnext:", *(f"  {command:{width}}  # {what}" for command, what in commands.items())]
     return "\n".join(lines)
@@ -360,6 +387,8 @@ def _name(
         of_interest = of_interest and not key.startswith("data.mixture.")  # paths, several of them
         if key in swept if swept is not None else of_interest:
             own.append(f"{key.rsplit('.', 1)[-1]}={value}")
+    if cfg.init_from is not None:
+        size = Path(cfg.init_from).resolve().name
     return " ".join([cfg.model.version, size, cfg.data.source.value, *own])
 
 

@@ -36,7 +36,7 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 
 def test_the_files_are_found():
-    assert len(FILES) == 26
+    assert len(FILES) == 27
     assert len(RECIPES) == 2
 
 

@@ -8,7 +8,7 @@ from tests.runs import ROOT
 
 PACKAGE = "deepseek_exp"
 LAYER = {
-    "errors": 0, "config": 0, "validate": 0, "compose": 0,
+    "errors": 0, "config": 0, "validate": 0, "huggingface": 0, "compose": 0,
     "kernels": 1, "planner": 1, "data": 1, "tracking": 1,
     "models": 2, "moe": 2,
     "parallel": 3, "compress": 3, "finetune": 3, "serve": 3,
@@ -17,7 +17,7 @@ LAYER = {
     "run": 6,
 }  # fmt: skip
 NOT_SIDEWAYS = {1, 3}
-LIGHT = {"errors", "config", "validate", "compose", "planner"}
+LIGHT = {"errors", "config", "validate", "compose", "huggingface", "planner"}
 HEAVY = {"torch", "pytorch_lightning", "mlflow", "deepspeed", "transformers", "tokenizers", "numpy"}
 
 

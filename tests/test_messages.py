@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 
 from deepseek_exp import compose, config, validate
 from deepseek_exp.errors import ConfigError
@@ -28,7 +32,7 @@ MESSAGES = {
     "Fix: use one of scaled_lr, shakespeare.",
     "hydra/launcher=basicc": "hydra/launcher='basicc' is not an option of the group hydra/launcher. "
     "Fix: use hydra/launcher=basic.",
-    "do=trian": "do='trian' is not one of train, eval, sample. Fix: use do=train.",
+    "do=trian": "do='trian' is not one of train, eval, sample, export. Fix: use do=train.",
     "device=tpu": "device='tpu' is not one of auto, cpu, cuda. Fix: use device=cpu.",
     "optim.lr=abc": "optim.lr='abc' is not a number. Fix: give a number, for example optim.lr=0.003.",
     "seed=x": "seed='x' is not a whole number. Fix: give a whole number, for example seed=1234.",
@@ -160,6 +164,75 @@ def test_missing_parts_and_tokenizers_are_told(monkeypatch, tmp_path):
         f"data.mixture.a.path='nowhere' does not exist (looked in {tmp_path}). {fix}",
         f"data.mixture.b.valid_path='x/*' does not exist (looked in {tmp_path}). {fix}",
     ]
+
+
+class TestInitFrom:
+    LLAMA: ClassVar = {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps(self.LLAMA))
+        (tmp_path / "tokenizer.json").write_text("{}")
+        return tmp_path
+
+    def test_it_decides_the_model_and_the_tokenizer(self, folder):
+        config.register()
+        overrides = [f"init_from={folder}", "model.max_seq_len=32", "model.moe.capacity_factor=2"]
+        with initialize_config_dir(compose.CONF, version_base="1.3"):
+            cfg, problems = compose.start_from(hydra_compose("config", overrides), overrides)
+        assert problems == []
+        cfg = compose.to_experiment(cfg)
+        assert (cfg.model.version, cfg.model.d_model, cfg.model.n_kv_heads, cfg.model.window) == ("llama", 64, 4, 0)
+        assert (cfg.model.max_seq_len, cfg.data.seq_len, cfg.model.moe.capacity_factor) == (32, 32, 2)
+        assert cfg.model.rope_scaling.original_max_seq_len == 64
+        assert cfg.data.tokenizer == str(folder / "tokenizer.json")
+
+    @pytest.mark.parametrize(
+        ("override", "value"),
+        [("model=v3_moe", "'v3_moe'"), ("size=tiny", "'tiny'"), ("model.n_layers=4", "4"), ("model.moe.top_k=0", "0")],
+    )
+    def test_nothing_else_does(self, folder, override, value):
+        key = override.split("=")[0]
+        assert problems_of(f"init_from={folder}", override) == (
+            f"{key}={value} cannot be used with init_from={folder}, whose config.json gives the model. "
+            f"Fix: leave {key} out."
+        )
+
+    def test_what_it_cannot_be_combined_with(self, folder):
+        assert problems_of(f"init_from={folder}", "resume=last") == (
+            f"init_from='{folder}' cannot be combined with resume=last, whose checkpoint has weights and a model of "
+            "its own. Fix: leave one of the two out."
+        )
+        assert problems_of(f"init_from={folder}", "do=export") == (
+            f"init_from='{folder}' is not written by do=export, which takes a checkpoint of a run. "
+            "Fix: set resume=<checkpoint> instead."
+        )
+
+    def test_what_is_missing(self, folder):
+        (folder / "tokenizer.json").unlink()
+        assert problems_of(f"init_from={folder}") == (
+            f"init_from='{folder}' has no tokenizer.json. Fix: put the model's own there (AutoTokenizer's "
+            "save_pretrained writes one), or name one by data.tokenizer."
+        )
+        assert problems_of(f"init_from={folder}/gone") == (
+            f"init_from='{folder}/gone' has no config.json. "
+            "Fix: name the folder of a Hugging Face checkpoint, with config.json and safetensors files."
+        )
+
+    def test_a_field_that_is_not_built_and_a_broken_rule_are_told(self, folder):
+        (folder / "config.json").write_text(json.dumps({**self.LLAMA, "hidden_act": "gelu"}))
+        assert problems_of(f"init_from={folder}", "optim.lr=-1") == (
+            f"hidden_act='gelu' in {folder}/config.json is not silu, the only gate of our feed-forward network. "
+            "Fix: use another checkpoint: this part is not built.\n"
+            "optim.lr=-1.0 must be greater than 0. Fix: use more than 0."
+        )
+        (folder / "config.json").write_text(json.dumps({**self.LLAMA, "num_key_value_heads": 3}))
+        assert problems_of(f"init_from={folder}", "do=eval") == (
+            "model.n_kv_heads=3 does not divide model.n_heads=4. Fix: use model.n_kv_heads of 1, 2, 4."
+        )
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):

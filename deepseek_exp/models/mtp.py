@@ -15,8 +15,9 @@ class MTPModule(nn.Module):
     """One depth of multi-token prediction: h' = block(W [norm(embedding of the next token); norm(h)]).
 
     Embedding and output table are those of the main model. Source: DeepSeek-AI 2024, "DeepSeek-V3 Technical Report",
-    section 2.2. The order of the two halves of W's input is that of the released weights (eh_proj), the paper has them
-    the other way round. h is the main model's representation before its final normalisation.
+    section 2.2. Two things are as the released weights are run (transformers 5.23, modeling_layers.py, `MtpLayer`): the
+    order of the two halves of W's input (eh_proj), which the paper has the other way round, and that h is what the
+    output table reads at the depth before, after the final normalisation, which the paper leaves open.
     """
 
     def __init__(self, cfg: ModelConfig, ops: Ops, *, recompute: bool = False) -> None:
@@ -31,12 +32,12 @@ class MTPModule(nn.Module):
         """Look one token further.
 
         Args:
-            h: (batch, seq, d_model), of the depth before, or of the main model.
+            h: (batch, seq, d_model), normalised, of the depth before, or of the main model.
             next_embedded: (batch, seq, d_model), the embedding of the token one further ahead than h has seen.
             domain: (batch,), as for a block.
 
         Returns:
-            (batch, seq, d_model); `head_norm` of it goes through the output table.
+            (batch, seq, d_model), normalised: it goes through the output table, and to the next depth.
         """
         both = torch.cat([self.embedding_norm(next_embedded), self.hidden_norm(h)], dim=-1)
-        return self.block(self.projection(both), domain=domain)
+        return self.head_norm(self.block(self.projection(both), domain=domain))

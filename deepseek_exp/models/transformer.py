@@ -143,12 +143,13 @@ class Transformer(nn.Module):
 
     def _ahead(self, h: Tensor, tokens: Tensor, domain: Tensor | None) -> list[Tensor]:
         logits = []
+        h = self.head.norm(h) if self.mtp else h
         for k, module in enumerate(self.mtp, start=1):
             # h sees tokens up to its own position + k - 1, this depth is given the next one
             h = module(
                 h[:, : tokens.shape[1] - 1 - k], self.embedding(tokens[:, k:-1]), domain
             )  # (batch, seq - k, ...)
-            logits.append(nn.functional.linear(module.head_norm(h), self.head.weight))
+            logits.append(nn.functional.linear(h, self.head.weight))
         return logits
 
 

@@ -1,0 +1,199 @@
+"""Write our model section as config.json of the Hugging Face family that computes the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepseek_exp.config import AttentionKind, Balance, GroupScore, ModelConfig, RopeScalingKind, Score
+from deepseek_exp.errors import ConfigError, Problem
+from deepseek_exp.huggingface.read import MLA_EPS
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
+
+
+def family_of(m: ModelConfig) -> str:
+    """Choose the family that expresses a model.
+
+    Raises:
+        ConfigError: none does; with every key that stands against the nearest one.
+    """
+    family = _nearest(m)
+    problems = []
+    for key, (value, wanted) in _wanted(m, family).items():
+        if value not in wanted:
+            shown = " or ".join(str(getattr(w, "value", w)).lower() for w in wanted)
+            rule = f"has no place in a Hugging Face model of the family {family}, which is the nearest and has {shown}"
+            fix = f"train a model with {key}={shown}; this one stays usable from its own checkpoints"
+            problems.append(Problem(key, getattr(value, "value", value), rule, fix))
+    if problems:
+        raise ConfigError(*problems)
+    return family
+
+
+def write_config(m: ModelConfig, *, dtype: str, end_id: int) -> dict[str, Any]:
+    """Describe a model in the words of its Hugging Face family.
+
+    Rotary scaling is written as rope_theta and rope_scaling, which all versions of transformers read.
+
+    Args:
+        m: the model.
+        dtype: of its weights, such as bfloat16.
+        end_id: the token that ends a document.
+
+    Raises:
+        ConfigError: no family expresses the model.
+    """
+    family = family_of(m)
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "torch_dtype": dtype,
+        "bos_token_id": None,
+        "eos_token_id": end_id,
+        "pad_token_id": None,
+        "vocab_size": m.vocab_size,
+        "hidden_size": m.d_model,
+        "intermediate_size": m.d_ff,
+        "num_hidden_layers": m.n_layers,
+        "num_attention_heads": m.n_heads,
+        "num_key_value_heads": m.n_heads if m.attention is AttentionKind.mla else m.n_kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": m.max_seq_len,
+        "initializer_range": m.init_std,
+        "rms_norm_eps": m.norm_eps,
+        "tie_word_embeddings": m.tie_embeddings,
+        "rope_theta": m.rope_theta,
+        "rope_scaling": _rope_scaling(m),
+        "attention_dropout": 0.0,
+    }
+    if family.startswith("deepseek"):
+        return config | _deepseek(m) | (_deepseek_v2(m) if family == "deepseek_v2" else _deepseek_v3(m))
+    config["head_dim"] = m.head_dim
+    if family in ("llama", "qwen3"):
+        config["attention_bias"] = False
+    if family == "llama":
+        config["mlp_bias"] = False
+    if family in ("mistral", "mixtral"):
+        config["sliding_window"] = m.window or None
+    if family.startswith("qwen"):
+        every = 0 if m.window else m.n_layers
+        config |= {"use_sliding_window": bool(m.window), "sliding_window": m.window or None, "max_window_layers": every}
+    if family == "mixtral":
+        aux_loss = m.moe.aux_loss_weight if m.moe.balance is Balance.aux_loss else 0.0
+        config |= {"num_local_experts": m.moe.n_routed_experts, "num_experts_per_tok": m.moe.top_k}
+        config |= {"intermediate_size": m.moe.d_expert, "router_aux_loss_coef": aux_loss}
+    return config
+
+
+def _nearest(m: ModelConfig) -> str:
+    if m.attention is AttentionKind.mla:
+        softmax = m.moe.n_routed_experts and m.moe.score is Score.softmax
+        return "deepseek_v2" if softmax else "deepseek_v3"
+    if m.moe.n_routed_experts:
+        return "mixtral"
+    if m.qk_norm:
+        return "qwen3"
+    if m.qkv_bias:
+        return "qwen2"
+    return "mistral" if m.window or m.d_model % m.n_heads else "llama"
+
+
+def _wanted(m: ModelConfig, family: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Give for each key its value and those that the family has."""
+    moe = m.moe
+    wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "model.n_global_tokens": (m.n_global_tokens if m.window else 0, (0,)),
+        "model.memory_len": (m.memory_len, (0,)),
+        "model.d_ff_active": (m.d_ff_active, (0,)),
+        "model.moe.domains": (", ".join(moe.domains) or "[]", ("[]",)),
+    }
+    if family != "deepseek_v3":
+        wanted["model.n_mtp_layers"] = m.n_mtp_layers, (0,)
+    if family in ("qwen3", "mixtral"):
+        wanted["model.qkv_bias"] = m.qkv_bias, (False,)
+    if family in ("mixtral", "deepseek_v2"):
+        wanted["model.moe.balance"] = moe.balance, (Balance.none, Balance.aux_loss)
+    if family == "mixtral":
+        wanted |= {
+            "model.qk_norm": (m.qk_norm, (False,)),
+            "model.moe.n_dense_layers": (moe.n_dense_layers, (0,)),
+            "model.moe.n_shared_experts": (moe.n_shared_experts, (0,)),
+            "model.moe.score": (moe.score, (Score.softmax,)),
+            "model.moe.norm_top_k": (moe.norm_top_k, (True,)),
+            "model.moe.route_scale": (moe.route_scale, (1.0,)),
+            "model.moe.n_groups": (moe.n_groups, (1,)),
+        }
+    if family.startswith("deepseek"):
+        wanted |= {"model.window": (m.window, (0,)), "model.norm_eps": (m.norm_eps, (MLA_EPS,))}
+        if moe.n_groups > 1:
+            score = GroupScore.max if family == "deepseek_v2" else GroupScore.top2_sum
+            wanted["model.moe.group_score"] = moe.group_score, (score,)
+        if moe.n_routed_experts and not moe.n_shared_experts:
+            wanted["model.moe.n_shared_experts"] = 0, ("1 or more",)
+    if family == "deepseek_v2":
+        wanted["model.moe.norm_top_k"] = moe.norm_top_k, (False,)
+        if m.d_model % m.n_heads:
+            wanted["model.n_heads"] = m.n_heads, (f"a divisor of model.d_model={m.d_model}",)
+    return wanted
+
+
+def _deepseek(m: ModelConfig) -> dict[str, Any]:
+    """Describe what the two DeepSeek families share; a model without experts is one whose blocks are all dense."""
+    moe, by_sequence = m.moe, m.moe.sequence_loss_weight > 0
+    alpha = moe.sequence_loss_weight
+    if not by_sequence and moe.balance is Balance.aux_loss:
+        alpha = moe.aux_loss_weight
+    return {
+        "attention_bias": False,
+        "q_lora_rank": m.q_lora_rank or None,
+        "kv_lora_rank": m.kv_lora_rank,
+        "qk_nope_head_dim": m.qk_nope_head_dim,
+        "qk_rope_head_dim": m.qk_rope_head_dim,
+        "v_head_dim": m.v_head_dim,
+        "n_routed_experts": moe.n_routed_experts or 1,
+        "n_shared_experts": moe.n_shared_experts or 1,
+        "moe_intermediate_size": moe.d_expert or 8,
+        "first_k_dense_replace": moe.n_dense_layers if moe.n_routed_experts else m.n_layers + m.n_mtp_layers,
+        "num_experts_per_tok": moe.top_k or 1,
+        "routed_scaling_factor": moe.route_scale,
+        "n_group": moe.n_groups,
+        "topk_group": moe.top_k_groups if moe.n_groups > 1 else 1,
+        "norm_topk_prob": moe.norm_top_k,
+        "aux_loss_alpha": alpha,
+        "seq_aux": by_sequence or not alpha,
+        "moe_layer_freq": 1,
+    }
+
+
+def _deepseek_v2(m: ModelConfig) -> dict[str, Any]:
+    method = "group_limited_greedy" if m.moe.n_groups > 1 else "greedy"
+    return {"scoring_func": "softmax", "topk_method": method, "mlp_bias": False}
+
+
+def _deepseek_v3(m: ModelConfig) -> dict[str, Any]:
+    own = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True}
+    return own | {"num_nextn_predict_layers": m.n_mtp_layers}
+
+
+def _rope_scaling(m: ModelConfig) -> dict[str, Any] | None:
+    s, kind = m.rope_scaling, m.rope_scaling.kind
+    if kind is RopeScalingKind.none:
+        return None
+    fields: dict[str, Any] = {"rope_type": kind.value, "factor": s.factor}
+    if kind is not RopeScalingKind.linear:
+        fields["original_max_position_embeddings"] = s.original_max_seq_len
+    if kind is RopeScalingKind.llama3:
+        fields |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
+    if kind is RopeScalingKind.yarn:
+        fields |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow}
+    if kind is RopeScalingKind.yarn or m.attention is AttentionKind.mla:
+        fields |= {name: value for name in ("mscale", "mscale_all_dim") if (value := getattr(s, name))}
+    return fields

@@ -1,0 +1,299 @@
+"""The weights of Hugging Face checkpoints, read into our models and written from our checkpoints, tensor by tensor.
+
+One table has the names both ways. Our stacked experts are E tensors there. DeepSeek's rotary pairs are neighbouring
+rows there, (x_2i, x_2i+1), and half a head apart here, (x_i, x_i+D/2): those rows are moved, no bit of them changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from deepseek_exp.config import AttentionKind, ModelConfig, Score
+from deepseek_exp.errors import CheckpointError, Problem
+from deepseek_exp.huggingface import Stored, read_release, stored_weights
+
+SHARD_BYTES = 5 * 10**9
+EMBEDDING, HEAD = "embedding.weight", "head.weight"
+BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+# derived from the configuration; saved by old versions of transformers
+DERIVED = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of our tensors and its counterparts.
+
+    Attributes:
+        ours: its name here.
+        theirs: its name there; of stacked experts one name each, along our first dimension.
+        stacked: it is a stack, however many experts there are.
+        rope: rows of a head and how many of these, the last ones, turn as neighbours there; None: no row is moved.
+        copy: it is stored there once more, where it may be left out.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    stacked: bool = False
+    rope: tuple[int, int] | None = None
+    copy: bool = False
+
+
+def table(m: ModelConfig, *, interleaved: bool = True) -> list[Entry]:
+    """List our tensors with their names in Hugging Face's checkpoints, in the order of the layers.
+
+    Args:
+        m: the model.
+        interleaved: MLA's rotary pairs are neighbours there.
+    """
+    entries = [Entry(EMBEDDING, ("model.embed_tokens.weight",))]
+    for i in range(m.n_layers):
+        entries += _block(m, f"blocks.{i}.", f"model.layers.{i}.", i, interleaved)
+    entries.append(Entry("head.norm.weight", ("model.norm.weight",)))
+    entries.append(Entry(EMBEDDING if m.tie_embeddings else HEAD, ("lm_head.weight",), copy=m.tie_embeddings))
+    for k in range(m.n_mtp_layers):
+        ours, theirs = f"mtp.{k}.", f"model.layers.{m.n_layers + k}."
+        names = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "projection": "eh_proj"}
+        entries += [Entry(f"{ours}{a}.weight", (f"{theirs}{b}.weight",)) for a, b in names.items()]
+        entries += _block(m, f"{ours}block.", theirs, m.n_layers, interleaved)
+        entries.append(Entry(f"{ours}head_norm.weight", (f"{theirs}shared_head.norm.weight",)))
+        head = EMBEDDING if m.tie_embeddings else HEAD
+        entries.append(Entry(EMBEDDING, (f"{theirs}embed_tokens.weight",), copy=True))
+        entries.append(Entry(head, (f"{theirs}shared_head.head.weight",), copy=True))
+    return entries
+
+
+def _block(m: ModelConfig, ours: str, theirs: str, index: int, interleaved: bool) -> Iterator[Entry]:
+    yield Entry(f"{ours}attention_norm.weight", (f"{theirs}input_layernorm.weight",))
+    yield Entry(f"{ours}feed_forward_norm.weight", (f"{theirs}post_attention_layernorm.weight",))
+    attention = _mla(m, interleaved) if m.attention is AttentionKind.mla else _gqa(m)
+    for a, b, rope in attention:
+        yield Entry(f"{ours}attention.{a}", (f"{theirs}self_attn.{b}",), rope=rope)
+    if not m.moe.n_routed_experts or index < m.moe.n_dense_layers:
+        yield from _swiglu(f"{ours}feed_forward.", f"{theirs}mlp.")
+        return
+    mixtral, names = m.attention is not AttentionKind.mla, ("gate_proj", "up_proj", "down_proj")
+    room = f"{theirs}block_sparse_moe." if mixtral else f"{theirs}mlp."
+    yield Entry(f"{ours}feed_forward.router.weight", (f"{room}gate.weight",))
+    if m.moe.score is Score.sigmoid:
+        yield Entry(f"{ours}feed_forward.router.bias", (f"{room}gate.e_score_correction_bias",))
+    for a, b in zip(("w_gate", "w_up", "w_down"), ("w1", "w3", "w2") if mixtral else names, strict=True):
+        each = tuple(f"{room}experts.{e}.{b}.weight" for e in range(m.moe.n_routed_experts))
+        yield Entry(f"{ours}feed_forward.experts.{a}", each, stacked=True)
+    if m.moe.n_shared_experts:
+        yield from _swiglu(f"{ours}feed_forward.shared.", f"{room}shared_experts.")
+
+
+def _swiglu(ours: str, theirs: str) -> Iterator[Entry]:
+    for name in ("gate", "up", "down"):
+        yield Entry(f"{ours}w_{name}.weight", (f"{theirs}{name}_proj.weight",))
+
+
+def _gqa(m: ModelConfig) -> Iterator[tuple[str, str, None]]:
+    for name in "qkvo":
+        yield f"w{name}.weight", f"{name}_proj.weight", None
+        if m.qkv_bias and name != "o":
+            yield f"w{name}.bias", f"{name}_proj.bias", None
+    for name in "qk" if m.qk_norm else "":
+        yield f"{name}_norm.weight", f"{name}_norm.weight", None
+
+
+def _mla(m: ModelConfig, interleaved: bool) -> Iterator[tuple[str, str, tuple[int, int] | None]]:
+    dim = m.qk_rope_head_dim
+    of_q, of_kv = (m.qk_nope_head_dim + dim, dim), (m.kv_lora_rank + dim, dim)
+    if m.q_lora_rank:
+        yield "wq_a.weight", "q_a_proj.weight", None
+        yield "q_norm.weight", "q_a_layernorm.weight", None
+        yield "wq_b.weight", "q_b_proj.weight", of_q if interleaved else None
+    else:
+        yield "wq.weight", "q_proj.weight", of_q if interleaved else None
+    yield "wkv_a.weight", "kv_a_proj_with_mqa.weight", of_kv if interleaved else None
+    yield "kv_norm.weight", "kv_a_layernorm.weight", None
+    yield "wkv_b.weight", "kv_b_proj.weight", None
+    yield "wo.weight", "o_proj.weight", None
+
+
+def to_halves(w: Tensor, rope: tuple[int, int]) -> Tensor:
+    """Move the rotary rows of each head from neighbouring pairs to halves.
+
+    Args:
+        w: (heads * rows, ...).
+        rope: rows of a head, and how many of these, the last ones, turn.
+    """
+    still, pairs = w.unflatten(0, (-1, rope[0])).split([rope[0] - rope[1], rope[1]], dim=1)
+    return torch.cat([still, pairs[:, 0::2], pairs[:, 1::2]], dim=1).flatten(0, 1)
+
+
+def to_pairs(w: Tensor, rope: tuple[int, int]) -> Tensor:
+    """Undo `to_halves`."""
+    still, halves = w.unflatten(0, (-1, rope[0])).split([rope[0] - rope[1], rope[1]], dim=1)
+    pairs = torch.stack(halves.chunk(2, dim=1), dim=2).flatten(1, 2)  # (heads, turning rows, ...)
+    return torch.cat([still, pairs], dim=1).flatten(0, 1)
+
+
+@torch.no_grad()
+def load_release(model: nn.Module, m: ModelConfig, folder: Path, key: str = "init_from") -> None:
+    """Fill a model with the weights of a Hugging Face checkpoint, one tensor at a time.
+
+    Args:
+        model: whose parameters take their own types.
+        m: what it was built from.
+        folder: the checkpoint.
+        key: the configuration key that led here, for the messages.
+
+    Raises:
+        CheckpointError: weights are missing, left over or of another shape; all of them are named.
+    """
+    state = model.state_dict()
+    interleaved = read_release(folder, key).interleaved
+    stored = stored_weights(folder, key)
+    entries = []
+    for entry in table(m, interleaved=interleaved):
+        if entry.ours in state or not entry.ours.endswith("router.bias"):
+            entries.append(entry)
+        else:
+            _leave_out(stored, entry.theirs[0], m)
+    _check(entries, {name: tuple(t.shape) for name, t in state.items()}, stored, folder, key)
+    with _Files(stored) as files:
+        for entry in entries:
+            target = state[entry.ours]
+            for i, name in enumerate(entry.theirs):
+                if name not in stored:
+                    continue  # a copy
+                tensor = files.get(name)
+                if entry.rope is not None:
+                    tensor = to_halves(tensor, entry.rope)
+                place = target[i] if entry.stacked else target
+                if not entry.copy:
+                    place.copy_(tensor)
+                elif not torch.equal(place, tensor.to(place.dtype)):
+                    rule = f"has a copy {name} of {_main_name(entries, entry)} that differs from it, and ours are one"
+                    raise CheckpointError(Problem(key, str(folder), rule, "use another checkpoint"))
+
+
+def _check(
+    entries: Iterable[Entry],
+    ours: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, Stored],
+    folder: Path,
+    key: str,
+) -> None:
+    """Compare what is stored with what is needed."""
+    wanted = {
+        name: ours[e.ours][1:] if e.stacked else ours[e.ours]
+        for e in entries
+        for name in e.theirs
+        if not e.copy or name in stored
+    }
+    missing = [f"{n} {list(shape)}" for n, shape in wanted.items() if n not in stored]
+    extra = [f"{n} {list(s.shape)}" for n, s in stored.items() if n not in wanted and not n.endswith(DERIVED)]
+    shapes = {n: (stored[n].shape, shape) for n, shape in wanted.items() if n in stored}
+    wrong = [f"{n} {list(has)} instead of {list(need)}" for n, (has, need) in shapes.items() if has != need]
+    odd = [f"{n} {s.dtype}" for n, s in stored.items() if s.dtype not in BYTES and n in wanted]
+    kinds = {"lacks": missing, "has left over": extra, "has in another shape": wrong, "has in another type": odd}
+    problems = [
+        Problem(key, str(folder), f"{what} {len(names)} of its weights: {_listed(names)}", "use a whole checkpoint")
+        for what, names in kinds.items()
+        if names
+    ]
+    if problems:
+        raise CheckpointError(*problems)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _leave_out(stored: dict[str, Stored], name: str, m: ModelConfig) -> None:
+    """Pass over a router's bias that this model has no place for, where it is zero."""
+    with _Files(stored) as files:
+        if name in stored and files.get(name).any():
+            rule = f"has no place for the router's bias, and {name} is not zero"
+            raise CheckpointError(Problem("model.moe.balance", m.moe.balance.value, rule, "set model.moe.balance=bias"))
+    stored.pop(name, None)
+
+
+def _main_name(entries: Iterable[Entry], copy: Entry) -> str:
+    return next(e.theirs[0] for e in entries if e.ours == copy.ours and not e.copy)
+
+
+class _Files(contextlib.ExitStack):
+    """Open safetensors files, each opened once."""
+
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        super().__init__()
+        self.stored = stored
+        self.open: dict[Path, Any] = {}
+
+    def get(self, name: str, index: int | None = None) -> Tensor:
+        """Read one tensor, or one matrix of a stack."""
+        path = self.stored[name].file
+        if path not in self.open:
+            self.open[path] = self.enter_context(safe_open(path, framework="pt"))
+        part = self.open[path].get_slice(name)
+        return part[:] if index is None else part[index]
+
+
+def save(m: ModelConfig, checkpoint: Path, target: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+    """Write the weights of one of our checkpoints as Hugging Face's safetensors files.
+
+    One shard is held in memory at a time. A router without a bias for the choice is written with one of zeros, where
+    the family has it.
+
+    Args:
+        m: the model.
+        checkpoint: a folder with our model.safetensors.
+        target: an empty folder.
+        shard_bytes: size of one file at most; a single larger tensor gets one of its own.
+
+    Returns:
+        The files.
+    """
+    stored = stored_weights(checkpoint, "resume")
+    zeros = torch.zeros(m.moe.n_routed_experts)
+    shards: list[dict[str, tuple[Entry, int]]] = [{}]
+    filled = total = 0
+    for entry in table(m):
+        if entry.copy and m.tie_embeddings and entry.theirs == ("lm_head.weight",):
+            continue
+        size = _bytes_of_one(entry, stored) if entry.ours in stored else zeros.nbytes
+        for i, name in enumerate(entry.theirs):
+            if shards[-1] and filled + size > shard_bytes:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = entry, i
+            filled, total = filled + size, total + size
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    with _Files(stored) as files:
+        for name, shard in zip(names, shards, strict=True):
+            tensors = {n: _converted(files, entry, i, zeros) for n, (entry, i) in shard.items()}
+            save_file(tensors, target / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return [target / name for name in names]
+
+
+def _converted(files: _Files, entry: Entry, index: int, zeros: Tensor) -> Tensor:
+    if entry.ours not in files.stored:
+        return zeros
+    tensor = files.get(entry.ours, index if entry.stacked else None)
+    return (tensor if entry.rope is None else to_pairs(tensor, entry.rope)).contiguous().clone()
+
+
+def _bytes_of_one(entry: Entry, stored: Mapping[str, Stored]) -> int:
+    _, shape, dtype = stored[entry.ours]
+    return math.prod(shape) * BYTES[dtype] // (len(entry.theirs) if entry.stacked else 1)

@@ -1,0 +1,128 @@
+"""Models by path: `from_pretrained` reads a checkpoint of ours or of Hugging Face, `generate` continues a text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import safe_open
+
+from deepseek_exp.config import ModelConfig
+from deepseek_exp.data import Tokenizer
+from deepseek_exp.errors import CheckpointError, Problem
+from deepseek_exp.huggingface import read_release
+from deepseek_exp.huggingface.files import SINGLE, TOKENIZER
+from deepseek_exp.kernels import TORCH
+from deepseek_exp.models import Transformer
+from deepseek_exp.serve import hf_weights
+from deepseek_exp.serve.generate import generate
+
+OURS = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model with its tokenizer, ready to use."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 120,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        seed: int = 0,
+    ) -> str:
+        """Continue a text; the arguments are those of `serve.generate`.
+
+        Returns:
+            What comes after the prompt.
+
+        Raises:
+            ValueError: prompt and new tokens are more than the model's max_seq_len.
+        """
+        tokens = generate(
+            self.model,
+            self.tokenizer.encode(prompt),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            end_id=self.tokenizer.end_id,
+        )
+        return self.tokenizer.decode(tokens)
+
+
+def from_pretrained(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pretrained:
+    """Read a model and its tokenizer.
+
+    Args:
+        path: a checkpoint folder of one of our runs (checkpoints/step-...), or the folder of a Hugging Face checkpoint.
+        device: where the model goes.
+        dtype: of its weights; the router's bias stays fp32.
+
+    Raises:
+        UserError: the folder holds neither, or what it holds is damaged or cannot be expressed.
+    """
+    folder = Path(path)
+    if (folder / OURS).is_file():
+        model, tokenizer = _read_ours(folder), Tokenizer.load
+    else:
+        model, tokenizer = _read_release(folder), Tokenizer.given
+    if not (folder / TOKENIZER).is_file():
+        raise CheckpointError(Problem("path", str(path), f"has no {TOKENIZER}", "put the model's own there"))
+    for p in model.parameters():
+        p.data = p.data.to(device, dtype)
+    model.to(device)
+    try:
+        return Pretrained(model.eval(), tokenizer(folder / TOKENIZER))
+    except ValueError as error:
+        rule = f"has a {TOKENIZER} that {error}"
+        raise CheckpointError(
+            Problem("path", str(path), rule, "use serve.generate with token ids of your own")
+        ) from error
+
+
+def model_config(values: dict[str, Any]) -> ModelConfig:
+    """Make the model section from plain values.
+
+    Raises:
+        ValueError: they do not fit the schema.
+    """
+    try:
+        made: ModelConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    return made
+
+
+def _read_release(folder: Path) -> Transformer:
+    cfg = model_config(read_release(folder, "path").model)
+    model = Transformer(cfg, TORCH)
+    hf_weights.load_release(model, cfg, folder, "path")
+    return model
+
+
+@torch.no_grad()
+def _read_ours(folder: Path) -> Transformer:
+    try:
+        cfg = model_config(OmegaConf.to_container(OmegaConf.load(folder / OURS))["model"])
+        model = Transformer(cfg, TORCH)
+        state = model.state_dict()
+        with safe_open(folder / SINGLE, framework="pt") as file:
+            aliases = json.loads(file.metadata()["aliases"])
+            if set(file.keys()) | set(aliases) != set(state):
+                raise ValueError(f"{SINGLE} and {OURS} are of different models")
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                state[name].copy_(file.get_tensor(name))
+    except Exception as error:  # a damaged file makes the libraries raise many kinds
+        rule = f"is no checkpoint that this version reads ({type(error).__name__}: {error})"
+        raise CheckpointError(Problem("path", str(folder), rule, "name a folder step-... of a run")) from error
+    return model

@@ -223,7 +223,7 @@ def key_docs() -> str:
         bounds = ", ".join(f"{SIGNS[k]} {v:g}" for k, v in info.metadata["bounds"].items())
         options = "|".join(m.value for m in info.type) if _is_enum(info.type) else ""
         extra = "; ".join(x for x in (options, bounds) if x)
-        lines.append(f"  {path:34}{info.metadata['doc']}{f' ({extra})' if extra else ''}")
+        lines.append(f"  {path:44}{info.metadata['doc']}{f' ({extra})' if extra else ''}")
     return "\n".join(lines)
 
 

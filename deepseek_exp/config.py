@@ -319,6 +319,7 @@ class SampleConfig:
     max_new_tokens: int = key("tokens to generate at most", ge=1)
     temperature: float = key("softmax temperature; 0: always the most likely token", ge=0)
     top_p: float = key("draw from the smallest set of tokens with this probability", gt=0, le=1)
+    domain: str | None = key("one of model.moe.domains that the text is of; null: the router infers it")
 
 
 @dataclass

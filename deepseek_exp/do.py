@@ -280,6 +280,7 @@ def _sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer
         top_p=s.top_p,
         seed=cfg.seed,
         end_id=tokenizer.end_id,
+        domain=None if s.domain is None else cfg.model.moe.domains.index(s.domain),
     )
     return s.prompt + tokenizer.decode(tokens)
 

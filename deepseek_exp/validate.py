@@ -100,6 +100,13 @@ def _latent_attention(exp: ExperimentConfig) -> Iterator[Problem]:
         yield Problem("model.rope_scaling.low_freq_factor", s.low_freq_factor, rule, "use 1 and 4")
 
 
+def _sample(exp: ExperimentConfig) -> Iterator[Problem]:
+    domain, names = exp.sample.domain, exp.model.moe.domains
+    if domain is not None and domain not in names:
+        rule = f"is not one of model.moe.domains={names}"
+        yield Problem("sample.domain", domain, rule, f"use one of {', '.join(names)}" if names else "leave it out")
+
+
 def _feed_forward(exp: ExperimentConfig) -> Iterator[Problem]:
     m = exp.model
     if m.d_ff_active > m.d_ff:
@@ -126,6 +133,9 @@ def _experts(exp: ExperimentConfig) -> Iterator[Problem]:
     if not 1 <= e.top_k <= n:
         rule = f"must be from 1 to model.moe.n_routed_experts={n}"
         yield Problem("model.moe.top_k", e.top_k, rule, f"use model.moe.top_k={min(2, n)}")
+    if e.top_k == 1 and e.norm_top_k:
+        rule = "makes every weight 1 with model.moe.top_k=1, so that the router learns nothing"
+        yield Problem("model.moe.norm_top_k", True, rule, "set model.moe.norm_top_k=false")
     for name, width in (("moe.d_expert", e.d_expert), ("d_model", m.d_model)):
         if width < 8 or width % 8:
             rule = "is not a multiple of 8, which the experts' matrix products need"
@@ -176,7 +186,7 @@ def _domains(exp: ExperimentConfig) -> Iterator[Problem]:
         rule = "would even out the load across model.moe.domains, whose texts differ in amount"
         fix = "set model.moe.balance=bias" if key == "balance" else "set model.moe.sequence_loss_weight=0"
         yield Problem(f"model.moe.{key}", _plain(getattr(e, key)), rule, fix)
-    for name in exp.data.mixture:
+    for name in exp.data.mixture:  # the label of a text is the name of its part
         if name not in names:
             rule = f"is not one of model.moe.domains={names}"
             yield Problem("data.mixture", name, rule, "name the parts of the mixture after the domains")
@@ -341,6 +351,7 @@ RULES = (
     _heads,
     _latent_attention,
     _feed_forward,
+    _sample,
     _lengths,
     _vocabulary,
     _batches,

@@ -23,7 +23,7 @@ def save_module(model: Transformer, domain: str, path: Path | str) -> None:
     Raises:
         UserError: the model has no such domain, or it is not loaded.
     """
-    index = _index(model, domain, loaded=True)
+    index = domain_index(model, domain, loaded=True)
     layers = _layers(model).items()
     tensors = {f"{name}.{key}": t for name, layer in layers for key, t in layer.domain_state(index).items()}
     metadata = {"domain": domain, "version": model.cfg.version}
@@ -39,7 +39,7 @@ def unload_module(model: Transformer, domain: str) -> None:
     Raises:
         UserError: the model has no such domain, it is the first one, or it is not loaded.
     """
-    index = _index(model, domain, loaded=True)
+    index = domain_index(model, domain, loaded=True)
     if index == 0:
         raise UserError(Problem("domain", domain, "is open to every token and always loaded", "unload another one"))
     for layer in _layers(model).values():
@@ -55,7 +55,7 @@ def load_module(model: Transformer, path: Path | str) -> str:
     """
     with safe_open(path, framework="pt") as file:
         domain = (file.metadata() or {}).get("domain", "")
-        index = _index(model, domain, loaded=False)
+        index = domain_index(model, domain, loaded=False)
         layers = _layers(model)
         wanted = {f"{n}.{k}": tuple(t.shape) for n, layer in layers.items() for k, t in layer.domain_state(0).items()}
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -79,7 +79,12 @@ def _layers(model: Transformer) -> dict[str, MoE]:
     return {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
 
 
-def _index(model: Transformer, domain: str, *, loaded: bool) -> int:
+def domain_index(model: Transformer, domain: str, *, loaded: bool = True) -> int:
+    """Find a domain of the model by name.
+
+    Raises:
+        UserError: it has no such domain, or that is not loaded (`loaded`), or it is (not `loaded`).
+    """
     names = model.cfg.moe.domains
     if domain not in names:
         rule = f"is not a domain of this model ({', '.join(names) or 'it has none'})"

@@ -18,6 +18,7 @@ def generate(
     top_p: float,
     seed: int,
     end_id: int,
+    domain: int | None = None,
     use_cache: bool = True,
 ) -> list[int]:
     """Draw tokens one by one, keeping the keys and values of those before.
@@ -31,6 +32,7 @@ def generate(
             of Neural Text Degeneration", section 3.1).
         seed: of the draws, which are made on the CPU whatever the model's device.
         end_id: the token that separates documents.
+        domain: index of the text's domain in moe.domains; None: the routers infer it, token by token.
         use_cache: False computes all tokens anew each time; the result is the same.
 
     Returns:
@@ -45,12 +47,13 @@ def generate(
         raise ValueError(f"{len(tokens)} prompt tokens leave room for {room} of {max_new_tokens} new ones")
     device = model.embedding.weight.device
     draws = torch.Generator().manual_seed(seed)
+    label = None if domain is None else torch.tensor([domain], device=device)
     caches = model.new_caches(1, len(tokens) + max_new_tokens) if use_cache else None
     start = len(tokens)
     unseen = tokens
     for _ in range(max_new_tokens):
         # forward, not the module itself: a compiled model would be compiled anew for each length
-        logits = model.forward(torch.tensor([unseen], device=device), caches)[0, -1]  # (vocab_size,)
+        logits = model.forward(torch.tensor([unseen], device=device), caches, label)[0, -1]  # (vocab_size,)
         token = pick(logits.float().cpu(), temperature, top_p, draws)
         if token == end_id:
             break

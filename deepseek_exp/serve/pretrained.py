@@ -20,6 +20,7 @@ from deepseek_exp.huggingface.files import SINGLE, TOKENIZER
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
 from deepseek_exp.serve import hf_weights
+from deepseek_exp.serve.domain_packs import domain_index, load_module, save_module, unload_module
 from deepseek_exp.serve.generate import generate
 
 OURS = "config.yaml"
@@ -32,6 +33,18 @@ class Pretrained:
     model: Transformer
     tokenizer: Tokenizer
 
+    def save_module(self, domain: str, path: str | Path) -> None:
+        """Write a domain's experts to a file; see `serve.save_module`."""
+        save_module(self.model, domain, path)
+
+    def unload_module(self, domain: str) -> None:
+        """Take a domain's experts out of memory; see `serve.unload_module`."""
+        unload_module(self.model, domain)
+
+    def load_module(self, path: str | Path) -> str:
+        """Load a domain's experts from a file; see `serve.load_module`."""
+        return load_module(self.model, path)
+
     def generate(
         self,
         prompt: str,
@@ -39,14 +52,16 @@ class Pretrained:
         temperature: float = 0.8,
         top_p: float = 0.95,
         seed: int = 0,
+        domain: str | None = None,
     ) -> str:
-        """Continue a text; the arguments are those of `serve.generate`.
+        """Continue a text; the arguments are those of `serve.generate`, the domain by its name.
 
         Returns:
             What comes after the prompt.
 
         Raises:
             ValueError: prompt and new tokens are more than the model's max_seq_len.
+            UserError: the model has no such domain, or its pack is not loaded.
         """
         tokens = generate(
             self.model,
@@ -56,6 +71,7 @@ class Pretrained:
             top_p=top_p,
             seed=seed,
             end_id=self.tokenizer.end_id,
+            domain=None if domain is None else domain_index(self.model, domain),
         )
         return self.tokenizer.decode(tokens)
 

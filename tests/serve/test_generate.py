@@ -47,7 +47,7 @@ def test_seed_decides_the_text():
 def test_ends_at_the_end_token():
     model = build()
     logits_of = model.forward
-    model.forward = lambda tokens, caches=None: logits_of(tokens, caches).index_fill(-1, torch.tensor([9]), 1e9)
+    model.forward = lambda tokens, caches, domain: logits_of(tokens, caches).index_fill(-1, torch.tensor([9]), 1e9)
     assert generate(model, [5], max_new_tokens=20, temperature=0, top_p=1.0, seed=0, end_id=9) == []
 
 

@@ -95,8 +95,11 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
     dtype = DTYPES[cfg.trainer.precision]
     for p in model.parameters():
         p.data = p.data.to(device, dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)  # balance biases and counts keep their type
     if cfg.trainer.compile:
         model.compile()
+        model.forward_ahead = torch.compile(model.forward_ahead)  # type: ignore[method-assign]
     return model
 
 

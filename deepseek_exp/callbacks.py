@@ -20,8 +20,10 @@ from tqdm import tqdm
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.data import Batch
 from deepseek_exp.errors import Problem, UserError
-from deepseek_exp.models.attention import Attention
+from deepseek_exp.models import Transformer
+from deepseek_exp.moe import FeedForward, routing_metrics
 from deepseek_exp.parallel import manifest
+from deepseek_exp.planner import flops_per_token
 
 NAMES = ("loss", "nats", "bytes", "grad_norm")
 
@@ -48,7 +50,7 @@ class Metrics(Callback):
 
     def __init__(self, cfg: ExperimentConfig) -> None:
         self.cfg = cfg
-        self.pending: deque[tuple[int, Tensor, Any, dict[str, float]]] = deque()
+        self.pending: deque[tuple[int, list[str], Tensor, Any, dict[str, float]]] = deque()
         self.last: dict[str, float] = {}
         self._since = (0.0, 0)
 
@@ -66,7 +68,11 @@ class Metrics(Callback):
             seconds = (now - then) / max(1, step - before)
             self._since = (now, step)
             host = {"optim/lr": outputs["lr"], **self._host_metrics(trainer, pl_module, seconds, batch)}
-            self.pending.append((step, *_to_host(torch.stack([outputs[n].float() for n in NAMES])), host))
+            scalars = {n: outputs[n] for n in NAMES} | outputs["further"]
+            if layers := pl_module.model.routed_layers():
+                scalars |= {f"moe/{name}": value for name, value in routing_metrics(layers).items()}
+            copy, event = _to_host(torch.stack([v.double() for v in scalars.values()]))
+            self.pending.append((step, list(scalars), copy, event, host))
         self._log(trainer, wait=False)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -75,16 +81,11 @@ class Metrics(Callback):
         self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the clock, and log how much the dynamic attention mask leans to the local window.
-
-        attn/gate is averaged over heads and in 0..1; 0.5 treats local and global keys alike.
-        """
+        """Go on with the clock, and log what the model's parts tell of themselves."""
         then, before = self._since
         self._since = (then + time.perf_counter() - self._paused, before)
-        gates = [m.gate for m in pl_module.modules() if isinstance(m, Attention) and m.gate is not None]
-        if gates and trainer.state.fn == "fit":
-            share = torch.cat([g.detach().float().sigmoid() for g in gates]).mean().item()
-            trainer.logger.log_metrics({"attn/gate": share}, trainer.global_step)
+        if trainer.state.fn == "fit":
+            trainer.logger.log_metrics(_of_parts(pl_module.model, self.cfg), trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what is queued."""
@@ -110,19 +111,36 @@ class Metrics(Callback):
         return metrics
 
     def _log(self, trainer: pl.Trainer, *, wait: bool) -> None:
-        while self.pending and (wait or _arrived(self.pending[0][2])):
-            step, values, event, host = self.pending.popleft()
+        while self.pending and (wait or _arrived(self.pending[0][3])):
+            step, names, values, event, host = self.pending.popleft()
             if event is not None:
                 event.synchronize()
-            loss, nats, n_bytes, grad_norm = values.tolist()
+            scalars = dict(zip(names, values.tolist(), strict=True))
+            loss, nats, n_bytes, grad_norm = (scalars.pop(n) for n in NAMES)
             check_finite(loss, step, self.cfg)
             self.last = {
                 "train/loss": loss,
                 "train/bits_per_byte": nats / math.log(2) / n_bytes,
                 "optim/grad_norm": grad_norm,
+                **scalars,
                 **host,
             }
             trainer.logger.log_metrics(self.last, step)
+
+
+def _of_parts(model: Transformer, cfg: ExperimentConfig) -> dict[str, float]:
+    """Give the cost of a token, how far the attention mask leans to its window, and how sparse the hidden units were.
+
+    attn/gate is averaged over heads and in 0..1; 0.5 treats local and global keys alike.
+    """
+    values = {"perf/flops_per_token": flops_per_token(cfg.model, cfg.data.seq_len)}
+    gates = [b.attention.gate for b in model.blocks if b.attention.gate is not None]
+    if gates:
+        values["attn/gate"] = torch.cat([g.detach().float().sigmoid() for g in gates]).mean().item()
+    if cfg.model.d_ff_active:
+        fractions = [m.active_fraction for m in model.modules() if isinstance(m, FeedForward) and m.d_ff_active]
+        values["ffn/active_fraction"] = torch.stack([f for f in fractions if f is not None]).mean().item()
+    return values
 
 
 def check_finite(loss: float, step: int, cfg: ExperimentConfig) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from deepseek_exp import compose, validate
+from deepseek_exp import compose, planner, validate
 from deepseek_exp.config import ROOT, Do, ExperimentConfig, ExportFormat
 from deepseek_exp.errors import ConfigError, DataError, Problem, UserError
 from deepseek_exp.parallel import manifest
@@ -292,10 +292,12 @@ def _plan(job: Job, parts: Parts, run_id: str) -> str:
     tokens = steps * t.global_batch_seqs * cfg.data.seq_len
     minutes = step_seconds(cfg, parts) * steps / 60
     n_params = sum(p.numel() for p in parts.lit.model.parameters())
+    active = planner.parameters(m).active
+    meets = f" ({active:,} active)" if m.moe.n_routed_experts or m.d_ff_active else ""
     mask = f"window {m.window} + {m.n_global_tokens} global tokens" if m.window else "full causal attention"
     rows = {
         "run": f"{job.name}, MLflow run {run_id[:12]} in {cfg.tracking.uri}",
-        "model": f"{m.version}, {n_params:,} parameters: {m.n_layers} layers, d_model {m.d_model}, {mask}",
+        "model": f"{m.version}, {n_params:,} parameters{meets}: {m.n_layers} layers, d_model {m.d_model}, {mask}",
         "data": f"{_source(parts)}, {data.n_train_tokens:,} tokens (valid {data.n_valid_tokens:,}), "
         f"vocabulary {data.tokenizer.vocab_size:,}",
         "training": f"{steps:,} steps x {t.global_batch_seqs} sequences x {cfg.data.seq_len} tokens = {tokens:,} "

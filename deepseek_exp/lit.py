@@ -15,6 +15,7 @@ from torch import Tensor
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.data import Batch
 from deepseek_exp.models import Transformer
+from deepseek_exp.moe import MoE, routing_metrics
 from deepseek_exp.optim import build_optimizer, clip_gradients, lr_factor
 from deepseek_exp.parallel.checkpoint import rng_state, set_rng_state
 
@@ -40,8 +41,14 @@ class LanguageModel(pl.LightningModule):
         self.cfg, self.model = cfg, model
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.register_buffer("unigram_bits", unigram_bits, persistent=False)
-        self.memories: dict[int, Tensor] = {}  # micro batch -> the memory that its next segment goes on from
+        self.memories: dict[int, Tensor | None] = {}  # micro batch -> the memory that its next segment goes on from
         self.val_memory: Tensor | None = None
+        self.moe_layers = [m for m in model.modules() if isinstance(m, MoE)]
+        for layer in self.moe_layers:
+            layer.loss_scale = cfg.trainer.micro_batch_seqs / cfg.trainer.global_batch_seqs
+        domains, parts = cfg.model.moe.domains, list(cfg.data.mixture)
+        of_part = [domains.index(name) if name in domains else -1 for name in parts] + [-1]  # the last: no part
+        self.register_buffer("domain_of_part", torch.tensor(of_part) if domains else None, persistent=False)
         self.val_sums = torch.zeros(4, dtype=torch.float64)  # nats, unigram bits, tokens, bytes
         self.val_part_sums = torch.zeros(len(cfg.data.mixture), 2, dtype=torch.float64)  # nats, tokens of each part
         self.val_loss: float | None = None  # of this very step
@@ -56,30 +63,61 @@ class LanguageModel(pl.LightningModule):
             batch_idx: not used.
 
         Returns:
-            Scalars on the device: loss (nats per token), nats and bytes of the step, grad_norm (before clipping); and
-            lr, the learning rate that the step was done with.
+            Scalars on the device: loss (nats per token), nats and bytes of the step, grad_norm (before clipping),
+            further (metrics by name); and lr, the learning rate that the step was done with.
         """
         self.val_loss = None
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        micro_batches = batch.tokens.split(self.cfg.trainer.micro_batch_seqs)
-        nats = torch.zeros((), device=batch.tokens.device)
-        for i, tokens in enumerate(micro_batches):
-            nll, memory = self._nll(tokens, self.memories.get(i))  # (sequences, seq)
-            if memory is not None:
-                self.memories[i] = memory
-            self.manual_backward(nll.mean() / len(micro_batches))
+        rows = self.cfg.trainer.micro_batch_seqs
+        micro_batches = list(zip(batch.tokens.split(rows), batch.part.split(rows), strict=True))
+        nats, mtp_loss = (torch.zeros((), device=batch.tokens.device) for _ in range(2))
+        self.reset_counts()
+        for i, (tokens, part) in enumerate(micro_batches):
+            loss, nll, further, self.memories[i] = self.training_loss(tokens, part, self.memories.get(i))
+            self.manual_backward(loss / len(micro_batches))
             nats += nll.detach().sum()
+            mtp_loss += further.detach() / len(micro_batches)
         grad_norm = clip_gradients(optimizer.optimizer, self.cfg.optim.clip_norm)
         lr = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad()
+        self.update_biases()
         schedule.step()
-        self.trainer.datamodule.advance(
-            len(batch.tokens)
-        )  # here, since callbacks save before the module's own batch end
+        # here, since callbacks save before the module's own batch end
+        self.trainer.datamodule.advance(len(batch.tokens))
         targets = batch.tokens[:, 1:]
         n_bytes = self.token_bytes[targets].sum()
-        return {"loss": nats / targets.numel(), "nats": nats, "bytes": n_bytes, "grad_norm": grad_norm, "lr": lr}
+        ahead = {"train/mtp_loss": mtp_loss} if self.cfg.model.n_mtp_layers else {}
+        loss = nats / targets.numel()
+        return {"loss": loss, "nats": nats, "bytes": n_bytes, "grad_norm": grad_norm, "lr": lr, "further": ahead}
+
+    def training_loss(
+        self, tokens: Tensor, part: Tensor, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Give what a micro batch is trained on: the loss of the next tokens plus the weighted one of those further on.
+
+        Args:
+            tokens: (sequences, seq + 1).
+            part: (sequences,), the part of the data that each comes from.
+            memory: of the segment before, where the model has one.
+
+        Returns:
+            The loss to differentiate, the nll of each next token (sequences, seq), the mean loss of the tokens further
+            ahead (0 without multi-token prediction), and the memory to go on from.
+        """
+        nll, ahead, memory = self._nll(tokens, part, memory)
+        further = torch.stack([x.mean() for x in ahead]).mean() if ahead else torch.zeros((), device=tokens.device)
+        return nll.mean() + self.cfg.model.mtp_loss_weight * further, nll, further, memory
+
+    def reset_counts(self) -> None:
+        """Start to count the experts' load anew."""
+        for layer in self.moe_layers:
+            layer.reset_counts()
+
+    def update_biases(self) -> None:
+        """Balance the experts by the load counted since the last reset."""
+        for layer in self.moe_layers:
+            layer.update_bias()
 
     def on_train_start(self) -> None:
         """Let the configuration's learning rate and decay hold, also where a checkpoint brought back other ones."""
@@ -101,10 +139,11 @@ class LanguageModel(pl.LightningModule):
         self.val_sums.zero_()
         self.val_part_sums.zero_()
         self.val_memory = None
+        self.reset_counts()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one micro batch to the validation sums."""
-        nll, self.val_memory = self._nll(batch.tokens, self.val_memory)
+        nll, _, self.val_memory = self._nll(batch.tokens, batch.part, self.val_memory)
         targets = batch.tokens[:, 1:]
         nats = nll.sum(dtype=torch.float64)
         unigram, n_bytes = self.unigram_bits[targets].sum(), self.token_bytes[targets].sum()
@@ -130,6 +169,9 @@ class LanguageModel(pl.LightningModule):
         for name, (part_nats, part_tokens) in zip(self.cfg.data.mixture, self.val_part_sums.tolist(), strict=True):
             if part_tokens:
                 values[f"val/loss/{name}"] = part_nats / part_tokens
+        if used := self.model.routed_layers():
+            routing = routing_metrics(used)
+            values |= {f"val/{name}": float(routing[name]) for name in ("max_violation", "utilisation")}
         self.log_dict(values, logger=False)  # for callbacks; Lightning's own logging counts steps from 0
         self.trainer.logger.log_metrics(values, self.trainer.global_step or self.steps_done)
 
@@ -142,19 +184,35 @@ class LanguageModel(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not know: random numbers, segment memories, this step's validation loss."""
-        checkpoint |= {"rng": rng_state(), "memories": self.memories, "val_loss": self.val_loss}
+        memories = {i: m for i, m in self.memories.items() if m is not None}
+        checkpoint |= {"rng": rng_state(), "memories": memories, "val_loss": self.val_loss}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what `on_save_checkpoint` added."""
         self._rng = checkpoint["rng"]
         self.memories = {i: m.to(self.device) for i, m in checkpoint["memories"].items()}
 
-    def _nll(self, tokens: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Give the negative log likelihood of each next token, (sequences, seq), and the memory to go on from."""
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    def _nll(self, tokens: Tensor, part: Tensor, memory: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """Give the negative log likelihoods of a micro batch.
+
+        Args:
+            tokens: (sequences, seq + 1).
+            part: (sequences,), the part of the data that each comes from.
+            memory: of the segment before, where the model has one.
+
+        Returns:
+            Of each next token, (sequences, seq); in training, of the token k + 1 ahead, (sequences, seq - k), for each
+            depth k of multi-token prediction; and the memory to go on from.
+        """
+        domain = None if self.domain_of_part is None else self.domain_of_part[part]
+        ahead: list[Tensor] = []
         if self.cfg.model.memory_len:
             memory = self.model.empty_memory(len(tokens)) if memory is None else memory
-            logits, memory = self.model.forward_segment(inputs, memory)
+            logits, ahead, memory = self.model.forward_segment(tokens, memory, domain)
+        elif self.cfg.model.n_mtp_layers and self.training:
+            logits, ahead = self.model.forward_ahead(tokens, domain)
         else:
-            logits = self.model(inputs)
-        return self.model.ops.cross_entropy(logits, targets), memory
+            logits = self.model(tokens[:, :-1], domain=domain)
+        cross_entropy = self.model.ops.cross_entropy
+        further = [cross_entropy(x, tokens[:, k + 1 :]) for k, x in enumerate(ahead, start=1)]
+        return cross_entropy(logits, tokens[:, 1:]), further, memory

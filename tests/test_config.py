@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -74,10 +75,18 @@ def test_a_size_has_the_parameters_it_is_named_for(size, n_params):
     assert sum(p.numel() for p in built.parameters()) == pytest.approx(n_params, rel=0.01)
 
 
+def leaves(tree: dict, prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
 def test_model_files_list_the_same_keys_in_the_schema_order():
     names = [k.removeprefix("model.") for k in compose.schema_keys() if k.startswith("model.")]
     for model in MODELS:
-        assert list(OmegaConf.load(CONF / "model" / f"{model}.yaml")) == names
+        assert list(leaves(OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{model}.yaml")))) == names
 
 
 def test_data_files_list_the_same_keys():

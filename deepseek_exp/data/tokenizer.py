@@ -91,6 +91,9 @@ class Tokenizer:
         special = {token.content for token in bpe.get_added_tokens_decoder().values() if token.special}
         if special.isdisjoint(ENDS):
             bpe.add_special_tokens([END])
+        ids = list(bpe.get_vocab().values())
+        if len(set(ids)) < len(ids):  # the library numbers what is added by how many entries there are
+            raise ValueError(f"leaves ids out, so that {END} cannot be added, and has no other end of a document")
         tokenizer = cls(bpe.to_str())
         if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
             raise ValueError("does not give every text back unchanged (it normalizes text, or adds to it)")

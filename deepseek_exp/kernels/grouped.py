@@ -1,11 +1,17 @@
-"""Products of groups of rows with one matrix each, through PyTorch's grouped GEMM (CUTLASS on a GPU).
+"""Products of groups of rows with one matrix each, through PyTorch's grouped GEMM (CUTLASS on a GPU, for bf16).
 
-Nothing is padded and no group waits for another: the work is that of the rows there are. The group borders stay on the
-device, so that the host does not wait for them.
+Nothing is padded and no group waits for another: the work is that of the rows there are. In bf16 the group borders stay
+on the device, so that the host does not wait for them.
+
+PyTorch 2.13 knows the shapes of its grouped GEMM's results for bf16 alone, although it computes fp32 and fp16 too: on
+the meta device and under torch.compile those would stop. They go through operators of ours, which say their shapes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,4 +21,40 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     Rows and matrices must start at multiples of 16 bytes: widths are multiples of 8 elements.
     """
-    return F.grouped_mm(x, weight.transpose(-1, -2), offs=ends)  # (rows, d_out)
+    product = F.grouped_mm if x.dtype is torch.bfloat16 else _product
+    return product(x, weight.transpose(-1, -2), offs=ends)  # (rows, d_out)
+
+
+@torch.library.custom_op("deepseek_exp::grouped_product", mutates_args=())
+def _product(x: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
+    """Multiply each group of the rows x with its matrix (d_in, d_out): (rows, d_out)."""
+    return F.grouped_mm(x, matrices, offs=offs)
+
+
+@torch.library.custom_op("deepseek_exp::grouped_outer_product", mutates_args=())
+def _outer_product(x: Tensor, y: Tensor, offs: Tensor) -> Tensor:
+    """Sum the outer products of each group's rows: (groups, d_in, d_out) of (rows, d_in) and (rows, d_out)."""
+    return F.grouped_mm(x.T, y, offs=offs)
+
+
+@_product.register_fake
+def _(x: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], matrices.shape[2])
+
+
+@_outer_product.register_fake
+def _(x: Tensor, y: Tensor, offs: Tensor) -> Tensor:
+    return x.new_empty(offs.shape[0], x.shape[1], y.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, matrices, offs = ctx.saved_tensors
+    grad = grad.contiguous()
+    return _product(grad, matrices.transpose(-1, -2), offs), _outer_product(x, grad, offs), None
+
+
+_product.register_autograd(_backward, setup_context=_save)

@@ -80,5 +80,5 @@ def _yarn_table_scale(s: RopeScalingConfig) -> float:
 
 
 def _mscale(factor: float, weight: float) -> float:
-    """Give YaRN's growth of the attention scale: 0.1 weight ln(factor) + 1 (section 3.3, equation 22 of the paper)."""
+    """Give YaRN's growth of the attention scale: 0.1 weight ln(factor) + 1 (section 3.4; the weight is DeepSeek's)."""
     return 0.1 * weight * math.log(factor) + 1.0

@@ -16,6 +16,7 @@ from deepseek_exp.kernels import Ops
 from deepseek_exp.models.attention import KVCache, RMSNorm
 from deepseek_exp.models.block import Block
 from deepseek_exp.models.mtp import MTPModule
+from deepseek_exp.moe import MoE
 
 # matrices that write into the residual stream
 RESIDUAL = ("wo.weight", "w_down.weight", "experts.w_down")
@@ -121,6 +122,10 @@ class Transformer(nn.Module):
             kept.append(torch.cat([memory[i], x.detach()], dim=1)[:, -self.cfg.memory_len :])
             x = block(x, memory[i], None, domain)
         return self.head(x), self._ahead(x, tokens, domain), torch.stack(kept)
+
+    def routed_layers(self) -> list[MoE]:
+        """List the mixtures of experts of the blocks."""
+        return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoE)]
 
     def empty_memory(self, batch: int) -> Tensor:
         """Give the memory at the start of a text: (n_layers, batch, 0, d_model)."""

@@ -2,5 +2,6 @@
 
 from deepseek_exp.moe.feed_forward import FeedForward
 from deepseek_exp.moe.layer import MoE
+from deepseek_exp.moe.metrics import routing_metrics
 
-__all__ = ["FeedForward", "MoE"]
+__all__ = ["FeedForward", "MoE", "routing_metrics"]

@@ -21,6 +21,7 @@ class FeedForward(nn.Module):
         """
         super().__init__()
         self.ops, self.d_ff_active = ops, d_ff_active
+        self.active_fraction: Tensor | None = None  # hidden units that were not 0 in the last pass outside of training
         self.w_gate = nn.Linear(d_model, d_ff, bias=False)
         self.w_up = nn.Linear(d_model, d_ff, bias=False)
         self.w_down = nn.Linear(d_ff, d_model, bias=False)
@@ -32,6 +33,9 @@ class FeedForward(nn.Module):
     def hidden(self, x: Tensor) -> Tensor:
         """Give the hidden units (..., d_ff)."""
         gate, up = self.w_gate(x), self.w_up(x)  # (..., d_ff)
-        if self.d_ff_active:
-            return self.ops.top_k_swiglu(gate, up, self.d_ff_active)
-        return self.ops.swiglu(gate, up)
+        if not self.d_ff_active:
+            return self.ops.swiglu(gate, up)
+        hidden = self.ops.top_k_swiglu(gate, up, self.d_ff_active)
+        if not self.training:
+            self.active_fraction = (hidden != 0).float().mean()
+        return hidden

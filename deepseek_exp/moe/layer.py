@@ -6,7 +6,6 @@ D d_model, F d_expert, N domains.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from deepseek_exp.moe.feed_forward import FeedForward
 from deepseek_exp.moe.router import Router, Routing
 
 # what a layer counts beside the load of each expert
-COUNTS = ("dropped", "tokens", "sequences", "balance_loss", "domain_loss", "domain_hits", "domain_labels")
+COUNTS = ("passes", "dropped", "balance_loss", "domain_loss", "domain_hits", "domain_labels")
 
 
 class Experts(nn.Module):
@@ -45,8 +44,8 @@ class MoE(nn.Module):
     """Mixture of experts: y = shared(x) + sum over a token's experts of weight * expert(x).
 
     Source: Dai et al. 2024, "DeepSeekMoE", section 3 (fine-grained and shared experts). In training an expert takes at
-    most capacity_factor x the mean load, where that is set: its load factor, load / mean load, is then bounded by it.
-    Otherwise, and always outside of training, nothing is dropped.
+    most capacity_factor x the mean load, rounded down, and one row at least, where that is set: its load factor, load /
+    mean load, is then bounded by it. Otherwise, and always outside of training, nothing is dropped.
 
     The losses that keep the load even and teach the domain classifier are tied to the output: the backward pass adds
     their gradient, times `loss_scale`, and no loss has to be carried to the end of the model.
@@ -91,8 +90,8 @@ class MoE(nn.Module):
         loss = (losses["balance_loss"] + losses["domain_loss"]) * self.loss_scale
         if loss.requires_grad:
             y_TD = _AttachLoss.apply(y_TD, loss)
-        counted = {"dropped": dropped, "tokens": len(x_TD), "sequences": x.shape[0], **losses}
-        rest = torch.stack([torch.as_tensor(counted[n], device=x.device).detach().double() for n in COUNTS])
+        counted = {"passes": 1, "dropped": dropped, **losses}
+        rest = torch.stack([_as_count(counted[n], x.device) for n in COUNTS])
         return y_TD.view_as(x), torch.cat([load_E.double(), rest])
 
     def record(self, counts: Tensor) -> None:
@@ -108,10 +107,58 @@ class MoE(nn.Module):
         if self.cfg.balance is Balance.bias:
             self.router.update_bias(self.counts[: self.cfg.n_routed_experts])
 
+    def domain_state(self, domain: int) -> dict[str, Tensor]:
+        """Give the weights that belong to one domain, by name; views, not copies."""
+        first, last = self._experts_of(domain)
+        slots = slice(first, last) if self.slot_of_E is None else self.slot_of_E[first:last]
+        state = {f"experts.{name}": p[slots] for name, p in self.experts.named_parameters()}
+        state |= {"router.weight": self.router.weight[first:last], "router.domain_weight": self._domain_row(domain)}
+        return state if self.router.bias is None else state | {"router.bias": self.router.bias[first:last]}
+
+    @torch.no_grad()
+    def remove_domain(self, domain: int) -> None:
+        """Take the experts of a domain out of memory; its tokens go to the first domain's until it is back."""
+        first, last = self._experts_of(domain)
+        gone = self._slots()[first:last]
+        for name, p in list(self.experts.named_parameters()):
+            rest = torch.cat([p[: gone[0]], p[gone[-1] + 1 :]])
+            setattr(self.experts, name, nn.Parameter(rest, p.requires_grad))
+        self.router.loaded[domain] = False
+        self.slot_of_E = self._slots()
+
+    @torch.no_grad()
+    def insert_domain(self, domain: int, state: dict[str, Tensor]) -> None:
+        """Put the experts of a domain back, with the weights of `domain_state`."""
+        self.router.loaded[domain] = True
+        slots = self._slots()
+        first, last = self._experts_of(domain)
+        for name, p in list(self.experts.named_parameters()):
+            new = state[f"experts.{name}"].to(p)
+            whole = torch.cat([p[: slots[first]], new, p[slots[first] :]])
+            setattr(self.experts, name, nn.Parameter(whole, p.requires_grad))
+        self.router.weight[first:last] = state["router.weight"].to(self.router.weight)
+        self._domain_row(domain).copy_(state["router.domain_weight"])
+        if self.router.bias is not None:
+            self.router.bias[first:last] = state["router.bias"].to(self.router.bias)
+        self.slot_of_E = None if self.router.loaded.all() else slots
+
+    def _experts_of(self, domain: int) -> tuple[int, int]:
+        size = self.cfg.n_routed_experts // len(self.cfg.domains)
+        return domain * size, (domain + 1) * size
+
+    def _domain_row(self, domain: int) -> Tensor:
+        return self.router.domain_weight[domain : domain + 1]
+
+    def _slots(self) -> Tensor:
+        """Say where each expert lies in the stacks: (experts,) int64; for an unloaded one the place it would have."""
+        size = self.cfg.n_routed_experts // len(self.cfg.domains)
+        here_E = self.router.loaded.repeat_interleave(size)
+        return here_E.cumsum(0) - here_E.long()
+
     def _capacity(self, slots_TK: Tensor) -> int | None:
         if not (self.training and self.cfg.capacity_factor):
             return None
-        return math.ceil(self.cfg.capacity_factor * slots_TK.numel() / self.cfg.n_routed_experts)
+        return max(1, int(self.cfg.capacity_factor * slots_TK.numel() / self.cfg.n_routed_experts))
 
     def _losses(self, routing: Routing, load_E: Tensor, domain_T: Tensor | None, seq: int) -> dict[str, Tensor]:
         """Give the weighted losses of this batch, and how the domain classifier did."""
@@ -149,9 +196,16 @@ def balance_loss(scores_BSE: Tensor, load_BE: Tensor, top_k: int) -> Tensor:
         load_BE: times that each expert was chosen in each row.
         top_k: experts of a token.
     """
-    f_BE = load_BE * scores_BSE.shape[2] / (top_k * scores_BSE.shape[1])
+    f_BE = load_BE.to(scores_BSE.dtype) * scores_BSE.shape[2] / (top_k * scores_BSE.shape[1])
     p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
     return (f_BE * p_BE).sum(-1).mean()
+
+
+def _as_count(value: Tensor | int, device: torch.device) -> Tensor:
+    """Give a scalar in float64 on the device, where a number is made without a copy that the host would wait for."""
+    if isinstance(value, Tensor):
+        return value.detach().double()
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 class _AttachLoss(torch.autograd.Function):

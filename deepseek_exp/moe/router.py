@@ -38,8 +38,8 @@ class Router(nn.Module):
 
     - Groups: only experts of the top_k_groups groups with the best group score (the best of the group's s + bias, the
       sum of its two best, or the sum of all, which under softmax is the probability of the group: coarse, then fine).
-    - Domains: only experts of the token's domain and of the first, general one. The domain is the label where there is
-      one, else the choice of a linear classifier on the same x.
+    - Domains: only experts of the token's domain and of the first, general one; scores are over these alone. The domain
+      is the label where there is one, else the choice of a linear classifier on the same x.
 
     Computed in fp32 whatever the type of x. Sources: DeepSeek-AI 2024, "DeepSeek-V2", section 2.2.2 (groups), and
     "DeepSeek-V3 Technical Report", section 2.1.2 (sigmoid scores, bias for the choice only; groups by their best two).
@@ -66,12 +66,15 @@ class Router(nn.Module):
         """
         wide = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
         logits_TE = F.linear(wide, self.weight.to(wide.dtype))
-        scores_TE = logits_TE.softmax(-1) if self.cfg.score is Score.softmax else logits_TE.sigmoid()
-        choice_TE = scores_TE.detach() if self.bias is None else scores_TE.detach() + self.bias
-        domain_logits_TN = None
+        domain_logits_TN = open_TE = None
         if self.domain_weight is not None:
             domain_logits_TN = F.linear(wide, self.domain_weight.to(wide.dtype))
-            choice_TE = choice_TE.masked_fill(~self._open_to(domain_logits_TN, domain_T), float("-inf"))
+            open_TE = self._open_to(domain_logits_TN, domain_T)
+            logits_TE = logits_TE.masked_fill(~open_TE, float("-inf"))  # so that no other domain's weights count
+        scores_TE = logits_TE.softmax(-1) if self.cfg.score is Score.softmax else logits_TE.sigmoid()
+        choice_TE = scores_TE.detach() if self.bias is None else scores_TE.detach() + self.bias
+        if open_TE is not None:
+            choice_TE = choice_TE.masked_fill(~open_TE, float("-inf"))
         if self.cfg.n_groups > 1:
             choice_TE = self._within_groups(choice_TE)
         ids_TK = choice_TE.topk(self.cfg.top_k, dim=-1).indices

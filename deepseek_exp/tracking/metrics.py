@@ -20,6 +20,11 @@ METRICS: dict[str, Metric] = {
     "train/bits_per_byte": Metric("bits per byte", "training loss per byte of text; comparable across tokenizers"),
     "val/loss": Metric("nats per token", "cross entropy of the validation set"),
     "val/loss/<part>": Metric("nats per token", "cross entropy of the validation text of one part of a mixture"),
+    "val/max_violation": Metric(
+        "1", "largest load of an expert / mean load - 1 over the validation set, mean over layers"
+    ),
+    "val/utilisation": Metric("0..1", "mean load / largest load of an expert over the validation set"),
+    "train/mtp_loss": Metric("nats per token", "cross entropy of the tokens further ahead, mean over depths"),
     "val/bits_per_byte": Metric("bits per byte", "validation loss per byte of text; comparable across tokenizers"),
     "val/unigram_bits_per_byte": Metric(
         "bits per byte", "the same text under token frequencies alone: the bar to beat"
@@ -27,6 +32,7 @@ METRICS: dict[str, Metric] = {
     "perf/tokens_per_second": Metric("tokens per second", "training tokens over wall time, all devices together"),
     "perf/step_seconds": Metric("seconds", "wall time of one optimizer step"),
     "perf/peak_memory_bytes": Metric("bytes", "largest memory that was in use on the device so far"),
+    "perf/flops_per_token": Metric("FLOPs per token", "forward and backward, by the parameters that a token meets"),
     "optim/lr": Metric("1", "learning rate of the step"),
     "optim/grad_norm": Metric("1", "global gradient norm before clipping"),
     "data/position": Metric("sequences", "training sequences consumed so far"),
@@ -34,6 +40,16 @@ METRICS: dict[str, Metric] = {
         "passes", "passes over the training data so far; of a mixture, sequences over those of all parts"
     ),
     "attn/gate": Metric("0..1", "mean share that the attention gate gives to local attention"),
+    "ffn/active_fraction": Metric("0..1", "hidden units of a token that are not 0, mean over layers"),
+    "moe/load_factor_max": Metric("1", "largest load / mean load of an expert in the step"),
+    "moe/max_violation": Metric("1", "largest load of an expert / mean load - 1 in the step, mean over layers"),
+    "moe/utilisation": Metric("0..1", "mean load / largest load of an expert in the step, mean over layers"),
+    "moe/load_cv": Metric("1", "standard deviation of the loads / mean load, mean over layers"),
+    "moe/drop_rate": Metric("0..1", "token slots that no expert had room for"),
+    "moe/balance_loss": Metric("nats per token", "weighted balance loss, sum over layers"),
+    "moe/domain_loss": Metric("nats per token", "weighted loss of the domain classifiers, sum over layers"),
+    "moe/domain_accuracy": Metric("0..1", "labelled tokens whose domain the classifiers tell, mean over layers"),
+    "moe/use/<domain>": Metric("0..1", "share of the token slots that go to the experts of one domain"),
     "sweep/best_val_loss": Metric("nats per token", "lowest final val/loss among the runs of a sweep"),
 }
 

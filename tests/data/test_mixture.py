@@ -3,6 +3,7 @@ import itertools
 import json
 import logging
 import math
+import shutil
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -122,6 +123,20 @@ def test_with_a_given_tokenizer_a_new_part_leaves_the_others_packed(mixture_cfg,
     Tokenizer.train(["another text " * 50], 290).save(tmp_path / "t.json")
     assert prepare(mixture_cfg).tokenizer.digest == Tokenizer.load(tmp_path / "t.json").digest
     assert names[3:] == ["sums", "words", "code"]
+
+
+def test_parts_packed_by_two_tokenizers_are_packed_again(mixture_cfg, tmp_path) -> None:
+    data = prepare(mixture_cfg)
+    words = data.parts[1].train.path.parent
+    shutil.copytree(words, tmp_path / "before")
+    (cached,) = Path(mixture_cfg.cache_dir).glob("tokenizers/*")
+    Tokenizer.train(["other"], 300).save(cached)
+    prepare(mixture_cfg)
+    shutil.rmtree(words)
+    shutil.copytree(tmp_path / "before", words)  # as if the build had been killed after the first part
+    again = prepare(mixture_cfg)
+    for part in again.parts:
+        assert again.tokenizer.token_bytes[part.train.open().tolist()].sum() == part.train.n_bytes
 
 
 def test_errors_name_the_part(mixture_cfg, tmp_path) -> None:

@@ -140,6 +140,19 @@ def test_tokens_that_are_written_as_text_count_their_bytes(foreign) -> None:
     assert found.end_id == 290
 
 
+def test_ids_may_be_left_out_where_an_end_is_there(foreign) -> None:
+    vocab = json.loads(foreign().read_text())["model"]["vocab"]
+    vocab = {token: i + 5 * (i > 270) for token, i in vocab.items()}
+    with pytest.raises(ValueError, match=r"leaves ids out, so that <\|endoftext\|> cannot be added"):
+        Tokenizer.given(foreign(model={"vocab": vocab}))
+    end = {**added("</s>")[0], "id": 294}
+    found = Tokenizer.given(foreign(model={"vocab": {**vocab, "</s>": 294}}, added_tokens=[end]))
+    ids = found.encode(TEXTS[0])
+    assert (found.end_id, found.vocab_size) == (294, 295)
+    assert max(ids) < 294 and found.token_bytes[ids].sum() == len(TEXTS[0])
+    assert found.token_bytes[271:276].sum() == found.token_bytes[294] == 0
+
+
 def test_a_given_tokenizer_neither_cuts_nor_pads_nor_adds(foreign) -> None:
     plain = Tokenizer.given(foreign(added_tokens=added("</s>")))
     dressed = foreign(

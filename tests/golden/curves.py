@@ -61,15 +61,19 @@ def _losses(cfg: ExperimentConfig):
     )
     batches = iter(parts.datamodule.train_dataloader())
     for _ in range(STEPS):
-        micro_batches = next(batches).tokens.split(cfg.trainer.micro_batch_seqs)
+        rows = cfg.trainer.micro_batch_seqs
+        batch = next(batches)
+        micro_batches = list(zip(batch.tokens.split(rows), batch.part.split(rows), strict=True))
         total = 0.0
-        for tokens in micro_batches:
-            loss = model.ops.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean() / len(micro_batches)
-            loss.backward()
-            total += loss.item()
+        parts.lit.reset_counts()
+        for tokens, part in micro_batches:
+            loss, nll, _, _ = parts.lit.training_loss(tokens, part, None)
+            (loss / len(micro_batches)).backward()
+            total += nll.mean().item() / len(micro_batches)
         clip_gradients(optimizer, cfg.optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
+        parts.lit.update_biases()
         schedule.step()
         yield total
 

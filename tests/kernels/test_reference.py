@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from deepseek_exp.kernels import TORCH, reference
-from deepseek_exp.models.attention import attention_mask, rope_table
+from deepseek_exp.models.attention import attention_mask
+from deepseek_exp.models.rope import rope_table
+from tests.test_config import composed
 
 CPU = torch.device("cpu")
+TINY = composed("size=tiny").model
 
 
 def rand(*shape, seed=0, dtype=torch.float64):
@@ -34,7 +38,7 @@ def test_rms_norm_of_bf16_is_computed_in_fp32():
 
 def test_rope_turns_pairs_by_position_times_frequency():
     x, theta = rand(1, 1, 4, 6).detach(), 100.0
-    cos, sin = rope_table(6, theta, 4, CPU)
+    cos, sin = rope_table(dataclasses.replace(TINY, rope_theta=theta), 6, 4, CPU)
     y = reference.rope(x, cos.double(), sin.double())
     for pos in range(4):
         for i in range(3):
@@ -47,14 +51,14 @@ def test_rope_turns_pairs_by_position_times_frequency():
 
 def test_rope_scores_depend_on_distance_alone():
     q, k = rand(1, 1, 1, 8).expand(1, 1, 32, 8), rand(1, 1, 1, 8, seed=1).expand(1, 1, 32, 8)
-    cos, sin = rope_table(8, 10000.0, 32, CPU)
+    cos, sin = rope_table(TINY, 8, 32, CPU)
     scores = reference.rope(q, cos.double(), sin.double()) @ reference.rope(k, cos.double(), sin.double()).mT
     for distance in range(8):
         assert torch.diagonal(scores[0, 0], -distance).std() < 1e-6
 
 
 def test_rope_angles_survive_bf16():
-    cos, sin = rope_table(32, 10000.0, 4096, CPU)
+    cos, sin = rope_table(TINY, 32, 4096, CPU)
     assert cos.dtype == sin.dtype == torch.float32
 
 
@@ -75,10 +79,10 @@ def test_cross_entropy_is_its_formula():
     assert reference.cross_entropy(logits.bfloat16(), targets).dtype == torch.float32
 
 
-def loop_attention(q, k, v, window, n_global, n_memory, gate):
+def loop_attention(q, k, v, window, n_global, n_memory, gate, scale):
     """Attention key by key, from the definition in words."""
     n_rep, n_keys, n_queries = q.shape[1] // k.shape[1], k.shape[2], q.shape[2]
-    out = torch.zeros_like(q)
+    out = v.new_zeros(*q.shape[:3], v.shape[-1])
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             g = 1 / (1 + math.exp(-gate[h])) if gate is not None else 0.5
@@ -89,7 +93,7 @@ def loop_attention(q, k, v, window, n_global, n_memory, gate):
                     if window and position - j >= window and not is_global:
                         continue
                     share = (1 - g if is_global else g) if gate is not None else 1.0
-                    score = float(q[b, h, i] @ k[b, h // n_rep, j]) / math.sqrt(q.shape[-1])
+                    score = float(q[b, h, i] @ k[b, h // n_rep, j]) * scale
                     weights.append(share * math.exp(score))
                     values.append(v[b, h // n_rep, j])
                 total = sum(weights)
@@ -97,51 +101,77 @@ def loop_attention(q, k, v, window, n_global, n_memory, gate):
     return out
 
 
-CASES = [  # queries, keys, heads, kv heads, window, global tokens, memory, gated
-    (9, 9, 4, 2, 3, 2, 0, True),
-    (9, 9, 4, 1, 3, 0, 0, False),
-    (7, 7, 2, 2, 0, 0, 0, False),
-    (6, 11, 4, 4, 4, 1, 5, True),
-    (1, 13, 4, 2, 5, 3, 0, True),
+CASES = [  # queries, keys, heads, kv heads, window, global tokens, memory, gated, head width, value width, scale
+    (9, 9, 4, 2, 3, 2, 0, True, 8, 8, 8**-0.5),
+    (9, 9, 4, 1, 3, 0, 0, False, 8, 8, 8**-0.5),
+    (7, 7, 2, 2, 0, 0, 0, False, 8, 8, 8**-0.5),
+    (6, 11, 4, 4, 4, 1, 5, True, 8, 8, 8**-0.5),
+    (1, 13, 4, 2, 5, 3, 0, True, 8, 8, 8**-0.5),
+    (9, 9, 4, 2, 3, 2, 0, True, 8, 8, 0.9),
+    (9, 9, 4, 4, 0, 0, 0, False, 24, 16, 0.3),
+    (3, 11, 4, 1, 4, 2, 0, True, 12, 8, 0.7),
+    (5, 9, 2, 1, 4, 2, 2, True, 8, 20, 0.2),
 ]
+
+
+def case_tensors(case):
+    n_queries, n_keys, heads, kv_heads, _, _, _, gated, width, v_width, _ = case
+    shapes = [(2, heads, n_queries, width), (2, kv_heads, n_keys, width), (2, kv_heads, n_keys, v_width)]
+    return [rand(*shape, seed=i) for i, shape in enumerate(shapes)], rand(heads, seed=3) if gated else None
+
+
+def case_mask(case):
+    n_queries, n_keys, _, _, window, n_global, n_memory, *_ = case
+    return attention_mask(n_queries, n_keys, n_memory, window, n_global, CPU)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_is_its_definition(case):
-    n_queries, n_keys, heads, kv_heads, window, n_global, n_memory, gated = case
-    q, k, v = rand(2, heads, n_queries, 8), rand(2, kv_heads, n_keys, 8, seed=1), rand(2, kv_heads, n_keys, 8, seed=2)
-    gate = rand(heads, seed=3) if gated else None
-    visible, is_global = attention_mask(n_queries, n_keys, n_memory, window, n_global, CPU)
-    out = reference.local_global_attention(q, k, v, visible, is_global, gate)
-    want = loop_attention(
-        *(t.detach() for t in (q, k, v)), window, n_global, n_memory, gate.tolist() if gated else None
-    )
+    (q, k, v), gate = case_tensors(case)
+    _, _, _, _, window, n_global, n_memory, gated, _, _, scale = case
+    out = reference.local_global_attention(q, k, v, *case_mask(case), gate, scale)
+    plain = [t.detach() for t in (q, k, v)]
+    want = loop_attention(*plain, window, n_global, n_memory, gate.tolist() if gated else None, scale)
     torch.testing.assert_close(out, want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fast_attention_equals_the_definition_with_every_gradient(case):
-    n_queries, n_keys, heads, kv_heads, window, n_global, n_memory, gated = case
-    visible, is_global = attention_mask(n_queries, n_keys, n_memory, window, n_global, CPU)
     results = []
     for attend in (reference.local_global_attention, TORCH.local_global_attention):
-        shapes = [(2, heads, n_queries, 8), (2, kv_heads, n_keys, 8), (2, kv_heads, n_keys, 8)]
-        inputs = [rand(*shape, seed=i) for i, shape in enumerate(shapes)]
-        gate = rand(heads, seed=3) if gated else None
-        out = attend(*inputs, visible, is_global, gate)
+        inputs, gate = case_tensors(case)
+        out = attend(*inputs, *case_mask(case), gate, case[-1])
         (out * rand(*out.shape, seed=4).detach()).sum().backward()
-        results.append([out.detach(), *(t.grad for t in inputs), *([gate.grad] if gated else [])])
+        results.append([out.detach(), *(t.grad for t in inputs), *([] if gate is None else [gate.grad])])
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fast_attention_in_bf16_is_as_exact_as_the_definition_in_bf16(case):
+    """Gates and scales whose parts bf16 rounds; errors are those of the output and of each gradient."""
+    (q, k, v), gate = case_tensors(case)
+    narrow = [None if t is None else t.detach().bfloat16() for t in (q, k, v, gate)]
+    errors = []
+    for attend in (reference.local_global_attention, TORCH.local_global_attention):
+        parts = []
+        for dtype in (torch.float64, torch.bfloat16):
+            *inputs, gate = (None if t is None else t.to(dtype, copy=True).requires_grad_() for t in narrow)
+            out = (attend if dtype is torch.bfloat16 else reference.local_global_attention)(
+                *inputs, *case_mask(case), gate, case[-1]
+            )
+            (out * rand(*out.shape, seed=4).detach().bfloat16().to(dtype)).sum().backward()
+            parts.append([t.double() for t in (out.detach(), *(t.grad for t in inputs))])
+        errors.append([(got - want).norm().item() for want, got in zip(*parts, strict=True)])
+    assert all(fast <= 2 * plain + 1e-3 for plain, fast in zip(*errors, strict=True)), errors
 
 
 def test_a_gate_of_zero_is_plain_masked_attention():
     q, k, v = rand(1, 2, 12, 8), rand(1, 2, 12, 8, seed=1), rand(1, 2, 12, 8, seed=2)
     visible, is_global = attention_mask(12, 12, 0, 4, 2, CPU)
-    plain = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    torch.testing.assert_close(
-        TORCH.local_global_attention(q, k, v, visible, is_global, torch.zeros(2).double()), plain
-    )
+    plain = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=0.8)
+    gated = TORCH.local_global_attention(q, k, v, visible, is_global, torch.zeros(2).double(), 0.8)
+    torch.testing.assert_close(gated, plain)
 
 
 def test_the_gate_moves_weight_between_window_and_global_tokens():
@@ -150,7 +180,7 @@ def test_the_gate_moves_weight_between_window_and_global_tokens():
     v[:, :, :2] = 1  # only the global tokens carry anything
     visible, is_global = attention_mask(12, 12, 0, 4, 2, CPU)
     last = [
-        TORCH.local_global_attention(q, k, v, visible, is_global, torch.tensor([g]))[0, 0, -1, 0]
+        TORCH.local_global_attention(q, k, v, visible, is_global, torch.tensor([g]), 8**-0.5)[0, 0, -1, 0]
         for g in (-9.0, 0.0, 9.0)
     ]
     assert last[0] > 0.999 and last[1] == pytest.approx(2 / 6) and last[2] < 0.001

@@ -122,23 +122,24 @@ def test_reach_is_the_window_and_the_global_tokens():
 class TestSegmentMemory:
     def segments(self, model, tokens, length):
         memory, out = model.empty_memory(len(tokens)), []
-        for segment in tokens.split(length, dim=1):
-            logits, memory = model.forward_segment(segment, memory)
+        for start in range(0, tokens.shape[1] - 1, length):
+            logits, _, memory = model.forward_segment(tokens[:, start : start + length + 1], memory)
             out.append(logits)
         return torch.cat(out, dim=1), memory
 
     def test_long_enough_memory_is_one_long_pass(self):
         """A memory of window - 1 tokens holds all that any query can see, block by block."""
         model = build(torch.float64, memory_len=7, window=8, n_global_tokens=0, init_std=0.2)
-        tokens = some_tokens(2, 48)
+        tokens = some_tokens(2, 49)
         out, memory = self.segments(model, tokens, 12)
-        torch.testing.assert_close(out, model(tokens), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out, model(tokens[:, :-1]), rtol=1e-5, atol=1e-6)
         assert memory.shape == (TINY.n_layers, 2, 7, TINY.d_model)
 
     def test_a_memory_too_short_is_not(self):
         model = build(torch.float64, memory_len=3, window=8, n_global_tokens=0, init_std=0.2)
-        out, _ = self.segments(model, some_tokens(2, 48), 12)
-        assert not torch.allclose(out, model(some_tokens(2, 48)), atol=1e-3)
+        tokens = some_tokens(2, 49)
+        out, _ = self.segments(model, tokens, 12)
+        assert not torch.allclose(out, model(tokens[:, :-1]), atol=1e-3)
 
     def test_equals_naive_attention_over_concatenated_states(self):
         """Against the definition: the block run on memory and segment as one sequence, its last part kept."""
@@ -155,16 +156,16 @@ class TestSegmentMemory:
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
 
     @staticmethod
-    def _naive(q, k, v, visible, is_global, gate):
+    def _naive(q, k, v, visible, is_global, gate, scale):
         """All 22 positions as queries; the global tokens are the segment's first, at 10 and 11."""
         i, j = torch.arange(22)[:, None], torch.arange(22)
         is_global = (j >= 10) & (j < 12)
         visible = (j <= i) & ((i - j < 6) | is_global)
-        return reference.local_global_attention(q, k, v, visible, is_global, gate)
+        return reference.local_global_attention(q, k, v, visible, is_global, gate, scale)
 
     def test_no_gradient_flows_through_memory(self):
         model = build(memory_len=8)
-        _, memory = model.forward_segment(some_tokens(2, 12), model.empty_memory(2))
+        _, _, memory = model.forward_segment(some_tokens(2, 13), model.empty_memory(2))
         assert not memory.requires_grad
 
 

@@ -1,0 +1,126 @@
+"""A domain's experts can be saved, unloaded and loaded, and nobody else notices."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deepseek_exp.errors import UserError
+from deepseek_exp.kernels import TORCH
+from deepseek_exp.models import Transformer, init_weights
+from deepseek_exp.serve import load_module, save_module, unload_module
+from tests.runs import ROOT
+from tests.test_config import composed
+
+DOMAINS = ["general", "finance", "medical", "law"]
+
+
+def build(*overrides: str, seed: int = 0) -> Transformer:
+    cfg = composed("model=v5_domain_moe", "size=tiny", *overrides).model
+    model = Transformer(cfg, TORCH)
+    init_weights(model, cfg, seed)
+    with torch.no_grad():
+        for layer in model.routed_layers():
+            layer.router.bias.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+def logits(model, domain: str) -> torch.Tensor:
+    tokens = torch.randint(0, 512, (2, 24), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return model(tokens, domain=torch.full((2,), DOMAINS.index(domain)))
+
+
+@pytest.mark.parametrize("domain", DOMAINS[1:])
+def test_the_others_do_not_notice(domain, tmp_path):
+    model = build()
+    before = {name: logits(model, name) for name in DOMAINS}
+    save_module(model, domain, tmp_path / "pack.safetensors")
+    unload_module(model, domain)
+    for name in DOMAINS:
+        assert torch.equal(logits(model, name), before[name]) is (name != domain)
+    assert load_module(model, tmp_path / "pack.safetensors") == domain
+    for name in DOMAINS:
+        assert torch.equal(logits(model, name), before[name])
+
+
+def test_several_packs_in_any_order(tmp_path):
+    model = build()
+    before = {name: logits(model, name) for name in DOMAINS}
+    for name in DOMAINS[1:]:
+        save_module(model, name, tmp_path / name)
+    for name in ("medical", "finance", "law"):
+        unload_module(model, name)
+    assert torch.equal(logits(model, "general"), before["general"])
+    assert sum(p.numel() for p in model.routed_layers()[0].experts.parameters()) == 2 * 3 * 64 * 16
+    for name in ("law", "finance", "medical"):
+        load_module(model, tmp_path / name)
+    for name in DOMAINS:
+        assert torch.equal(logits(model, name), before[name])
+
+
+def test_a_pack_of_another_training_replaces_that_domain_alone(tmp_path):
+    model, other = build(), build(seed=1)
+    before = {name: logits(model, name) for name in DOMAINS}
+    save_module(other, "law", tmp_path / "law")
+    unload_module(model, "law")
+    load_module(model, tmp_path / "law")
+    for name in DOMAINS:
+        assert torch.equal(logits(model, name), before[name]) is (name != "law")
+    layer, source = model.routed_layers()[0], other.routed_layers()[0]
+    for key, tensor in layer.domain_state(3).items():
+        assert torch.equal(tensor, source.domain_state(3)[key])
+
+
+def test_errors(tmp_path):
+    model = build()
+    with pytest.raises(UserError, match="domain='general' is open to every token"):
+        unload_module(model, "general")
+    with pytest.raises(UserError, match=r"domain='sports' is not a domain of this model \(general, finance"):
+        unload_module(model, "sports")
+    save_module(model, "law", tmp_path / "law")
+    with pytest.raises(UserError, match="domain='law' is loaded already"):
+        load_module(model, tmp_path / "law")
+    unload_module(model, "law")
+    with pytest.raises(UserError, match="domain='law' is not loaded"):
+        unload_module(model, "law")
+    wide = build("model.moe.d_expert=24")
+    save_module(wide, "finance", tmp_path / "wide")
+    unload_module(model, "finance")
+    before = logits(model, "medical")
+    with pytest.raises(UserError, match=r"does not fit the model: blocks.0.feed_forward.experts.w_down"):
+        load_module(model, tmp_path / "wide")
+    assert torch.equal(logits(model, "medical"), before)
+    with pytest.raises(UserError, match="it has none"):
+        unload_module(Transformer(composed("size=tiny").model, TORCH), "law")
+
+
+def test_resident_memory_follows(tmp_path):
+    """In a fresh process, so that no memory freed earlier is handed out again."""
+    script = f"""
+import gc, os, sys, torch
+from pathlib import Path
+from tests.serve.test_domain_packs import build, unload_module, load_module, save_module
+
+def resident():
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+model = build("model.d_model=512", "model.moe.d_expert=1024", "model.moe.n_routed_experts=16")
+save_module(model, "law", r"{tmp_path / "law"}")
+size = Path(r"{tmp_path / "law"}").stat().st_size
+unload_module(model, "law"); load_module(model, r"{tmp_path / "law"}")  # warm up
+whole = resident()
+unload_module(model, "law")
+without = resident()
+load_module(model, r"{tmp_path / "law"}")
+print(size, whole - without, resident() - without)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    size, freed, taken = map(int, done.stdout.split())
+    assert size > 40e6
+    assert freed == pytest.approx(size, rel=0.1)
+    assert taken == pytest.approx(size, rel=0.1)

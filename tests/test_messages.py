@@ -180,13 +180,13 @@ class TestInitFrom:
 
     def test_it_decides_the_model_and_the_tokenizer(self, folder):
         config.register()
-        overrides = [f"init_from={folder}", "model.max_seq_len=32", "model.moe.capacity_factor=2"]
+        overrides = [f"init_from={folder}", "model.max_seq_len=32", "model.init_std=0.5"]
         with initialize_config_dir(compose.CONF, version_base="1.3"):
             cfg, problems = compose.start_from(hydra_compose("config", overrides), overrides)
         assert problems == []
         cfg = compose.to_experiment(cfg)
         assert (cfg.model.version, cfg.model.d_model, cfg.model.n_kv_heads, cfg.model.window) == ("llama", 64, 4, 0)
-        assert (cfg.model.max_seq_len, cfg.data.seq_len, cfg.model.moe.capacity_factor) == (32, 32, 2)
+        assert (cfg.model.max_seq_len, cfg.data.seq_len, cfg.model.init_std) == (32, 32, 0.5)
         assert cfg.model.rope_scaling.original_max_seq_len == 64
         assert cfg.data.tokenizer == str(folder / "tokenizer.json")
 

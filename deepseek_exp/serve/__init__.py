@@ -1,4 +1,4 @@
-"""Use of trained models: text from them, checkpoints that others read, and domains as packs."""
+"""Use of trained models: text from them, domain packs, and checkpoints that others read."""
 
 from deepseek_exp.serve.domain_packs import load_module, save_module, unload_module
 from deepseek_exp.serve.export import export_hf

@@ -59,53 +59,103 @@ MESSAGES = {
     "optim.lr=-1": "optim.lr=-1.0 must be greater than 0. Fix: use more than 0.",
     "sample.top_p=1.5": "sample.top_p=1.5 must be at most 1. Fix: use 1 or less.",
     "data.valid_fraction=1.0": "data.valid_fraction=1.0 must be less than 1. Fix: use less than 1.",
-    "model=v3_moe size=tiny model.kv_lora_rank=0": "model.kv_lora_rank=0 must be at least 1 for mla. Fix: set model.kv_lora_rank=16.",
-    "model=v3_moe size=tiny model.qk_rope_head_dim=7": "model.qk_rope_head_dim=7 is odd, and the rotary embedding turns pairs. Fix: use 8.",
-    "model=v3_moe size=tiny model.qkv_bias=true": "model.qkv_bias=true is for model.attention='gqa' and not for 'mla'. Fix: set "
-    "model.qkv_bias=false.",
-    "model.rope_scaling.factor=2": "model.rope_scaling.factor=2.0 does nothing while model.rope_scaling.kind='none'. Fix: set "
-    "model.rope_scaling.kind=yarn, or the factor to 1.",
-    "model.rope_scaling.low_freq_factor=9": "model.rope_scaling.low_freq_factor=9.0 must be less than model.rope_scaling.high_freq_factor=4. "
-    "Fix: use 1 and 4.",
-    "model.d_ff_active=9999": "model.d_ff_active=9999 is more than model.d_ff=512. Fix: use 512 or less; 0 keeps all.",
-    "model=v3_moe size=tiny model.n_mtp_layers=64": "model.n_mtp_layers=64 leaves data.seq_len=64 nothing to predict. Fix: use 63 or less.",
-    "model.moe.n_shared_experts=1": "model.moe.n_shared_experts=1 does nothing while model.moe.n_routed_experts=0. Fix: set "
-    "model.moe.n_routed_experts, or model.moe.n_shared_experts=0.",
-    "model.moe.domains=[a,b]": "model.moe.domains=['a', 'b'] does nothing while model.moe.n_routed_experts=0. Fix: set "
-    "model.moe.n_routed_experts, or model.moe.domains=[].",
-    "model.moe.capacity_factor=1.5": "model.moe.capacity_factor=1.5 does nothing while model.moe.n_routed_experts=0. Fix: set "
-    "model.moe.n_routed_experts, or model.moe.capacity_factor=0.",
-    "model=v2_moe size=tiny model.moe.top_k=17": "model.moe.top_k=17 must be from 1 to model.moe.n_routed_experts=16. Fix: use model.moe.top_k=2. "
-    "model.moe.top_k=17 is more than the 8 experts of model.moe.top_k_groups=2 groups. Fix: lower it,"
-    " or raise model.moe.top_k_groups.",
-    "model=v2_moe size=tiny model.moe.top_k=1": "model.moe.norm_top_k=true makes every weight 1 with model.moe.top_k=1, so that the router learns"
-    " nothing. Fix: set model.moe.norm_top_k=false.",
-    "model=v2_moe size=tiny model.moe.d_expert=20": "model.moe.d_expert=20 is not a multiple of 8, which the experts' matrix products need. Fix: use "
-    "model.moe.d_expert=16.",
-    "model=v2_moe size=tiny model.moe.n_dense_layers=2": "model.moe.n_dense_layers=2 leaves none of model.n_layers=2 to the experts. Fix: use 1 or less.",
-    "model=v2_moe size=tiny model.moe.n_groups=3": "model.moe.n_groups=3 does not divide model.moe.n_routed_experts=16. Fix: use one of 1, 2, 4, 8, "
-    "16.",
-    "model=v2_moe size=tiny model.moe.top_k_groups=5": "model.moe.top_k_groups=5 is more than model.moe.n_groups=4. Fix: use 4 or less.",
-    "model=v2_moe size=tiny model.moe.top_k=9": "model.moe.top_k=9 is more than the 8 experts of model.moe.top_k_groups=2 groups. Fix: lower it, "
-    "or raise model.moe.top_k_groups.",
-    "model=v2_moe size=tiny model.moe.n_groups=16 model.moe.group_score=top2_sum": "model.moe.group_score='top2_sum' needs two experts in a group and model.moe.n_groups=16 leaves "
-    "1. Fix: use model.moe.group_score=max.",
-    "model=v5_domain_moe size=tiny model.moe.domains=[a]": "model.moe.domains=['a'] must be two different names or more. Fix: name each domain once.",
-    "model=v5_domain_moe size=tiny model.moe.domains=[a,b,c]": "model.moe.domains=['a', 'b', 'c'] does not share model.moe.n_routed_experts=8 evenly. Fix: use a"
-    " multiple of 3 experts.",
-    "model=v5_domain_moe size=tiny model.moe.top_k=3": "model.moe.top_k=3 is more than the 2 experts of the domain general. Fix: lower it, or raise "
-    "model.moe.n_routed_experts.",
-    "model=v5_domain_moe size=tiny model.moe.n_groups=2": "model.moe.n_groups=2 cannot be used with model.moe.domains, which narrow the choice already. "
-    "Fix: set model.moe.n_groups=1.",
-    "model=v5_domain_moe size=tiny model.moe.balance=aux_loss": "model.moe.balance='aux_loss' would even out the load across model.moe.domains, whose texts "
-    "differ in amount. Fix: set model.moe.balance=bias.",
-    "model=v5_domain_moe size=tiny model.moe.sequence_loss_weight=0.1": "model.moe.sequence_loss_weight=0.1 would even out the load across model.moe.domains, whose texts"
-    " differ in amount. Fix: set model.moe.sequence_loss_weight=0.",
-    "model=v5_domain_moe size=tiny data=mixture +data.mixture.sports.path=README.md": "data.mixture='sports' is not one of model.moe.domains=['general', 'finance', 'medical', 'law']. "
-    "Fix: name the parts of the mixture after the domains.",
-    "model=v5_domain_moe size=tiny sample.domain=sports": "sample.domain='sports' is not one of model.moe.domains=['general', 'finance', 'medical', 'law']."
-    " Fix: use one of general, finance, medical, law.",
-    "sample.domain=law": "sample.domain='law' is not one of model.moe.domains=[]. Fix: leave it out.",
+    "model=v3_moe size=tiny model.kv_lora_rank=0": (
+        "model.kv_lora_rank=0 must be at least 1 for mla. Fix: set model.kv_lora_rank=16."
+    ),
+    "model=v3_moe size=tiny model.qk_rope_head_dim=7": (
+        "model.qk_rope_head_dim=7 is odd, and the rotary embedding turns pairs. Fix: use 8."
+    ),
+    "model=v3_moe size=tiny model.qkv_bias=true": (
+        "model.qkv_bias=true is for model.attention='gqa' and not for 'mla'. Fix: set model.qkv_bias=false."
+    ),
+    "model.rope_scaling.factor=2": (
+        "model.rope_scaling.factor=2.0 does nothing while model.rope_scaling.kind='none'. Fix: set "
+        "model.rope_scaling.kind=yarn, or the factor to 1."
+    ),
+    "model.rope_scaling.low_freq_factor=9": (
+        "model.rope_scaling.low_freq_factor=9.0 must be less than model.rope_scaling.high_freq_factor=4. "
+        "Fix: use 1 and 4."
+    ),
+    "model.d_ff_active=9999": (
+        "model.d_ff_active=9999 is more than model.d_ff=512. Fix: use 512 or less; 0 keeps all."
+    ),
+    "model=v3_moe size=tiny model.n_mtp_layers=64": (
+        "model.n_mtp_layers=64 leaves data.seq_len=64 nothing to predict. Fix: use 63 or less."
+    ),
+    "model.moe.n_shared_experts=1": (
+        "model.moe.n_shared_experts=1 does nothing while model.moe.n_routed_experts=0. Fix: set "
+        "model.moe.n_routed_experts, or model.moe.n_shared_experts=0."
+    ),
+    "model.moe.domains=[a,b]": (
+        "model.moe.domains=['a', 'b'] does nothing while model.moe.n_routed_experts=0. Fix: set "
+        "model.moe.n_routed_experts, or model.moe.domains=[]."
+    ),
+    "model.moe.capacity_factor=1.5": (
+        "model.moe.capacity_factor=1.5 does nothing while model.moe.n_routed_experts=0. Fix: set "
+        "model.moe.n_routed_experts, or model.moe.capacity_factor=0."
+    ),
+    "model=v2_moe size=tiny model.moe.top_k=17": (
+        "model.moe.top_k=17 must be from 1 to model.moe.n_routed_experts=16. Fix: use model.moe.top_k=2.\n"
+        "model.moe.top_k=17 is more than the 8 experts of model.moe.top_k_groups=2 groups. Fix: lower it, "
+        "or raise model.moe.top_k_groups."
+    ),
+    "model=v2_moe size=tiny model.moe.top_k=1": (
+        "model.moe.norm_top_k=true makes every weight 1 with model.moe.top_k=1, so that the router learns "
+        "nothing. Fix: set model.moe.norm_top_k=false."
+    ),
+    "model=v2_moe size=tiny model.moe.d_expert=20": (
+        "model.moe.d_expert=20 is not a multiple of 8, which the experts' matrix products need. Fix: use "
+        "model.moe.d_expert=16."
+    ),
+    "model=v2_moe size=tiny model.moe.n_dense_layers=2": (
+        "model.moe.n_dense_layers=2 leaves none of model.n_layers=2 to the experts. Fix: use 1 or less."
+    ),
+    "model=v2_moe size=tiny model.moe.n_groups=3": (
+        "model.moe.n_groups=3 does not divide model.moe.n_routed_experts=16. Fix: use one of 1, 2, 4, 8, 16."
+    ),
+    "model=v2_moe size=tiny model.moe.top_k_groups=5": (
+        "model.moe.top_k_groups=5 is more than model.moe.n_groups=4. Fix: use 4 or less."
+    ),
+    "model=v2_moe size=tiny model.moe.top_k=9": (
+        "model.moe.top_k=9 is more than the 8 experts of model.moe.top_k_groups=2 groups. Fix: lower it, "
+        "or raise model.moe.top_k_groups."
+    ),
+    "model=v2_moe size=tiny model.moe.n_groups=16 model.moe.group_score=top2_sum": (
+        "model.moe.group_score='top2_sum' needs two experts in a group and model.moe.n_groups=16 leaves 1. "
+        "Fix: use model.moe.group_score=max."
+    ),
+    "model=v5_domain_moe size=tiny model.moe.domains=[a]": (
+        "model.moe.domains=['a'] must be two different names or more. Fix: name each domain once."
+    ),
+    "model=v5_domain_moe size=tiny model.moe.domains=[a,b,c]": (
+        "model.moe.domains=['a', 'b', 'c'] does not share model.moe.n_routed_experts=8 evenly. Fix: use a "
+        "multiple of 3 experts."
+    ),
+    "model=v5_domain_moe size=tiny model.moe.top_k=3": (
+        "model.moe.top_k=3 is more than the 2 experts of the domain general. Fix: lower it, or raise "
+        "model.moe.n_routed_experts."
+    ),
+    "model=v5_domain_moe size=tiny model.moe.n_groups=2": (
+        "model.moe.n_groups=2 cannot be used with model.moe.domains, which narrow the choice already. Fix: "
+        "set model.moe.n_groups=1."
+    ),
+    "model=v5_domain_moe size=tiny model.moe.balance=aux_loss": (
+        "model.moe.balance='aux_loss' would even out the load across model.moe.domains, whose texts differ "
+        "in amount. Fix: set model.moe.balance=bias."
+    ),
+    "model=v5_domain_moe size=tiny model.moe.sequence_loss_weight=0.1": (
+        "model.moe.sequence_loss_weight=0.1 would even out the load across model.moe.domains, whose texts "
+        "differ in amount. Fix: set model.moe.sequence_loss_weight=0."
+    ),
+    "model=v5_domain_moe size=tiny data=mixture +data.mixture.sports.path=README.md": (
+        "data.mixture='sports' is not one of model.moe.domains=['general', 'finance', 'medical', 'law']. "
+        "Fix: name the parts of the mixture after the domains."
+    ),
+    "model=v5_domain_moe size=tiny sample.domain=sports": (
+        "sample.domain='sports' is not one of model.moe.domains=['general', 'finance', 'medical', 'law']. "
+        "Fix: use one of general, finance, medical, law."
+    ),
+    "sample.domain=law": ("sample.domain='law' is not one of model.moe.domains=[]. Fix: leave it out."),
     "model.n_kv_heads=4": "model.n_kv_heads=4 does not divide model.n_heads=6. "
     "Fix: use model.n_kv_heads of 1, 2, 3, 6.",
     "model.head_dim=31": "model.head_dim=31 is odd, and the rotary embedding turns pairs. Fix: use model.head_dim=32.",
@@ -228,13 +278,13 @@ class TestInitFrom:
 
     def test_it_decides_the_model_and_the_tokenizer(self, folder):
         config.register()
-        overrides = [f"init_from={folder}", "model.max_seq_len=32", "model.moe.aux_loss_weight=0.5"]
+        overrides = [f"init_from={folder}", "model.max_seq_len=32", "model.init_std=0.5"]
         with initialize_config_dir(compose.CONF, version_base="1.3"):
             cfg, problems = compose.start_from(hydra_compose("config", overrides), overrides)
         assert problems == []
         cfg = compose.to_experiment(cfg)
         assert (cfg.model.version, cfg.model.d_model, cfg.model.n_kv_heads, cfg.model.window) == ("llama", 64, 4, 0)
-        assert (cfg.model.max_seq_len, cfg.data.seq_len, cfg.model.moe.aux_loss_weight) == (32, 32, 0.5)
+        assert (cfg.model.max_seq_len, cfg.data.seq_len, cfg.model.init_std) == (32, 32, 0.5)
         assert cfg.model.rope_scaling.original_max_seq_len == 64
         assert cfg.data.tokenizer == str(folder / "tokenizer.json")
 
@@ -325,4 +375,4 @@ def test_help_lists_every_key_and_group():
     done = subprocess.run([sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert all(f"  {key} " in done.stdout for key in compose.schema_keys())
-    assert "  size        1b, 3b, 7b, base, published, small, tiny" in done.stdout
+    assert "  size        175b, 1b, 3b, 70b, 7b, base, published, small, tiny" in done.stdout

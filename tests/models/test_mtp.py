@@ -49,7 +49,10 @@ def test_each_depth_predicts_one_token_further_and_sees_all_before_it():
 
 
 def test_is_its_formula():
-    """Each depth is block(W [norm(emb(next token)); norm(h)]), depth by depth, with the main model's tables."""
+    """Each depth is norm(block(W [norm(emb(next token)); norm(h)])), with the main model's tables.
+
+    h is what the output table reads at the depth before: transformers runs released weights so (tests/serve).
+    """
     model, tokens = build(2), some_tokens()
     with torch.no_grad():
         main, ahead = model.forward_ahead(tokens)
@@ -57,10 +60,11 @@ def test_is_its_formula():
         h = model.embedding(tokens[:, :-1])
         for block in model.blocks:
             h = block(h)
+        h = model.head.norm(h)
         for k, module in enumerate(model.mtp, start=1):
             halves = module.embedding_norm(model.embedding.weight[tokens[:, k:-1]]), module.hidden_norm(h[:, :-1])
-            h = module.block(torch.cat(halves, -1) @ module.projection.weight.T)
-            torch.testing.assert_close(ahead[k - 1], module.head_norm(h) @ model.head.weight.T)
+            h = module.head_norm(module.block(torch.cat(halves, -1) @ module.projection.weight.T))
+            torch.testing.assert_close(ahead[k - 1], h @ model.head.weight.T)
 
 
 def test_its_loss_trains_the_modules_and_the_main_model():
@@ -68,8 +72,7 @@ def test_its_loss_trains_the_modules_and_the_main_model():
     _, ahead = model.forward_ahead(tokens)
     losses = [reference.cross_entropy(out, tokens[:, k + 1 :]).mean() for k, out in enumerate(ahead, start=1)]
     sum(losses).backward()
-    untouched = [n for n, p in model.named_parameters() if p.grad is None]
-    assert untouched == ["head.norm.weight"]  # it belongs to the main model's own logits
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_without_modules_there_is_nothing_ahead():

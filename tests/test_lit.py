@@ -53,3 +53,35 @@ def test_validation_loss_of_each_part(parts, monkeypatch):
     assert counts[2] < counts[0]  # the overall loss weighs the parts by tokens
     overall = sum(v * n for v, n in zip(expected.values(), counts, strict=True)) / sum(counts)
     assert logged["val/loss"] == pytest.approx(overall, rel=1e-6)
+
+
+def test_the_label_of_a_sequence_is_the_domain_of_its_part(tmp_path):
+    overrides = []
+    for name in ("law", "general"):  # not the order of model.moe.domains
+        (tmp_path / f"{name}.txt").write_text(f"the {name} of things\n" * 3000)
+        overrides += [f"+data.mixture.{name}.path={tmp_path / name}.txt"]
+    model = ("model=v5_domain_moe", "size=tiny", "device=cpu")
+    lit = build.build_parts(composed(*model, "data=mixture", *overrides, f"output_dir={tmp_path}")).lit
+    seen = []
+    lit.model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[3]))
+    lit.training_loss(torch.zeros(3, 9, dtype=torch.int64), torch.tensor([0, 1, -1]), None)
+    assert seen[0].tolist() == [3, 0, -1]  # law, general, and text that is no part of a mixture
+
+
+def test_the_training_loss_adds_the_tokens_further_ahead(tmp_path):
+    model = ("model=v3_moe", "size=tiny", "model.n_mtp_layers=2", "model.mtp_loss_weight=0.25")
+    lit = build.build_parts(composed(*model, "data=synthetic", "device=cpu", f"output_dir={tmp_path}")).lit
+    tokens = torch.randint(0, 512, (3, 17), generator=torch.Generator().manual_seed(0))
+    loss, nll, further, _ = lit.training_loss(tokens, torch.full((3,), -1), None)
+    logits, ahead = lit.model.forward_ahead(tokens)
+
+    def mean_nll(logits, targets):
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    depths = [mean_nll(ahead[0], tokens[:, 2:]), mean_nll(ahead[1], tokens[:, 3:])]
+    assert further.item() == pytest.approx((sum(depths) / 2).item())
+    assert nll.mean().item() == pytest.approx(mean_nll(logits, tokens[:, 1:]).item())
+    assert loss.item() == pytest.approx((nll.mean() + 0.25 * further).item())
+    lit.eval()  # no look ahead outside of training
+    _, _, further, _ = lit.training_loss(tokens, torch.full((3,), -1), None)
+    assert further.item() == 0

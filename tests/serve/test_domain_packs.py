@@ -11,7 +11,7 @@ import torch
 from deepseek_exp.errors import UserError
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer, init_weights
-from deepseek_exp.serve import load_module, save_module, unload_module
+from deepseek_exp.serve import Pretrained, generate, load_module, save_module, unload_module
 from tests.runs import ROOT
 from tests.test_config import composed
 
@@ -124,3 +124,24 @@ print(size, whole - without, resident() - without)
     assert size > 40e6
     assert freed == pytest.approx(size, rel=0.1)
     assert taken == pytest.approx(size, rel=0.1)
+
+
+def test_generation_of_a_domain(tmp_path):
+    model = build()
+    with torch.no_grad():
+        for layer in model.routed_layers():
+            layer.experts.w_down.mul_(50)  # so that the experts decide
+    wanted = {"max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0, "seed": 0, "end_id": 0}
+    texts = [generate(model, [5, 6, 7], domain=d, **wanted) for d in range(4)]
+    assert len({tuple(t) for t in texts}) > 1
+    for domain, text in enumerate(texts):  # each token is the likeliest one for that label
+        tokens = torch.tensor([[5, 6, 7, *text]])
+        with torch.no_grad():
+            best = model(tokens, domain=torch.tensor([domain]))[0].argmax(-1)
+        assert best[2:-1].tolist() == text
+    lm = Pretrained(model, tokenizer=None)
+    lm.save_module("law", tmp_path / "law")
+    lm.unload_module("law")
+    with pytest.raises(UserError, match="domain='law' is not loaded"):
+        lm.generate("a", domain="law")
+    assert lm.load_module(tmp_path / "law") == "law"

@@ -63,6 +63,7 @@ class Pretrained:
             ValueError: prompt and new tokens are more than the model's max_seq_len.
             UserError: the model has no such domain, or its pack is not loaded.
         """
+        index = None if domain is None else domain_index(self.model, domain)
         tokens = generate(
             self.model,
             self.tokenizer.encode(prompt),
@@ -71,7 +72,7 @@ class Pretrained:
             top_p=top_p,
             seed=seed,
             end_id=self.tokenizer.end_id,
-            domain=None if domain is None else domain_index(self.model, domain),
+            domain=index,
         )
         return self.tokenizer.decode(tokens)
 

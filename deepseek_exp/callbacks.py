@@ -70,7 +70,8 @@ class Metrics(Callback):
             host = {"optim/lr": outputs["lr"], **self._host_metrics(trainer, pl_module, seconds, batch)}
             scalars = {n: outputs[n] for n in NAMES} | outputs["further"]
             if layers := pl_module.model.routed_layers():
-                scalars |= {f"moe/{name}": value for name, value in routing_metrics(layers).items()}
+                routing = routing_metrics(layers, labelled=bool(self.cfg.data.mixture))
+                scalars |= {f"moe/{name}": value for name, value in routing.items()}
             copy, event = _to_host(torch.stack([v.double() for v in scalars.values()]))
             self.pending.append((step, list(scalars), copy, event, host))
         self._log(trainer, wait=False)

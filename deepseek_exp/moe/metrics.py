@@ -15,7 +15,7 @@ from deepseek_exp.moe.layer import COUNTS, MoE
 from deepseek_exp.moe.router import mean_load
 
 
-def routing_metrics(layers: Sequence[MoE]) -> dict[str, Tensor]:
+def routing_metrics(layers: Sequence[MoE], *, labelled: bool = False) -> dict[str, Tensor]:
     """Measure the routing since the counts were reset.
 
     With the load factor = load / mean load of an expert (of its domain, where there are domains): load_factor_max is
@@ -25,6 +25,7 @@ def routing_metrics(layers: Sequence[MoE]) -> dict[str, Tensor]:
 
     Args:
         layers: alike in their configuration; each saw tokens.
+        labelled: the text has labels of domains, so that the classifiers can be measured.
 
     Returns:
         Name after moe/ -> scalar on the layers' device.
@@ -49,6 +50,7 @@ def routing_metrics(layers: Sequence[MoE]) -> dict[str, Tensor]:
     if cfg.domains:
         share_N = load_LE.unflatten(1, (len(cfg.domains), -1)).sum((0, 2)) / load_LE.sum()
         values |= {f"use/{name}": share for name, share in zip(cfg.domains, share_N, strict=True)}
+    if cfg.domains and labelled:
         values["domain_loss"] = (rest["domain_loss"] / rest["passes"]).sum()
         values["domain_accuracy"] = rest["domain_hits"].sum() / rest["domain_labels"].sum().clamp(min=1)
     return values

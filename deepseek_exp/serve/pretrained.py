@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from deepseek_exp.huggingface.files import SINGLE, TOKENIZER
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
 from deepseek_exp.serve import hf_weights
-from deepseek_exp.serve.domain_packs import domain_index, load_module, save_module, unload_module
+from deepseek_exp.serve.domain_packs import domain_index, load_module, loaded_rows, save_module, unload_module
 from deepseek_exp.serve.generate import generate
 
 OURS = "config.yaml"
@@ -32,6 +33,7 @@ class Pretrained:
 
     model: Transformer
     tokenizer: Tokenizer
+    folder: Path
 
     def save_module(self, domain: str, path: str | Path) -> None:
         """Write a domain's experts to a file; see `serve.save_module`."""
@@ -41,9 +43,11 @@ class Pretrained:
         """Take a domain's experts out of memory; see `serve.unload_module`."""
         unload_module(self.model, domain)
 
-    def load_module(self, path: str | Path) -> str:
-        """Load a domain's experts from a file; see `serve.load_module`."""
-        return load_module(self.model, path)
+    def load_module(self, source: str | Path, max_resident_bytes: int | None = None) -> str:
+        """Load a domain's experts, named as one of the checkpoint's or by a pack's path; see `serve.load_module`."""
+        if source in self.model.cfg.moe.domains:
+            return load_module(self.model, self.folder / SINGLE, str(source), max_resident_bytes)
+        return load_module(self.model, source, max_resident_bytes=max_resident_bytes)
 
     def generate(
         self,
@@ -77,29 +81,37 @@ class Pretrained:
         return self.tokenizer.decode(tokens)
 
 
-def from_pretrained(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pretrained:
+def from_pretrained(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    domains: Sequence[str] | None = None,
+) -> Pretrained:
     """Read a model and its tokenizer.
 
     Args:
         path: a checkpoint folder of one of our runs (checkpoints/step-...), or the folder of a Hugging Face checkpoint.
         device: where the model goes.
         dtype: of its weights; the router's bias stays fp32.
+        domains: those to load of a model with domains, beside the first; the others' experts are not read. None: all.
 
     Raises:
         UserError: the folder holds neither, or what it holds is damaged or cannot be expressed.
     """
     folder = Path(path)
     if (folder / OURS).is_file():
-        model, tokenizer = _read_ours(folder), Tokenizer.load
+        model, tokenizer = _read_ours(folder, domains), Tokenizer.load
     else:
         model, tokenizer = _read_release(folder), Tokenizer.given
+        for name in domains or ():
+            domain_index(model, name)  # a release has none
     if not (folder / TOKENIZER).is_file():
         raise CheckpointError(Problem("path", str(path), f"has no {TOKENIZER}", "put the model's own there"))
     for p in model.parameters():
         p.data = p.data.to(device, dtype)
     model.to(device)
     try:
-        return Pretrained(model.eval(), tokenizer(folder / TOKENIZER))
+        return Pretrained(model.eval(), tokenizer(folder / TOKENIZER), folder)
     except ValueError as error:
         rule = f"has a {TOKENIZER} that {error}"
         raise CheckpointError(
@@ -128,18 +140,30 @@ def _read_release(folder: Path) -> Transformer:
 
 
 @torch.no_grad()
-def _read_ours(folder: Path) -> Transformer:
+def _read_ours(folder: Path, domains: Sequence[str] | None) -> Transformer:
     try:
         cfg = model_config(OmegaConf.to_container(OmegaConf.load(folder / OURS))["model"])
         model = Transformer(cfg, TORCH)
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+    if domains is not None:
+        wanted = {domain_index(model, name) for name in domains}
+        for index in set(range(1, len(cfg.moe.domains))) - wanted:
+            unload_module(model, cfg.moe.domains[index])
+    try:
         state = model.state_dict()
         with safe_open(folder / SINGLE, framework="pt") as file:
             aliases = json.loads(file.metadata()["aliases"])
             if set(file.keys()) | set(aliases) != set(state):
                 raise ValueError(f"{SINGLE} and {OURS} are of different models")
             for name in file.keys():  # noqa: SIM118 - not a dict
-                state[name].copy_(file.get_tensor(name))
-    except Exception as error:  # a damaged file makes the libraries raise many kinds
-        rule = f"is no checkpoint that this version reads ({type(error).__name__}: {error})"
-        raise CheckpointError(Problem("path", str(folder), rule, "name a folder step-... of a run")) from error
+                state[name].copy_(loaded_rows(model, name, file.get_slice(name)))
+    except Exception as error:
+        raise _unreadable(folder, error) from error
     return model
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    """Word whatever the libraries raise about a damaged file, which is of many kinds."""
+    rule = f"is no checkpoint that this version reads ({type(error).__name__}: {error})"
+    return CheckpointError(Problem("path", str(folder), rule, "name a folder step-... of a run"))

@@ -7,11 +7,14 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
+from deepseek_exp.data import Tokenizer
 from deepseek_exp.errors import UserError
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer, init_weights
-from deepseek_exp.serve import Pretrained, generate, load_module, save_module, unload_module
+from deepseek_exp.serve import Pretrained, from_pretrained, generate, load_module, save_module, unload_module
 from tests.runs import ROOT
 from tests.test_config import composed
 
@@ -139,9 +142,45 @@ def test_generation_of_a_domain(tmp_path):
         with torch.no_grad():
             best = model(tokens, domain=torch.tensor([domain]))[0].argmax(-1)
         assert best[2:-1].tolist() == text
-    lm = Pretrained(model, tokenizer=None)
+    lm = Pretrained(model, tokenizer=None, folder=tmp_path)
     lm.save_module("law", tmp_path / "law")
     lm.unload_module("law")
     with pytest.raises(UserError, match="domain='law' is not loaded"):
         lm.generate("a", domain="law")
     assert lm.load_module(tmp_path / "law") == "law"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint folder of a model with domains."""
+    cfg = composed("model=v5_domain_moe", "size=tiny")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(cfg.model)}))
+    save_file(build().state_dict(), tmp_path / "model.safetensors", metadata={"aliases": "{}"})
+    Tokenizer.train(["some text to train on"] * 3, 300).save(tmp_path / "tokenizer.json")
+    return tmp_path
+
+
+def test_only_the_wanted_domains_are_read(checkpoint):
+    whole, part = from_pretrained(checkpoint), from_pretrained(checkpoint, domains=["law"])
+    assert part.model.routed_layers()[0].router.loaded.tolist() == [True, False, False, True]
+    assert len(part.model.routed_layers()[0].experts.w_up) == 4
+    for domain in ("general", "law"):
+        assert torch.equal(logits(part.model, domain), logits(whole.model, domain))
+    assert part.load_module("medical") == "medical"  # by name, from the checkpoint it came from
+    assert torch.equal(logits(part.model, "medical"), logits(whole.model, "medical"))
+    with pytest.raises(UserError, match="domain='finance' is not loaded"):
+        part.generate("a", domain="finance")
+    with pytest.raises(UserError, match="domain='sports' is not a domain"):
+        from_pretrained(checkpoint, domains=["sports"])
+
+
+def test_a_budget_of_memory_is_kept(checkpoint):
+    lm = from_pretrained(checkpoint, domains=[])
+    before = logits(lm.model, "law")
+    with pytest.raises(
+        UserError, match=r"domain='law' would need [\d,]+ bytes of memory and max_resident_bytes is 1,000"
+    ):
+        lm.load_module("law", max_resident_bytes=1000)
+    assert torch.equal(logits(lm.model, "law"), before)
+    assert lm.load_module("law", max_resident_bytes=8 * 2**30) == "law"
+    assert not torch.equal(logits(lm.model, "law"), before)

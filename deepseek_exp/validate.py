@@ -184,6 +184,10 @@ def _domains(exp: ExperimentConfig) -> Iterator[Problem]:
     if e.n_groups > 1:
         rule = "cannot be used with model.moe.domains, which narrow the choice already"
         yield Problem("model.moe.n_groups", e.n_groups, rule, "set model.moe.n_groups=1")
+    if e.capacity_factor:
+        rule = "cannot be used with model.moe.domains: it bounds by the mean over all domains, "
+        rule += "whose texts differ in amount"
+        yield Problem("model.moe.capacity_factor", e.capacity_factor, rule, "set model.moe.capacity_factor=0")
     if e.balance is Balance.aux_loss or e.sequence_loss_weight:
         key = "balance" if e.balance is Balance.aux_loss else "sequence_loss_weight"
         rule = "would even out the load across model.moe.domains, whose texts differ in amount"

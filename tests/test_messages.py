@@ -149,6 +149,10 @@ MESSAGES = {
         "model.moe.n_groups=2 cannot be used with model.moe.domains, which narrow the choice already. Fix: "
         "set model.moe.n_groups=1."
     ),
+    "model=v5_domain_moe size=tiny model.moe.capacity_factor=1.25": (
+        "model.moe.capacity_factor=1.25 cannot be used with model.moe.domains: it bounds by the mean over all domains, "
+        "whose texts differ in amount. Fix: set model.moe.capacity_factor=0."
+    ),
     "model=v5_domain_moe size=tiny model.moe.balance=aux_loss": (
         "model.moe.balance='aux_loss' would even out the load across model.moe.domains, whose texts differ "
         "in amount. Fix: set model.moe.balance=bias."

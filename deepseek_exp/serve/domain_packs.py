@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from deepseek_exp.errors import Problem, UserError
@@ -51,10 +51,15 @@ def load_module(model: Transformer, path: Path | str) -> str:
     """Load a pack into a model from which that domain is unloaded; gives the domain's name.
 
     Raises:
-        UserError: the pack does not fit the model, or the domain is loaded already.
+        UserError: the file is no pack, or does not fit the model, or the domain is loaded already.
     """
-    with safe_open(path, framework="pt") as file:
-        domain = (file.metadata() or {}).get("domain", "")
+    try:
+        opened = safe_open(path, framework="pt")
+        domain = (opened.metadata() or {})["domain"]
+    except (OSError, SafetensorError, KeyError) as error:
+        rule = f"is no pack ({type(error).__name__}: {error})"
+        raise UserError(Problem("pack", str(path), rule, "name a file that save_module wrote")) from error
+    with opened as file:
         index = domain_index(model, domain, loaded=False)
         layers = _layers(model)
         wanted = {f"{n}.{k}": tuple(t.shape) for n, layer in layers.items() for k, t in layer.domain_state(0).items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -340,11 +341,12 @@ def _summary(
     if job.in_sweep:
         return "\n".join(lines) + "\n"
     steps, resume = 2 * job.cfg.trainer.max_steps, _resume(job, run_id)
+    own = "".join(f"{shlex.quote(o)} " for o in job.overrides if not o.startswith(("resume=", "optim.lr=")))
     commands = {
         "make ui": "look at it and compare runs in the MLflow UI",
         f"{start} do=sample {resume}": "more text from it",
         f"{start} {resume} trainer.max_steps={steps}": "go on training",
-        f"{start} -m model.n_heads=2,4 optim.lr=1e-3,3e-4": "a sweep",
+        f"{start} -m {own}optim.lr=1e-3,3e-4": "a sweep",
     }
     if job.cfg.init_from is not None:
         commands.popitem()  # its model is given

@@ -51,6 +51,7 @@ class LanguageModel(pl.LightningModule):
         self.register_buffer("domain_of_part", torch.tensor(of_part) if domains else None, persistent=False)
         self.val_sums = torch.zeros(4, dtype=torch.float64)  # nats, unigram bits, tokens, bytes
         self.val_part_sums = torch.zeros(len(cfg.data.mixture), 2, dtype=torch.float64)  # nats, tokens of each part
+        self.val_unlabelled_nats = 0.0
         self.val_loss: float | None = None  # of this very step
         self.steps_done = 0  # by the weights that are validated without training
         self._rng: dict[str, Any] | None = None
@@ -138,6 +139,7 @@ class LanguageModel(pl.LightningModule):
         """Start the sums, and a text of its own for the memory."""
         self.val_sums.zero_()
         self.val_part_sums.zero_()
+        self.val_unlabelled_nats = 0.0
         self.val_memory = None
         self.reset_counts()
 
@@ -148,10 +150,20 @@ class LanguageModel(pl.LightningModule):
         nats = nll.sum(dtype=torch.float64)
         unigram, n_bytes = self.unigram_bits[targets].sum(), self.token_bytes[targets].sum()
         self.val_sums += torch.stack([nats, unigram, torch.ones_like(targets).sum(), n_bytes]).cpu()
+        if self.domain_of_part is not None and self.cfg.data.mixture:
+            self.val_unlabelled_nats += self._unlabelled_nats(batch)
         if self.cfg.data.mixture:
             by_sequence = nll.sum(1, dtype=torch.float64)  # (sequences,)
             sums = torch.stack([by_sequence, torch.full_like(by_sequence, targets.shape[1])], 1)  # (sequences, 2)
             self.val_part_sums.index_add_(0, batch.part.cpu(), sums.cpu())
+
+    def _unlabelled_nats(self, batch: Batch) -> float:
+        """Give the loss of a micro batch whose domains the routers infer, summed; its routing is not counted."""
+        counted = [layer.counts.clone() for layer in self.moe_layers]
+        nll, _, _ = self._nll(batch.tokens, torch.full_like(batch.part, -1), self.val_memory)
+        for layer, counts in zip(self.moe_layers, counted, strict=True):
+            layer.counts.copy_(counts)
+        return nll.sum(dtype=torch.float64).item()
 
     def on_validation_epoch_end(self) -> None:
         """Log what the validation measured under the number of steps done.
@@ -169,6 +181,8 @@ class LanguageModel(pl.LightningModule):
         for name, (part_nats, part_tokens) in zip(self.cfg.data.mixture, self.val_part_sums.tolist(), strict=True):
             if part_tokens:
                 values[f"val/loss/{name}"] = part_nats / part_tokens
+        if self.val_unlabelled_nats:
+            values["val/loss_without_labels"] = self.val_unlabelled_nats / tokens
         if used := self.model.routed_layers():
             routing = routing_metrics(used)
             values |= {f"val/{name}": float(routing[name]) for name in ("max_violation", "utilisation")}

@@ -118,12 +118,12 @@ def _feed_forward(exp: ExperimentConfig) -> Iterator[Problem]:
     if m.moe.n_routed_experts:
         yield from _experts(exp)
         return
-    for name in ("n_shared_experts", "domains", "capacity_factor"):
-        value = getattr(m.moe, name)
-        if value:
+    off = {"n_shared_experts": 0, "domains": [], "capacity_factor": 0, "balance": "none", "sequence_loss_weight": 0}
+    for name, nothing in off.items():
+        value = _plain(getattr(m.moe, name))
+        if value != nothing:
             rule = "does nothing while model.moe.n_routed_experts=0"
-            off = "[]" if isinstance(value, list) else 0
-            fix = f"set model.moe.n_routed_experts, or model.moe.{name}={off}"
+            fix = f"set model.moe.n_routed_experts, or model.moe.{name}={nothing}"
             yield Problem(f"model.moe.{name}", value, rule, fix)
 
 
@@ -143,6 +143,9 @@ def _experts(exp: ExperimentConfig) -> Iterator[Problem]:
     if e.n_dense_layers >= m.n_layers:
         rule = f"leaves none of model.n_layers={m.n_layers} to the experts"
         yield Problem("model.moe.n_dense_layers", e.n_dense_layers, rule, f"use {m.n_layers - 1} or less")
+    if m.d_ff_active and not e.n_dense_layers:
+        rule = "does nothing while model.moe.n_dense_layers=0 makes every block a mixture of experts"
+        yield Problem("model.d_ff_active", m.d_ff_active, rule, "set model.d_ff_active=0, or model.moe.n_dense_layers")
     yield from _groups(e)
     yield from _domains(exp)
 
@@ -181,6 +184,10 @@ def _domains(exp: ExperimentConfig) -> Iterator[Problem]:
     if e.n_groups > 1:
         rule = "cannot be used with model.moe.domains, which narrow the choice already"
         yield Problem("model.moe.n_groups", e.n_groups, rule, "set model.moe.n_groups=1")
+    if e.capacity_factor:
+        rule = "cannot be used with model.moe.domains: it bounds by the mean over all domains, "
+        rule += "whose texts differ in amount"
+        yield Problem("model.moe.capacity_factor", e.capacity_factor, rule, "set model.moe.capacity_factor=0")
     if e.balance is Balance.aux_loss or e.sequence_loss_weight:
         key = "balance" if e.balance is Balance.aux_loss else "sequence_loss_weight"
         rule = "would even out the load across model.moe.domains, whose texts differ in amount"

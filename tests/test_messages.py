@@ -94,6 +94,16 @@ MESSAGES = {
         "model.moe.capacity_factor=1.5 does nothing while model.moe.n_routed_experts=0. Fix: set "
         "model.moe.n_routed_experts, or model.moe.capacity_factor=0."
     ),
+    "model.moe.balance=bias model.moe.sequence_loss_weight=0.1": (
+        "model.moe.balance='bias' does nothing while model.moe.n_routed_experts=0. Fix: set "
+        "model.moe.n_routed_experts, or model.moe.balance=none.\n"
+        "model.moe.sequence_loss_weight=0.1 does nothing while model.moe.n_routed_experts=0. Fix: set "
+        "model.moe.n_routed_experts, or model.moe.sequence_loss_weight=0."
+    ),
+    "model=v2_moe size=tiny model.d_ff_active=64": (
+        "model.d_ff_active=64 does nothing while model.moe.n_dense_layers=0 makes every block a mixture of experts. "
+        "Fix: set model.d_ff_active=0, or model.moe.n_dense_layers."
+    ),
     "model=v2_moe size=tiny model.moe.top_k=17": (
         "model.moe.top_k=17 must be from 1 to model.moe.n_routed_experts=16. Fix: use model.moe.top_k=2.\n"
         "model.moe.top_k=17 is more than the 8 experts of model.moe.top_k_groups=2 groups. Fix: lower it, "
@@ -138,6 +148,10 @@ MESSAGES = {
     "model=v5_domain_moe size=tiny model.moe.n_groups=2": (
         "model.moe.n_groups=2 cannot be used with model.moe.domains, which narrow the choice already. Fix: "
         "set model.moe.n_groups=1."
+    ),
+    "model=v5_domain_moe size=tiny model.moe.capacity_factor=1.25": (
+        "model.moe.capacity_factor=1.25 cannot be used with model.moe.domains: it bounds by the mean over all domains, "
+        "whose texts differ in amount. Fix: set model.moe.capacity_factor=0."
     ),
     "model=v5_domain_moe size=tiny model.moe.balance=aux_loss": (
         "model.moe.balance='aux_loss' would even out the load across model.moe.domains, whose texts differ "

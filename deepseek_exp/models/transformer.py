@@ -113,7 +113,7 @@ class Transformer(nn.Module):
             domain: as in `forward`.
 
         Returns:
-            What `forward_ahead` gives, and the memory for the next segment,
+            What `forward_ahead` gives, outside of training nothing further ahead, and the memory for the next segment,
             (n_layers, batch, min(n_memory + seq, memory_len), d_model).
         """
         x = self.embedding(tokens[:, :-1])  # (batch, seq, d_model)
@@ -121,7 +121,8 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             kept.append(torch.cat([memory[i], x.detach()], dim=1)[:, -self.cfg.memory_len :])
             x = block(x, memory[i], None, domain)
-        return self.head(x), self._ahead(x, tokens, domain), torch.stack(kept)
+        ahead = self._ahead(x, tokens, domain) if self.training else []
+        return self.head(x), ahead, torch.stack(kept)
 
     def routed_layers(self) -> list[MoE]:
         """List the mixtures of experts of the blocks."""

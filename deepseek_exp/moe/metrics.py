@@ -35,7 +35,7 @@ def routing_metrics(layers: Sequence[MoE], *, labelled: bool = False) -> dict[st
     load_LE = counts[:, : cfg.n_routed_experts]
     rest = dict(zip(COUNTS, counts[:, cfg.n_routed_experts :].unbind(1), strict=True))
     mean_LE = mean_load(load_LE, max(1, len(cfg.domains)))
-    factor_LE = torch.where(mean_LE > 0, load_LE / mean_LE.clamp(min=1), 1)  # a domain without tokens is even
+    factor_LE = torch.where(mean_LE > 0, load_LE / mean_LE, 1)  # a domain without tokens is even
     worst_L = factor_LE.amax(1)
     values = {
         "load_factor_max": worst_L.max(),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -69,11 +69,19 @@ def load_module(
         The domain's name.
 
     Raises:
-        UserError: the file does not fit the model, the domain is loaded already, or it would take too much memory.
+        UserError: the file is no pack or does not fit the model, the domain is loaded already, or it would take too much
+            memory.
     """
-    with safe_open(path, framework="pt") as file:
-        packed = (file.metadata() or {}).get("domain")
-        name = packed or domain or ""
+    try:
+        opened = safe_open(path, framework="pt")
+        packed = (opened.metadata() or {}).get("domain")
+        name = packed or domain
+        if name is None:
+            raise ValueError("it names no domain")
+    except (OSError, SafetensorError, ValueError) as error:
+        rule = f"is no pack ({type(error).__name__}: {error})"
+        raise UserError(Problem("pack", str(path), rule, "name a file that save_module wrote")) from error
+    with opened as file:
         index, layers = domain_index(model, name, loaded=False), _layers(model)
         place = 0 if packed else index
         # shapes and types alone, without a graph: either would keep the old stacks in memory

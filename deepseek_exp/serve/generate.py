@@ -39,8 +39,11 @@ def generate(
         The new token ids, without end_id.
 
     Raises:
-        ValueError: prompt and new tokens are more than the model's max_seq_len.
+        ValueError: temperature is negative, top_p is not in (0, 1], or prompt and new tokens are more than the
+            model's max_seq_len.
     """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature={temperature} must be at least 0, and top_p={top_p} above 0 and at most 1")
     tokens = list(prompt) or [end_id]
     room = model.cfg.max_seq_len - len(tokens)
     if max_new_tokens > room:

@@ -25,6 +25,7 @@ METRICS: dict[str, Metric] = {
     ),
     "val/utilisation": Metric("0..1", "mean load / largest load of an expert over the validation set"),
     "train/mtp_loss": Metric("nats per token", "cross entropy of the tokens further ahead, mean over depths"),
+    "val/loss_without_labels": Metric("nats per token", "the same with every domain inferred by the routers"),
     "val/bits_per_byte": Metric("bits per byte", "validation loss per byte of text; comparable across tokenizers"),
     "val/unigram_bits_per_byte": Metric(
         "bits per byte", "the same text under token frequencies alone: the bar to beat"
@@ -41,7 +42,7 @@ METRICS: dict[str, Metric] = {
     ),
     "attn/gate": Metric("0..1", "mean share that the attention gate gives to local attention"),
     "ffn/active_fraction": Metric("0..1", "hidden units of a token that are not 0, mean over layers"),
-    "moe/load_factor_max": Metric("1", "largest load / mean load of an expert in the step"),
+    "moe/load_factor_max": Metric("1", "largest load / mean load of an expert (of its domain's experts) in the step"),
     "moe/max_violation": Metric("1", "largest load of an expert / mean load - 1 in the step, mean over layers"),
     "moe/utilisation": Metric("0..1", "mean load / largest load of an expert in the step, mean over layers"),
     "moe/load_cv": Metric("1", "standard deviation of the loads / mean load, mean over layers"),

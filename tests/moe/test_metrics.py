@@ -55,6 +55,12 @@ def test_a_domain_without_tokens_is_even():
     assert "domain_accuracy" not in values  # nothing is labelled
 
 
+def test_fewer_token_slots_than_experts():
+    values = floats(routing_metrics([counted([2.0, 1, 1, 0, 0, 0, 0, 0])]))
+    assert values["load_factor_max"] == 4
+    assert values["utilisation"] == 0.25
+
+
 def test_losses_are_means_over_passes_and_drops_over_slots():
     moe = {"capacity_factor": 1.0, "balance": "aux_loss"}
     layers = [counted([4.0] * 8, 2, moe, dropped=4.0, balance_loss=0.3) for _ in range(2)]

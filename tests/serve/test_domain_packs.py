@@ -101,6 +101,15 @@ def test_errors(tmp_path):
         unload_module(Transformer(composed("size=tiny").model, TORCH), "law")
 
 
+def test_a_file_that_is_no_pack(tmp_path):
+    model = build()
+    (tmp_path / "text").write_text("no pack, whatever its name says")
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights")
+    for name in ("nothing", "text", "weights"):
+        with pytest.raises(UserError, match=rf"pack='.*{name}' is no pack .*Fix: name a file that save_module wrote"):
+            load_module(model, tmp_path / name)
+
+
 def test_resident_memory_follows(tmp_path):
     """In a fresh process, so that no memory freed earlier is handed out again."""
     script = f"""

@@ -75,3 +75,9 @@ class TestPick:
         squares = torch.tensor([0.25, 0.0625, 0.0225, 0.01])
         assert self.counts(0.5, 1.0) == pytest.approx((squares / squares.sum()).tolist(), abs=0.03)
         assert self.counts(0.0, 1.0, n=5) == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)])
+def test_values_without_a_meaning_are_refused(temperature, top_p):
+    with pytest.raises(ValueError, match="must be at least 0"):
+        generate(build(), [5], max_new_tokens=2, temperature=temperature, top_p=top_p, seed=0, end_id=0)

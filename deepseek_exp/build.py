@@ -8,18 +8,20 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 
 from deepseek_exp.callbacks import Checkpoints, Metrics, Progress
-from deepseek_exp.config import ActivationCheckpointing, Device, ExperimentConfig, Precision
+from deepseek_exp.config import ActivationCheckpointing, Device, Do, ExperimentConfig, Precision
 from deepseek_exp.data import PreparedData, TokenDataModule, prepare
 from deepseek_exp.errors import DeviceError, Problem
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.lit import LanguageModel
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, load_weights
+from deepseek_exp.planner import parameters
 from deepseek_exp.serve import load_release
 from deepseek_exp.tracking import TrackedRun
 from deepseek_exp.tracking.logger import JournalLogger
@@ -58,6 +60,33 @@ def pick_device(device: Device) -> torch.device:
     return torch.device("cuda", 0) if visible and device is not Device.cpu else torch.device("cpu")
 
 
+def check_memory(cfg: ExperimentConfig, device: torch.device) -> None:
+    """Refuse a model whose weights, in training with gradients and two moments, do not fit the device's free memory.
+
+    fp32: 4 bytes a parameter, 16 in training. bf16: 2, and 18 in training with fp32 masters. Activations come on top.
+
+    Raises:
+        DeviceError: names the need and what there is.
+    """
+    counted = parameters(cfg.model)
+    n_params = counted.total + counted.mtp
+    extra = 16 if cfg.trainer.precision is Precision.bf16 else 12
+    width = DTYPES[cfg.trainer.precision].itemsize
+    needed = n_params * (width + (extra if cfg.do is Do.train else 0))
+    free = free_memory(device)
+    if needed > free:
+        rule = f"needs {needed / 1e9:,.1f} GB for its {n_params:,} parameters"
+        rule += f" and {device.type} has {free / 1e9:,.1f} GB free"
+        raise DeviceError(Problem("model.version", cfg.model.version, rule, "take a smaller size, such as size=small"))
+
+
+def free_memory(device: torch.device) -> int:
+    """Give the bytes that are free on a device; on a CPU what the system can hand out without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
     """Prepare the data and build the model.
 
@@ -66,6 +95,7 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
         weights: checkpoint folder to take the model's parameters from; None: from `init_from` or the seed.
     """
     device = pick_device(cfg.device)
+    check_memory(cfg, device)
     set_up_torch(cfg)
     data = prepare(cfg.data)
     model = build_model(cfg, device, weights)

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from deepseek_exp import build
+from deepseek_exp.data import Batch
 from deepseek_exp.tracking.metrics import check_names
 from tests.test_config import composed
 
@@ -85,3 +86,27 @@ def test_the_training_loss_adds_the_tokens_further_ahead(tmp_path):
     lit.eval()  # no look ahead outside of training
     _, _, further, _ = lit.training_loss(tokens, torch.full((3,), -1), None)
     assert further.item() == 0
+
+
+def test_the_loss_without_labels_lets_the_routers_infer_and_counts_nothing(tmp_path):
+    overrides = []
+    for name in ("general", "law"):
+        (tmp_path / f"{name}.txt").write_text(f"the {name} of things\n" * 3000)
+        overrides += [f"+data.mixture.{name}.path={tmp_path / name}.txt"]
+    model = ("model=v5_domain_moe", "size=tiny", "device=cpu")
+    lit = build.build_parts(composed(*model, "data=mixture", *overrides, f"output_dir={tmp_path}")).lit.eval()
+    tokens = torch.randint(0, 512, (2, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for layer in lit.moe_layers:
+            layer.experts.w_down.mul_(50)  # so that the experts decide
+        nats = lit._unlabelled_nats(Batch(tokens, torch.tensor([0, 1])))
+        expected, labelled = (
+            torch.nn.functional.cross_entropy(x.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
+            for x in (lit.model(tokens[:, :-1]), lit.model(tokens[:, :-1], domain=torch.tensor([0, 3])))
+        )
+    assert nats == pytest.approx(expected)
+    assert nats != pytest.approx(labelled, rel=1e-4)
+    lit.reset_counts()
+    with torch.no_grad():
+        lit._unlabelled_nats(Batch(tokens, torch.tensor([0, 1])))
+    assert all(layer.counts.sum() == 0 for layer in lit.moe_layers)

@@ -69,8 +69,7 @@ def load_module(
         The domain's name.
 
     Raises:
-        UserError: the file is no pack or does not fit the model, the domain is loaded already, or it would take too much
-            memory.
+        UserError: the file is no pack or does not fit the model, the domain is loaded already, or memory would not do.
     """
     try:
         opened = safe_open(path, framework="pt")

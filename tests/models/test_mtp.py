@@ -98,13 +98,15 @@ def test_they_have_experts_and_count_them():
 
 @pytest.mark.parametrize("n_memory", [0, 4])
 def test_a_segment_looks_ahead_within_itself(n_memory):
-    model = build(2, memory_len=5, window=6)
+    model = build(2, memory_len=5, window=6).train()
     memory = torch.randn(TINY.n_layers, 2, n_memory, TINY.d_model, dtype=torch.float64)
     tokens = some_tokens()
     with torch.no_grad():
         main, ahead, kept = model.forward_segment(tokens, memory)
         assert [out.shape[1] for out in (main, *ahead)] == [SEQ, SEQ - 1, SEQ - 2]
         assert kept.shape == (TINY.n_layers, 2, 5, TINY.d_model)
+        assert model.eval().forward_segment(tokens, memory)[1] == []  # nobody asks outside of training
+        model.train()
         if n_memory == 0:
             plain, plain_ahead = model.forward_ahead(tokens)
             for a, b in zip((main, *ahead), (plain, *plain_ahead), strict=True):

@@ -17,6 +17,7 @@ LAYER = {
     "run": 6,
 }  # fmt: skip
 NOT_SIDEWAYS = {1, 3}
+BELOW = {"config", "errors", "topology", "layout"}  # what layer 1 knows
 LIGHT = {"errors", "topology", "config", "layout", "validate", "compose", "huggingface", "planner"}
 HEAVY = {"torch", "pytorch_lightning", "mlflow", "deepspeed", "transformers", "tokenizers", "numpy"}
 

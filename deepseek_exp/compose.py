@@ -56,7 +56,8 @@ def check_command_line(argv: Sequence[str]) -> None:
                 cfg, more = start_from(cfg, overrides)
                 found += more
             # what goes on from a checkpoint is checked once its own configuration lies underneath
-            later = cfg.get("resume") is not None or (cfg.get("do") is not Do.train and cfg.get("init_from") is None)
+            from_scratch = cfg.get("do") in (Do.train, Do.plan) or cfg.get("init_from") is not None
+            later = cfg.get("resume") is not None or not from_scratch
             problems |= {str(p): p for p in found + _check(cfg, found, rules=not later)}
     resumes = [o.lstrip("+") for o in args.overrides if o.lstrip("+").startswith("resume=")]
     if args.multirun and any(o != "resume=null" for o in resumes):
@@ -82,7 +83,8 @@ def merge_saved(saved: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
     """Give the configuration of a checkpoint with what the command line says on top of it.
 
     A leaf is taken from the command line where an override names it, where an override selects its group's option, or
-    where the composed value is not the default (a recipe); every other leaf is the saved one.
+    where the composed value is not the default (a recipe); every other leaf is the saved one. A section that the
+    checkpoint's version did not have has its default.
 
     Args:
         saved: the resolved tree stored in the checkpoint.
@@ -105,7 +107,8 @@ def merge_saved(saved: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
         now, default = (OmegaConf.to_container(compose("config", [*pins, *o]), resolve=True) for o in (overrides, []))
     schema = OmegaConf.structured(ExperimentConfig)
     try:
-        merged = OmegaConf.merge(schema, saved)
+        later = {name: section for name, section in default.items() if name not in saved}  # by versions since
+        merged = OmegaConf.merge(schema, later, saved)
         for path, value in _leaves(now):
             asked = any(path == n or path.startswith(n + ".") for n in named)
             if asked or value != _select(default, path):

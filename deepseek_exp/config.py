@@ -41,6 +41,7 @@ class Do(StrEnum):
     eval = "eval"
     sample = "sample"
     export = "export"
+    plan = "plan"
 
 
 class ExportFormat(StrEnum):
@@ -299,6 +300,41 @@ class TrainerConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How many ways the work is cut: dp x tp x pp ranks. One of dp, tp and pp may be 0, what the others leave."""
+
+    dp: int = key("data parallel: copies of the model, each with its share of the sequences; 0: auto", ge=0)
+    tp: int = key("tensor parallel: ways each matrix is cut; 0: auto", ge=0)
+    pp: int = key("pipeline parallel: stages the layers are cut into; 0: auto", ge=0)
+    ep: int = key("expert parallel: ways the experts are shared out within dp; 0: as many as divide both", ge=0)
+    zero_stage: int = key(
+        "what dp / ep ranks share instead of copy: 1 optimizer state, 2 and gradients, 3 and weights; 0: nothing",
+        ge=0,
+        le=3,
+    )
+
+
+@dataclass
+class ClusterConfig:
+    """The machines that a plan is made for."""
+
+    gpu: str = key("name of the GPU")
+    gpus_per_node: int = key("GPUs of one machine; of a CPU: processes", ge=1)
+    n_nodes: int = key("machines", ge=1)
+    memory_bytes: float = key("memory of one GPU, bytes", gt=0)
+    memory_bandwidth: float = key("of one GPU's memory, read + written, bytes/s", gt=0)
+    peak_bf16_flops: float = key("peak of one GPU in dense bf16, FLOP/s; what MFU is a share of", gt=0)
+    peak_fp32_flops: float = key("peak of one GPU in fp32, FLOP/s", gt=0)
+    matmul_efficiency: float = key("share of the peak that a dense block reaches in training", gt=0, le=1)
+    grouped_efficiency: float = key("share of the peak that the routed experts reach in training", gt=0, le=1)
+    intra_node_bandwidth: float = key("of one GPU to the others of its machine, each way, bytes/s", gt=0)
+    inter_node_bandwidth: float = key("of one GPU to other machines, each way, bytes/s", gt=0)
+    intra_node_latency: float = key("of one message within a machine, seconds", ge=0)
+    inter_node_latency: float = key("of one message between machines, seconds", ge=0)
+    price_per_gpu_hour: float = key("dollars for one GPU and hour", ge=0)
+
+
+@dataclass
 class TrackingConfig:
     """Where and as what a run is recorded."""
 
@@ -335,8 +371,8 @@ class ExperimentConfig:
     """One experiment, completely."""
 
     do: Do = key(
-        "train, eval (validation loss of a checkpoint), sample (text from a checkpoint) or export (a checkpoint for "
-        "other programs)"
+        "train, eval (validation loss of a checkpoint), sample (text from a checkpoint), export (a checkpoint for "
+        "other programs) or plan (legality, memory, speed and price, without running anything)"
     )
     device: Device = key("auto takes a GPU when there is one")
     seed: int = key("seed of weights, data order and sampling", ge=0, lt=2**63)
@@ -350,6 +386,8 @@ class ExperimentConfig:
     data: DataConfig = MISSING
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
+    parallel: ParallelConfig = MISSING
+    cluster: ClusterConfig = MISSING
     tracking: TrackingConfig = MISSING
     sample: SampleConfig = MISSING
     export: ExportConfig = MISSING

@@ -1,4 +1,4 @@
-"""What `do` means: train, evaluate, sample or export, and what the person in front of it is told."""
+"""What `do` means: train, evaluate, sample, export or plan, and what the person in front of it is told."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
         composed, problems = compose.start_from(composed, overrides)
         if problems:
             raise ConfigError(*problems)
-    elif composed.resume is not None or composed.do is not Do.train:
+    elif composed.resume is not None or composed.do not in (Do.train, Do.plan):
         checkpoint, passed_over = manifest.locate(composed.resume or "last", Path(composed.output_dir))
         for sentence in passed_over:
             say(sentence)
@@ -117,6 +117,8 @@ def _check_steps_left(cfg: ExperimentConfig, checkpoint: Path) -> None:
 
 def run(job: Job) -> float | None:
     """Do what the job says; gives the validation loss where there is one."""
+    if job.cfg.do is Do.plan:
+        return say(planner.report(job.cfg))
     if job.cfg.do in (Do.sample, Do.export):
         return sample(job) if job.cfg.do is Do.sample else export(job)
     action = train if job.cfg.do is Do.train else evaluate

@@ -29,6 +29,7 @@ from deepseek_exp.config import (
     Source,
 )
 from deepseek_exp.errors import Problem
+from deepseek_exp.layout import layout_problems
 
 # whose classes a `_target_` may name: what a YAML file can import is limited to these
 ALLOWED_MODULES = ("torch.optim", "pytorch_lightning.callbacks", "deepseek_exp.callbacks")
@@ -339,7 +340,7 @@ def _targets(exp: ExperimentConfig) -> Iterator[Problem]:
 
 
 def _device(exp: ExperimentConfig) -> Iterator[Problem]:
-    if exp.device is Device.cuda and not _gpu_is_visible():
+    if exp.device is Device.cuda and exp.do is not Do.plan and not _gpu_is_visible():
         rule = "needs a CUDA device and none is visible"
         yield Problem("device", exp.device.value, rule, "use device=cpu or device=auto")
 
@@ -367,6 +368,7 @@ RULES = (
     _tracking,
     _targets,
     _device,
+    layout_problems,
 )
 
 

@@ -14,8 +14,11 @@ from omegaconf import OmegaConf
 
 from deepseek_exp import compose, config, validate
 from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.errors import ConfigError
 from deepseek_exp.kernels import TORCH
+from deepseek_exp.layout import degrees
 from deepseek_exp.models import Transformer
+from deepseek_exp.topology import Degrees
 from tests.runs import ROOT
 
 CONF = ROOT / "conf"
@@ -28,6 +31,7 @@ DOMAIN_PATHS = [
 ]
 # what an option needs beside itself
 NEEDS = {
+    "parallel=3d": ["do=plan"],  # not trained yet
     "data=mixture": [f"+data.mixture.readme.path={ROOT / 'README.md'}"],
     "data=text": [f"data.path={ROOT / 'README.md'}"],
     "recipes=domains": DOMAIN_PATHS,
@@ -43,7 +47,7 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 
 def test_the_files_are_found():
-    assert len(FILES) == 27
+    assert len(FILES) == 35
     assert len(RECIPES) == 10
 
 
@@ -72,6 +76,12 @@ def test_every_model_builds_in_every_size(model, size):
     with torch.device("meta"):
         logits = Transformer(cfg, TORCH)(torch.zeros(1, 64, dtype=torch.int64))
     assert logits.shape == (1, 64, cfg.vocab_size)
+
+
+@pytest.mark.parametrize(("model", "size"), list(itertools.product(MODELS, SIZES)))
+def test_every_model_can_be_laid_out_in_3d_in_every_size(model, size):
+    exp = composed(f"model={model}", f"size={size}", "parallel=3d", "do=plan")
+    assert degrees(exp) == Degrees(dp=2, tp=2, pp=2, ep=2 if exp.model.moe.n_routed_experts else 1)
 
 
 @pytest.mark.parametrize(("size", "n_params"), [("published", 120e6), ("1b", 1.06e9), ("3b", 2.92e9), ("7b", 7.1e9)])
@@ -113,6 +123,12 @@ def test_every_key_is_read_somewhere():
     assert dead == []
 
 
+@pytest.mark.parametrize("do", ["train", "eval", "sample", "export"])
+def test_more_than_one_rank_can_only_be_planned(do):
+    with pytest.raises(ConfigError, match=f"can be planned, but do={do} cannot use it yet"):
+        composed(f"do={do}", "parallel.pp=2")
+
+
 def test_scaled_learning_rate_is_the_sources_rule():
     assert composed("optim=adamw_scaled", "trainer.global_batch_seqs=512").optim.lr == pytest.approx(5e-4 * 512 / 256)
 
@@ -140,6 +156,14 @@ class TestMergeSaved:
 
     def test_a_recipe_wins(self):
         assert self.merged(self.saved(), "recipes=scaled_lr").optim.weight_decay == 0.01
+
+    def test_a_section_that_came_later_has_its_default(self):
+        saved = {
+            name: section for name, section in self.saved("size=tiny").items() if name not in ("parallel", "cluster")
+        }
+        cfg = self.merged(saved, "resume=last")
+        assert (cfg.parallel, cfg.cluster) == (composed().parallel, composed().cluster)
+        assert self.merged(saved, "resume=last", "do=plan", "cluster=h100_8").cluster.gpu == "H100 SXM 80GB"
 
     def test_a_mapping_is_replaced_whole(self):
         saved = self.saved("optim=adafactor")

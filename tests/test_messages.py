@@ -33,7 +33,7 @@ MESSAGES = {
     "equal_flops/v2_moe, equal_flops/v3_moe, equal_flops/v5_domain_moe, scaled_lr, shakespeare.",
     "hydra/launcher=basicc": "hydra/launcher='basicc' is not an option of the group hydra/launcher. "
     "Fix: use hydra/launcher=basic.",
-    "do=trian": "do='trian' is not one of train, eval, sample, export. Fix: use do=train.",
+    "do=trian": "do='trian' is not one of train, eval, sample, export, plan. Fix: use do=train.",
     "device=tpu": "device='tpu' is not one of auto, cpu, cuda. Fix: use device=cpu.",
     "optim.lr=abc": "optim.lr='abc' is not a number. Fix: give a number, for example optim.lr=0.003.",
     "seed=x": "seed='x' is not a whole number. Fix: give a whole number, for example seed=1234.",
@@ -239,6 +239,39 @@ MESSAGES = {
     "tracking.uri=outputs": "tracking.uri='outputs' has no scheme of sqlite, http, https, postgresql, mysql, mssql "
     "(MLflow's file store is gone). "
     "Fix: set tracking.uri=sqlite:///outputs/mlflow.db or a server's http address.",
+    "cluster=h100_2": "cluster='h100_2' is not an option of the group cluster. Fix: use cluster=h100_8.",
+    "parallel=3d": "parallel.dp=2 makes 8 ranks (dp=2 x tp=2 x pp=2): such a layout can be planned, but do=train "
+    "cannot use it yet. Fix: use do=plan, or parallel=single.",
+    "parallel.tp=-1 do=plan": "parallel.tp=-1 must be at least 0. Fix: use 0 or more.",
+    "parallel.tp=4 do=plan": "parallel.tp=4 does not divide model.n_heads=6. Fix: use parallel.tp of 1, 2.",
+    "size=base model.n_kv_heads=2 model.n_heads=12 parallel.tp=3 do=plan": "parallel.tp=3 neither divides "
+    "model.n_kv_heads=2 nor is a multiple of it. Fix: use parallel.tp of 1, 2, 4.",
+    "model.d_ff=513 parallel.tp=2 do=plan": "parallel.tp=2 does not divide model.d_ff=513. Fix: use parallel.tp of 1.",
+    "model=v2_moe size=tiny model.moe.d_expert=8 model.n_heads=16 parallel.tp=16 cluster=h100_1024 do=plan": (
+        "parallel.tp=16 does not divide model.moe.d_expert=8. Fix: use parallel.tp of 1, 2, 4, 8."
+    ),
+    "model.vocab_size=4095 parallel.tp=2 do=plan": "parallel.tp=2 does not divide model.vocab_size=4095. "
+    "Fix: use parallel.tp of 1.",
+    "parallel.pp=5 do=plan": "parallel.pp=5 is more than model.n_layers=4. Fix: use parallel.pp=4 or less.",
+    "parallel.dp=2 parallel.ep=2 trainer.micro_batch_seqs=1 do=plan": "parallel.ep=2 has no experts to share out: "
+    "model.moe.n_routed_experts=0. Fix: use parallel.ep of 1.",
+    "model=v2_moe size=tiny parallel=3d parallel.dp=6 parallel.tp=1 parallel.pp=1 parallel.ep=6 "
+    "trainer.global_batch_seqs=6 do=plan": "parallel.ep=6 does not divide model.moe.n_routed_experts=16. "
+    "Fix: use parallel.ep of 1, 2.",
+    "model=v2_moe size=tiny parallel=3d parallel.ep=4 do=plan": "parallel.ep=4 does not divide parallel.dp=2. "
+    "Fix: use parallel.ep of 1, 2.",
+    "parallel=3d parallel.zero_stage=3 do=plan": "parallel.zero_stage=3 cannot be used with parallel.pp=2 (DeepSpeed "
+    "pipelines allow ZeRO 0 or 1). Fix: set parallel.zero_stage=1, or parallel.pp=1.",
+    "parallel.dp=2 do=plan": "trainer.global_batch_seqs=8 is not a multiple of trainer.micro_batch_seqs=8 x "
+    "parallel.dp=2. Fix: use trainer.global_batch_seqs=16, or trainer.micro_batch_seqs of 1, 2, 4.",
+    "parallel=3d trainer.global_batch_seqs=9 do=plan": "trainer.global_batch_seqs=9 is not a multiple of "
+    "trainer.micro_batch_seqs=1 x parallel.dp=2. Fix: use trainer.global_batch_seqs=10.",
+    "parallel=3d cluster=h100_1 do=plan": "parallel.dp=2 makes 8 ranks (dp=2 x tp=2 x pp=2) and the cluster has 1. "
+    "Fix: lower parallel.dp, parallel.tp or parallel.pp to 1 ranks or less, or take a larger cluster.",
+    "parallel.dp=0 parallel.pp=0 do=plan": "parallel.pp=0 is auto as parallel.dp is, and one alone can follow from the "
+    "others. Fix: set parallel.pp=1; do=plan lists the best layouts.",
+    "parallel.dp=0 parallel.tp=3 do=plan": "parallel.dp=0 cannot be worked out: 3 x 1 does not divide 8 ranks of the "
+    "cluster. Fix: lower parallel.tp and parallel.pp, or set parallel.dp.",
     "-m resume=last": "resume='a sweep' cannot be combined with -m. Fix: resume one run at a time, without -m.",
 }
 
@@ -352,6 +385,7 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     assert problems_of("device=cuda") == (
         "device='cuda' needs a CUDA device and none is visible. Fix: use device=cpu or device=auto."
     )
+    compose.check_command_line(["device=cuda", "do=plan"])  # a plan needs none
 
 
 def test_all_problems_are_told_together():

@@ -42,14 +42,16 @@ def parameters(cfg: ModelConfig) -> Parameters:
     n_dense = min(cfg.moe.n_dense_layers, cfg.n_layers) if cfg.moe.n_routed_experts else cfg.n_layers
     n_moe = cfg.n_layers - n_dense
     # the output table, the last norm, and of every block what is not its feed-forward network
-    frame = table + cfg.d_model + cfg.n_layers * _block_without_feed_forward(cfg)
-    total = frame + n_dense * _feed_forward(cfg, cfg.d_ff, cfg.d_ff) + n_moe * _moe(cfg, cfg.moe.n_routed_experts)
+    frame = table + cfg.d_model + cfg.n_layers * count_block_without_feed_forward(cfg)
+    total = (
+        frame + n_dense * count_feed_forward(cfg, cfg.d_ff, cfg.d_ff) + n_moe * count_moe(cfg, cfg.moe.n_routed_experts)
+    )
     kept = cfg.d_ff_active or cfg.d_ff
-    active = frame + n_dense * _feed_forward(cfg, cfg.d_ff, kept) + n_moe * _moe(cfg, cfg.moe.top_k)
+    active = frame + n_dense * count_feed_forward(cfg, cfg.d_ff, kept) + n_moe * count_moe(cfg, cfg.moe.top_k)
     return Parameters(
         total=total if cfg.tie_embeddings else total + table,
         active=active,
-        mtp=cfg.n_mtp_layers * _mtp_module(cfg),
+        mtp=cfg.n_mtp_layers * count_mtp_module(cfg),
         embedding=table,
     )
 
@@ -61,7 +63,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
 
     A multiplication and an addition are two FLOPs, and the backward pass is twice the forward pass. N_active is
     `Parameters.active`: without the embedding look-up, with the output table, of the experts those that a token is
-    routed to. `reach` is the mean number of keys that a query sees (`_mean_reach`): seq_len / 2 under a causal mask, so
+    routed to. `reach` is the mean number of keys that a query sees (`mean_reach`): seq_len / 2 under a causal mask, so
     without a window the second term is 6 * n_layers * n_heads * head_dim * seq_len (Chowdhery et al. 2022, "PaLM",
     appendix B, counts twice that, the whole square). A window shortens the reach, for FLOPs that the mask removes are
     no work of the model. For mla, head_dim is the mean of q.k's width (qk_nope_head_dim + qk_rope_head_dim) and the
@@ -80,7 +82,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     head_dim: float = cfg.head_dim
     if cfg.attention is AttentionKind.mla:
         head_dim = (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim) / 2
-    attention = 12 * cfg.n_layers * cfg.n_heads * head_dim * _mean_reach(cfg, seq_len)
+    attention = 12 * cfg.n_layers * cfg.n_heads * head_dim * mean_reach(cfg, seq_len)
     return 6 * parameters(cfg).active + attention
 
 
@@ -104,7 +106,7 @@ def cache_bytes_per_token(cfg: ModelConfig, bytes_per_element: int) -> int:
     return cfg.n_layers * elements * bytes_per_element
 
 
-def _mean_reach(cfg: ModelConfig, seq_len: int) -> float:
+def mean_reach(cfg: ModelConfig, seq_len: int) -> float:
     """Give the mean number of keys that a query of a sequence sees.
 
     The query at x sees min(memory_len + x, window) local keys (without a window: x), and of the n_global_tokens first
@@ -124,14 +126,14 @@ def _area_below(length: int, limit: int) -> float:
     return rising**2 / 2 + limit * (length - rising)
 
 
-def _block_without_feed_forward(cfg: ModelConfig) -> int:
+def count_block_without_feed_forward(cfg: ModelConfig) -> int:
     """Count attention and the two norms of a block."""
     gate = cfg.n_heads if cfg.window and cfg.n_global_tokens else 0
-    attention = _mla(cfg) if cfg.attention is AttentionKind.mla else _gqa(cfg)
+    attention = count_mla(cfg) if cfg.attention is AttentionKind.mla else count_gqa(cfg)
     return 2 * cfg.d_model + attention + gate
 
 
-def _gqa(cfg: ModelConfig) -> int:
+def count_gqa(cfg: ModelConfig) -> int:
     """Count wq, wk, wv with their biases, wo, and the norms of queries and keys."""
     d_q, d_kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
     matrices = 2 * cfg.d_model * d_q + 2 * cfg.d_model * d_kv
@@ -140,7 +142,7 @@ def _gqa(cfg: ModelConfig) -> int:
     return matrices + biases + norms
 
 
-def _mla(cfg: ModelConfig) -> int:
+def count_mla(cfg: ModelConfig) -> int:
     """Count wq, or wq_a, q_norm and wq_b; wkv_a, kv_norm and wkv_b; wo."""
     d_q = cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
     d_v = cfg.n_heads * cfg.v_head_dim
@@ -150,19 +152,19 @@ def _mla(cfg: ModelConfig) -> int:
     return queries + latent + keys_values + cfg.d_model * d_v
 
 
-def _feed_forward(cfg: ModelConfig, width: int, kept: int) -> int:
+def count_feed_forward(cfg: ModelConfig, width: int, kept: int) -> int:
     """Count w_gate of `width` hidden units, w_up and w_down of the `kept` ones among them."""
     return cfg.d_model * (width + 2 * kept)
 
 
-def _moe(cfg: ModelConfig, n_routed: int) -> int:
+def count_moe(cfg: ModelConfig, n_routed: int) -> int:
     """Count a router with its domain classifier, `n_routed` of its experts and the shared ones."""
     router = (cfg.moe.n_routed_experts + len(cfg.moe.domains)) * cfg.d_model
-    return router + (n_routed + cfg.moe.n_shared_experts) * _feed_forward(cfg, cfg.moe.d_expert, cfg.moe.d_expert)
+    return router + (n_routed + cfg.moe.n_shared_experts) * count_feed_forward(cfg, cfg.moe.d_expert, cfg.moe.d_expert)
 
 
-def _mtp_module(cfg: ModelConfig) -> int:
+def count_mtp_module(cfg: ModelConfig) -> int:
     """Count three norms, the projection of two vectors to one, and a block as the main model's last ones are."""
     moe = cfg.moe.n_routed_experts
-    feed_forward = _moe(cfg, moe) if moe else _feed_forward(cfg, cfg.d_ff, cfg.d_ff)
-    return 3 * cfg.d_model + 2 * cfg.d_model**2 + _block_without_feed_forward(cfg) + feed_forward
+    feed_forward = count_moe(cfg, moe) if moe else count_feed_forward(cfg, cfg.d_ff, cfg.d_ff)
+    return 3 * cfg.d_model + 2 * cfg.d_model**2 + count_block_without_feed_forward(cfg) + feed_forward

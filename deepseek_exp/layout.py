@@ -1,0 +1,134 @@
+"""Which layouts are legal: what the degrees must divide, and what they cannot be combined with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from deepseek_exp.config import AttentionKind, ClusterConfig, Do, ExperimentConfig, ModelConfig
+from deepseek_exp.errors import Problem
+from deepseek_exp.topology import AUTO, Degrees, divisors, resolve
+
+
+def n_gpus(cluster: ClusterConfig) -> int:
+    """Give the ranks that a cluster has room for."""
+    return cluster.gpus_per_node * cluster.n_nodes
+
+
+def degrees(exp: ExperimentConfig) -> Degrees:
+    """Give the degrees of an experiment, with those that are auto worked out from its cluster.
+
+    Raises:
+        ValueError: they cannot be worked out; `layout_problems` has the words.
+    """
+    p = exp.parallel
+    world, experts = n_gpus(exp.cluster), exp.model.moe.n_routed_experts
+    return resolve(p.dp, p.tp, p.pp, p.ep, world_size=world, n_experts=experts)
+
+
+def layout_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find what is wrong with the layout that an experiment asks for."""
+    p = exp.parallel
+    asked = {"dp": p.dp, "tp": p.tp, "pp": p.pp}
+    if min(*asked.values(), p.ep) < 0 or n_gpus(exp.cluster) < 1:
+        return  # told by the ranges
+    auto = [name for name, degree in asked.items() if degree == AUTO]
+    try:
+        found = degrees(exp)
+    except ValueError as error:
+        if len(auto) > 1:
+            rule = f"is auto as parallel.{auto[0]} is, and one alone can follow from the others"
+            yield Problem(
+                f"parallel.{auto[1]}", AUTO, rule, f"set parallel.{auto[1]}=1; do=plan lists the best layouts"
+            )
+        else:
+            rule = f"cannot be worked out: {error} of the cluster"
+            others = " and ".join(f"parallel.{name}" for name in asked if name not in auto)
+            yield Problem(f"parallel.{auto[0]}", AUTO, rule, f"lower {others}, or set parallel.{auto[0]}")
+        return
+    yield from illegal(exp, found)
+    room = n_gpus(exp.cluster)
+    if found.world_size > room:
+        first = _largest(found)
+        rule = f"makes {_product(found)} and the cluster has {room}"
+        fix = f"lower parallel.dp, parallel.tp or parallel.pp to {room} ranks or less, or take a larger cluster"
+        yield Problem(f"parallel.{first}", getattr(found, first), rule, fix)
+    if exp.do is not Do.plan and found.world_size > 1:
+        first = _largest(found)
+        rule = f"makes {_product(found)}: such a layout can be planned, but do={exp.do.value} cannot use it yet"
+        yield Problem(f"parallel.{first}", getattr(found, first), rule, "use do=plan, or parallel=single")
+
+
+def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
+    """Find what stands against a layout of the model and the batch of an experiment, whatever its `parallel` says.
+
+    Args:
+        exp: the model, its batch and zero_stage count.
+        d: the layout.
+    """
+    m, t = exp.model, exp.trainer
+    rule = _tensor_rule(m, d.tp)
+    if rule is not None:
+        legal = _listed(tp for tp in range(1, m.n_heads + 1) if _tensor_rule(m, tp) is None)
+        yield Problem("parallel.tp", d.tp, rule, f"use parallel.tp of {legal}")
+    if d.pp > m.n_layers:
+        rule = f"is more than model.n_layers={m.n_layers}"
+        yield Problem("parallel.pp", d.pp, rule, f"use parallel.pp={m.n_layers} or less")
+    rule = _expert_rule(m, d, d.ep)
+    if rule is not None:
+        legal = _listed(ep for ep in divisors(d.dp) if _expert_rule(m, d, ep) is None)
+        yield Problem("parallel.ep", d.ep, rule, f"use parallel.ep of {legal}")
+    if exp.parallel.zero_stage > 1 and d.pp > 1:
+        rule = f"cannot be used with parallel.pp={d.pp} (DeepSpeed pipelines allow ZeRO 0 or 1)"
+        yield Problem(
+            "parallel.zero_stage", exp.parallel.zero_stage, rule, "set parallel.zero_stage=1, or parallel.pp=1"
+        )
+    yield from _batch(d, t.global_batch_seqs, t.micro_batch_seqs)
+
+
+def _tensor_rule(m: ModelConfig, tp: int) -> str | None:
+    """Say what tensor parallelism of a degree breaks, if anything."""
+    if m.n_heads % tp:
+        return f"does not divide model.n_heads={m.n_heads}"
+    if m.attention is AttentionKind.gqa and m.n_kv_heads > 0 and m.n_kv_heads % tp and tp % m.n_kv_heads:
+        return f"neither divides model.n_kv_heads={m.n_kv_heads} nor is a multiple of it"
+    if (not m.moe.n_routed_experts or m.moe.n_dense_layers) and m.d_ff % tp:
+        return f"does not divide model.d_ff={m.d_ff}"
+    if m.moe.n_routed_experts and m.moe.d_expert % tp:
+        return f"does not divide model.moe.d_expert={m.moe.d_expert}"
+    if m.vocab_size % tp:
+        return f"does not divide model.vocab_size={m.vocab_size}"
+    return None
+
+
+def _expert_rule(m: ModelConfig, d: Degrees, ep: int) -> str | None:
+    """Say what expert parallelism of a degree breaks, if anything."""
+    n = m.moe.n_routed_experts
+    if ep > 1 and not n:
+        return "has no experts to share out: model.moe.n_routed_experts=0"
+    if n % ep:
+        return f"does not divide model.moe.n_routed_experts={n}"
+    return f"does not divide parallel.dp={d.dp}" if d.dp % ep else None
+
+
+def _batch(d: Degrees, seqs: int, micro: int) -> Iterator[Problem]:
+    """Find what keeps the sequences of a step from being shared out in whole micro batches."""
+    if d.dp == 1 or micro < 1 or seqs < 1 or seqs % (micro * d.dp) == 0:
+        return
+    rule = f"is not a multiple of trainer.micro_batch_seqs={micro} x parallel.dp={d.dp}"
+    fix = f"use trainer.global_batch_seqs={-(-seqs // (micro * d.dp)) * micro * d.dp}"
+    if seqs % d.dp == 0:
+        legal = _listed(n for n in divisors(seqs // d.dp) if n < micro)
+        fix += f", or trainer.micro_batch_seqs of {legal}"
+    yield Problem("trainer.global_batch_seqs", seqs, rule, fix)
+
+
+def _largest(d: Degrees) -> str:
+    return max(("dp", "tp", "pp"), key=lambda name: int(getattr(d, name)))
+
+
+def _product(d: Degrees) -> str:
+    return f"{d.world_size} ranks (dp={d.dp} x tp={d.tp} x pp={d.pp})"
+
+
+def _listed(degrees: Iterable[int]) -> str:
+    return ", ".join(map(str, degrees))

@@ -1,0 +1,179 @@
+"""A model as a list of layers with what each weighs and computes, and the list cut into stages of equal time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from deepseek_exp.config import AttentionKind, ClusterConfig, ModelConfig
+from deepseek_exp.planner import cost
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What one layer, or several together, weigh and compute.
+
+    Attributes:
+        split: parameters that tensor parallelism cuts: matrices by heads or hidden units, tables by vocabulary entries.
+        kv: wk and wv of gqa, cut by key-value heads, so at most n_kv_heads ways.
+        whole: parameters that every tensor rank has: norms, routers, and the way down to MLA's latents.
+        experts: parameters of routed experts, cut by ep and tp.
+        copies: entries of tables that another stage has too: the embedding at the end, for a tied output table or for
+            multi-token prediction; cut by tp, and not among the parameters.
+        flops: FLOPs of one token, forward and backward, but for those of the routed experts.
+        expert_flops: those of the top_k experts of a token.
+        n_dense: blocks with a dense feed-forward network.
+        n_moe: blocks with experts; those of multi-token prediction count too.
+        n_mtp: modules for multi-token prediction.
+        n_heads_out: output tables: 1 at the end, 0 elsewhere.
+    """
+
+    split: int = 0
+    kv: int = 0
+    whole: int = 0
+    experts: int = 0
+    copies: int = 0
+    flops: float = 0.0
+    expert_flops: float = 0.0
+    n_dense: int = 0
+    n_moe: int = 0
+    n_mtp: int = 0
+    n_heads_out: int = 0
+
+    def __add__(self, other: Layers) -> Layers:
+        """Take two together."""
+        return Layers(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters, each once."""
+        return self.split + self.kv + self.whole + self.experts
+
+    def dense_on_rank(self, tp: int, n_kv_heads: int) -> float:
+        """Count the parameters on one rank that are no expert's, copies of tables among them."""
+        return (self.split + self.copies) / tp + self.kv / min(tp, n_kv_heads) + self.whole
+
+    def experts_on_rank(self, tp: int, ep: int) -> float:
+        """Count the experts' parameters on one rank."""
+        return self.experts / (tp * ep)
+
+
+def layers_of(cfg: ModelConfig, seq_len: int) -> list[Layers]:
+    """List what a pipeline may cut between: each block, the first with the embedding, then all that makes logits.
+
+    The last entry holds the modules for multi-token prediction, the last norm and the output table, which belong
+    together since the modules use the table.
+
+    Args:
+        cfg: the model.
+        seq_len: length of a training sequence, tokens.
+
+    Returns:
+        n_layers + 1 entries; together they have the parameters of `cost.parameters` and, but for multi-token
+        prediction, the FLOPs of `cost.flops_per_token`.
+    """
+    table = cfg.vocab_size * cfg.d_model
+    n_dense = min(cfg.moe.n_dense_layers, cfg.n_layers) if cfg.moe.n_routed_experts else cfg.n_layers
+    blocks = [_block(cfg, seq_len, is_moe=i >= n_dense) for i in range(cfg.n_layers)]
+    blocks[0] += Layers(split=table)
+    end = Layers(whole=cfg.d_model, flops=6 * (table + cfg.d_model), n_heads_out=1)
+    end += Layers(copies=table) if cfg.tie_embeddings else Layers(split=table)
+    if cfg.n_mtp_layers and not cfg.tie_embeddings:
+        end += Layers(copies=table)
+    for _ in range(cfg.n_mtp_layers):
+        d = cfg.d_model
+        frame = Layers(split=2 * d * d, whole=3 * d, flops=6 * (2 * d * d + 3 * d + table), n_mtp=1)
+        end += frame + _block(cfg, seq_len, is_moe=cfg.moe.n_routed_experts > 0)
+    return [*blocks, end]
+
+
+def _block(cfg: ModelConfig, seq_len: int, *, is_moe: bool) -> Layers:
+    """Weigh one block."""
+    frame = cost.count_block_without_feed_forward(cfg)
+    latent = cfg.attention is AttentionKind.mla
+    kv = 0 if latent else 2 * cfg.d_model * cfg.n_kv_heads * cfg.head_dim
+    kv += 0 if latent or not cfg.qkv_bias else 2 * cfg.n_kv_heads * cfg.head_dim
+    whole = 2 * cfg.d_model + (_latents(cfg) if latent else 2 * cfg.head_dim * cfg.qk_norm)
+    width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim if latent else 2 * cfg.head_dim
+    flops = 6 * frame + 6 * cfg.n_heads * width * cost.mean_reach(cfg, seq_len)
+    block = Layers(split=frame - kv - whole, kv=kv, whole=whole, flops=flops)
+    if not is_moe:
+        active = cost.count_feed_forward(cfg, cfg.d_ff, cfg.d_ff_active or cfg.d_ff)
+        return block + Layers(split=cost.count_feed_forward(cfg, cfg.d_ff, cfg.d_ff), flops=6 * active, n_dense=1)
+    expert = cost.count_feed_forward(cfg, cfg.moe.d_expert, cfg.moe.d_expert)
+    router, shared = cost.count_moe(cfg, 0) - cfg.moe.n_shared_experts * expert, cfg.moe.n_shared_experts * expert
+    return block + Layers(
+        split=shared,
+        whole=router,
+        experts=cfg.moe.n_routed_experts * expert,
+        flops=6 * (router + shared),
+        expert_flops=6 * cfg.moe.top_k * expert,
+        n_moe=1,
+    )
+
+
+def _latents(cfg: ModelConfig) -> int:
+    """Count what leads down to MLA's latents: wq_a and q_norm, wkv_a and kv_norm."""
+    down = (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * cfg.d_model + cfg.kv_lora_rank
+    return down + (cfg.q_lora_rank * (cfg.d_model + 1) if cfg.q_lora_rank else 0)
+
+
+def stages_of(layers: Sequence[Layers], pp: int, cluster: ClusterConfig) -> list[Layers]:
+    """Cut a model into stages so that the slowest takes as little time as may be.
+
+    The time of a layer is flops / matmul_efficiency + expert_flops / grouped_efficiency. Where stages may differ the
+    first ones are the lighter, since they keep the activations of the most micro batches.
+
+    Args:
+        layers: from `layers_of`.
+        pp: stages, at most as many as there are layers.
+        cluster: gives the efficiencies.
+
+    Returns:
+        The sum of each stage's layers.
+    """
+    seconds = tuple(x.flops / cluster.matmul_efficiency + x.expert_flops / cluster.grouped_efficiency for x in layers)
+    ends = balance(seconds, pp)
+    stages = [_total(layers[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    return stages if pp > 1 else [replace(stages[0], copies=0)]  # one stage has every table itself
+
+
+@functools.lru_cache(maxsize=256)
+def balance(costs: tuple[float, ...], n: int) -> list[int]:
+    """Cut a row of costs into n runs, none empty, so that the most expensive run is as cheap as may be.
+
+    Bisection over that cost; a run is filled from the end of the row as far as the cost allows.
+
+    Returns:
+        Where each run ends.
+
+    Raises:
+        ValueError: there are more runs than costs.
+    """
+    if n > len(costs):
+        raise ValueError(f"{len(costs)} layers cannot make {n} stages")
+    low, high = max(costs), sum(costs)
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _fill(costs, n, middle) is not None else (middle, high)
+    ends = _fill(costs, n, high * (1 + 1e-12))
+    assert ends is not None
+    return ends
+
+
+def _fill(costs: Sequence[float], n: int, most: float) -> list[int] | None:
+    """Cut from the end into n runs of at most `most` each; None: it takes more runs."""
+    ends, total = [len(costs)], 0.0
+    for i in range(len(costs) - 1, -1, -1):
+        room = total + costs[i] <= most
+        needed = i + 1 <= n - len(ends)  # every layer that is left starts a run of its own
+        if ends[-1] > i + 1 and (needed or not room):
+            ends.append(i + 1)
+            total = 0.0
+        total += costs[i]
+    return ends[::-1] if len(ends) == n else None
+
+
+def _total(layers: Sequence[Layers]) -> Layers:
+    return functools.reduce(Layers.__add__, layers)

@@ -1,0 +1,165 @@
+"""Bytes of one rank: weights, gradients, optimizer state, activations and the buffers of the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deepseek_exp.config import ActivationCheckpointing, AttentionKind, ExperimentConfig, ModelConfig, Precision
+from deepseek_exp.planner.layers import Layers
+from deepseek_exp.topology import Degrees
+
+# assumption: what a GPU's memory holds of ours; the rest is the driver's, the links' buffers and gaps between tensors
+USABLE = 0.92
+# of one fp32 master weight, by optimizer class; assumption: any other keeps two numbers, as Adam does
+STATE_BYTES = {"torch.optim.SGD": 0, "torch.optim.Adafactor": 0}
+ADAM_BYTES = 8
+# the fused attention kernel wants widths in multiples of eight (kernels/attention.py)
+GATE_PAD = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is cut: the degrees, and what else of the configuration decides about memory and speed."""
+
+    degrees: Degrees
+    zero_stage: int
+    micro_batch_seqs: int
+    checkpointing: ActivationCheckpointing
+
+    def n_micro_batches(self, global_batch_seqs: int) -> int:
+        """Give the micro batches that one rank works on in a step."""
+        return global_batch_seqs // (self.micro_batch_seqs * self.degrees.dp)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank of a stage."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+def element_bytes(exp: ExperimentConfig) -> int:
+    """Give the bytes of one weight or activation."""
+    return 2 if exp.trainer.precision is Precision.bf16 else 4
+
+
+def optimizer_bytes(exp: ExperimentConfig) -> int:
+    """Give the bytes of state that the optimizer keeps of one parameter, the fp32 master of a bf16 one among it."""
+    state = STATE_BYTES.get(str(exp.optim.optimizer.get("_target_")), ADAM_BYTES)
+    return state + (4 if element_bytes(exp) == 2 else 0)
+
+
+def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: int) -> Memory:
+    """Count the bytes of one rank of a stage.
+
+    Of each parameter on the rank: the weight, 4 bytes in fp32 or 2 in bf16; its gradient, added up in fp32, 4; the
+    optimizer's two moments in fp32, 8, and in bf16 the fp32 master weight, 4: 16 bytes in fp32 and 18 in bf16. ZeRO
+    divides the optimizer's share (stage 1), also the gradients (2), also the weights (3) by dp / ep, the ranks that
+    hold the same: Rajbhandari et al. 2020, "ZeRO", section 5 and figure 1 (there 16 bytes, with gradients in fp16).
+
+    In a 1F1B pipeline stage i of p keeps the activations of min(p - i, m) of the m micro batches (Narayanan et al.
+    2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2).
+
+    Args:
+        exp: model, precision, optimizer and batch.
+        layout: the layout.
+        stage: the layers of the stage.
+        index: which stage it is, from 0.
+    """
+    d, m = layout.degrees, exp.model
+    n = stage.dense_on_rank(d.tp, m.n_kv_heads) + stage.experts_on_rank(d.tp, d.ep)
+    e, shards, zero = element_bytes(exp), d.n_data, layout.zero_stage
+    state = optimizer_bytes(exp)
+    tokens = layout.micro_batch_seqs * exp.data.seq_len
+    n_kept = min(d.pp - index, layout.n_micro_batches(exp.trainer.global_batch_seqs))
+    kept, once = _activations(m, stage, d.tp, e, layout.checkpointing)
+    return Memory(
+        weights=n * e / (shards if zero >= 3 else 1),
+        gradients=n * 4 / (shards if zero >= 2 else 1),
+        optimizer=n * state / (shards if zero >= 1 else 1),
+        activations=tokens * (n_kept * kept + once),
+        buffers=tokens * stage.n_heads_out * (1 + stage.n_mtp) * _loss_bytes(m, d.tp),
+    )
+
+
+def _activations(
+    m: ModelConfig, stage: Layers, tp: int, e: int, checkpointing: ActivationCheckpointing
+) -> tuple[float, float]:
+    """Give the bytes of a token that a stage keeps for the backward pass, of each micro batch and once."""
+    dense, moe = (block_activation_bytes(m, tp, e, is_moe=kind) for kind in (False, True))
+    ends = stage.n_heads_out * norm_bytes(m.d_model, e)
+    ends += stage.n_mtp * (3 * norm_bytes(m.d_model, e) + 2 * m.d_model * e)
+    if checkpointing is ActivationCheckpointing.none:
+        return stage.n_dense * dense + stage.n_moe * moe + ends, 0.0
+    recomputed = max(dense if stage.n_dense else 0.0, moe if stage.n_moe else 0.0)
+    return (stage.n_dense + stage.n_moe) * m.d_model * e + ends, recomputed
+
+
+def block_activation_bytes(m: ModelConfig, tp: int, e: int, *, is_moe: bool) -> float:
+    """Count the bytes of one token that a block keeps for its backward pass.
+
+    Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.1, count the
+    inputs that each operation of a block saves: sbh(34 + 5as/h) for LayerNorm, GELU and dropout in 16 bits, 10 sbh of
+    it on every tensor rank and the rest cut by tp (section 4.2.1). The same count for our blocks, with h = d_model,
+    elements of e bytes, and per token:
+
+        2 norms of h                                                         see `norm_bytes`; on every rank
+        gqa        q, k, v, result (4 n_heads wide), input of wo (n_heads v)        e each, cut by tp
+        mla        also the two latents' norms and the way up                      on every rank
+        softmax    one fp32 number a head; no scores, since the attention is fused  4, cut by tp
+        dense      gate, silu(gate), up and their product: 4 d_ff                   e each, cut by tp
+        sparse     which units stay: an index of each, a byte for each of d_ff      8 and 1, cut by tp
+        experts    gate, silu(gate), up, product: 4 (top_k + shared) d_expert       e each, cut by tp
+                   rows sent to experts and back: 2 top_k h                         e each, on every rank
+                   router: input (h) and 3 rows of scores (n_routed_experts)        4 each, on every rank
+
+    Keys and values are repeated for every query head before the kernel; there is no dropout. `wide` is the width that
+    the kernel gets q, k and v padded to. Sequence parallelism, which would cut the norms as well, is not counted on.
+
+    Args:
+        m: the model.
+        tp: tensor-parallel degree.
+        e: bytes of an element.
+        is_moe: the block has experts.
+    """
+    h = m.d_model
+    wide, v, on_every_rank = m.head_dim, m.head_dim, 2.0 * norm_bytes(h, e)
+    if m.attention is AttentionKind.mla:
+        wide, v = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
+        on_every_rank += norm_bytes(m.kv_lora_rank, e) + (norm_bytes(m.q_lora_rank, e) if m.q_lora_rank else 0)
+    elif m.qk_norm:
+        on_every_rank += (m.n_heads + m.n_kv_heads) / tp * norm_bytes(m.head_dim, e)
+    wide = max(wide + (GATE_PAD if m.window and m.n_global_tokens else 0), v)
+    cut = m.n_heads * ((4 * wide + v) * e + 4)
+    if not is_moe:
+        sparse = 8 * m.d_ff_active + m.d_ff if m.d_ff_active else 0
+        return on_every_rank + (cut + 4 * m.d_ff * e + sparse) / tp
+    cut += 4 * (m.moe.top_k + m.moe.n_shared_experts) * m.moe.d_expert * e
+    on_every_rank += 2 * m.moe.top_k * h * e + 3 * m.moe.n_routed_experts * 4 + (4 * h if e == 2 else 0)
+    return on_every_rank + cut / tp
+
+
+def norm_bytes(width: int, e: int) -> int:
+    """Count what an RMSNorm saves: its input in fp32, the same normalised in fp32, and its result for the next matrix.
+
+    In fp32 the input is the residual stream itself, so 12 bytes an element; in bf16 it is a copy: 4 + 4 + 2.
+    """
+    return (8 + e) * width
+
+
+def _loss_bytes(m: ModelConfig, tp: int) -> float:
+    """Count the bytes of one token that logits and loss take at their peak: 12 for each entry of the vocabulary.
+
+    In fp32 the logits, their log-softmax and the gradient; in bf16 logits and their gradient (2 + 2), log-softmax and
+    gradient in fp32. Measured on an H200, bf16, 16384 tokens, 32768 entries: 6.25 GiB, 12.5 bytes.
+    """
+    return 12 * m.vocab_size / tp

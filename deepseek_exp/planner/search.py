@@ -1,0 +1,117 @@
+"""A plan of one layout, and the best of the legal ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from deepseek_exp.config import ActivationCheckpointing, ExperimentConfig
+from deepseek_exp.layout import degrees, illegal, n_gpus
+from deepseek_exp.planner.layers import Layers, layers_of, stages_of
+from deepseek_exp.planner.memory import USABLE, Layout, Memory, stage_memory
+from deepseek_exp.planner.speed import Seconds, Speed, speed
+from deepseek_exp.topology import Degrees, divisors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a layout costs.
+
+    Attributes:
+        layout: the layout.
+        stages: what each stage holds.
+        memory: bytes of one rank of each stage.
+        seconds: where the time of a step goes.
+        speed: what it comes to.
+        fits: every stage has room in the GPU's usable memory.
+    """
+
+    layout: Layout
+    stages: list[Layers]
+    memory: list[Memory]
+    seconds: Seconds
+    speed: Speed
+    fits: bool
+
+
+def asked_layout(exp: ExperimentConfig) -> Layout:
+    """Give the layout that a configuration asks for."""
+    t = exp.trainer
+    return Layout(degrees(exp), exp.parallel.zero_stage, t.micro_batch_seqs, t.activation_checkpointing)
+
+
+def make_plan(exp: ExperimentConfig, layout: Layout, layers: Sequence[Layers]) -> Plan:
+    """Plan one layout.
+
+    Args:
+        exp: model, batch, precision, cluster.
+        layout: a legal one.
+        layers: of the model, from `layers_of`.
+    """
+    stages = stages_of(layers, layout.degrees.pp, exp.cluster)
+    seconds, result = speed(exp, layout, stages)
+    memory = [stage_memory(exp, layout, stage, i) for i, stage in enumerate(stages)]
+    fits = max(m.total for m in memory) <= USABLE * exp.cluster.memory_bytes
+    return Plan(layout, stages, memory, seconds, result, fits)
+
+
+def best_plans(exp: ExperimentConfig, count: int) -> list[Plan]:
+    """Find the fastest layouts that fit.
+
+    Tried are all dp x tp x pp that use the whole cluster, tp within a machine, every ep, micro batches as configured
+    and of 1 sequence, and blocks recomputed as configured and all. Where no layout of that many ranks is legal (the
+    batch is too small), half as many are tried. ZeRO is as configured, at least stage 1, and 1 with a pipeline.
+
+    Args:
+        exp: model, batch, precision, cluster.
+        count: layouts wanted at most.
+
+    Returns:
+        Plans with the most tokens a second first; none if nothing fits.
+    """
+    layers, world = layers_of(exp.model, exp.data.seq_len), n_gpus(exp.cluster)
+    while True:
+        legal = list(_layouts(exp, world))
+        if legal or world == 1:
+            break
+        world //= 2
+    stages = {pp: stages_of(layers, pp, exp.cluster) for pp in {x.degrees.pp for x in legal}}
+    ranked = sorted(legal, key=lambda x: speed(exp, x, stages[x.degrees.pp])[0].step)
+    found: list[Plan] = []
+    for layout in ranked:
+        plan = make_plan(exp, layout, layers) if _may_fit(exp, layout, stages[layout.degrees.pp]) else None
+        if plan is not None and plan.fits:
+            found.append(plan)
+            if len(found) == count:
+                break
+    return found
+
+
+def _may_fit(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]) -> bool:
+    """Look at the first and the last stage, which are the fullest as a rule."""
+    ends = {0, len(stages) - 1}
+    return all(stage_memory(exp, layout, stages[i], i).total <= USABLE * exp.cluster.memory_bytes for i in ends)
+
+
+def _layouts(exp: ExperimentConfig, world: int) -> Iterator[Layout]:
+    """List the legal layouts of so many ranks."""
+    t, m = exp.trainer, exp.model
+    zero = max(1, exp.parallel.zero_stage)
+    micros = sorted({1, t.micro_batch_seqs})
+    kinds = sorted({t.activation_checkpointing, ActivationCheckpointing.full})
+    by_micro = {n: dataclasses.replace(exp, trainer=dataclasses.replace(t, micro_batch_seqs=n)) for n in micros}
+    for tp in divisors(math.gcd(world, m.n_heads)):
+        if tp > exp.cluster.gpus_per_node:
+            break
+        for pp in divisors(world // tp):
+            if pp > m.n_layers:
+                break
+            dp = world // tp // pp
+            stage = dataclasses.replace(exp.parallel, zero_stage=1 if pp > 1 else zero)
+            for ep in divisors(math.gcd(dp, m.moe.n_routed_experts) if m.moe.n_routed_experts else 1):
+                for n, variant in by_micro.items():
+                    d = Degrees(dp, tp, pp, ep)
+                    if next(illegal(dataclasses.replace(variant, parallel=stage), d), None) is None:
+                        yield from (Layout(d, stage.zero_stage, n, kind) for kind in kinds)

@@ -1,0 +1,123 @@
+"""How long a step takes, and what that makes of MFU, tokens and price."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deepseek_exp.config import ActivationCheckpointing, ExperimentConfig, Precision
+from deepseek_exp.planner import cost
+from deepseek_exp.planner.layers import Layers
+from deepseek_exp.planner.memory import Layout, element_bytes, optimizer_bytes
+from deepseek_exp.planner.traffic import axis_seconds, stage_traffic
+from deepseek_exp.topology import Axis
+
+SECONDS_PER_DAY = 86400
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where the time of a step goes.
+
+    Attributes:
+        compute: matrix products and attention of the slowest stage.
+        recompute: activations computed again.
+        tp: tensor-parallel collectives.
+        pp: sends between stages.
+        ep: exchange with experts on other ranks.
+        bubble: stages that wait for their first micro batch or have done their last.
+        data: gradients and new weights between copies.
+        optimizer: the optimizer's pass over its memory.
+    """
+
+    compute: float
+    recompute: float
+    tp: float
+    pp: float
+    ep: float
+    bubble: float
+    data: float
+    optimizer: float
+
+    @property
+    def step(self) -> float:
+        """All of them: none is taken to overlap with another, which is the cautious assumption."""
+        return float(sum(dataclasses.astuple(self)))
+
+
+def bubble_fraction(pp: int, n_micro_batches: int) -> float:
+    """Give the share of a 1F1B pipeline's time that a stage waits: (p - 1) / (m + p - 1).
+
+    Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2.1, gives the
+    bubble over the ideal time, (p - 1) / m; this is its share of the whole.
+    """
+    return (pp - 1) / (n_micro_batches + pp - 1)
+
+
+def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]) -> Seconds:
+    """Predict the time of one optimizer step.
+
+    A stage works m micro batches off, each in t = compute + recompute + tp + pp + ep; the pipeline goes at the pace of
+    its slowest stage, (m + p - 1) t in all. Then gradients are shared out and the optimizer steps, at the pace of the
+    stage with the most parameters.
+
+    compute = T / tp * (flops / (peak matmul_efficiency) + expert_flops / (peak grouped_efficiency)), T tokens on the
+    rank; a recomputed block adds its forward pass, a third of that. The optimizer reads gradient, weights and state and
+    writes the last two.
+    """
+    c, d = exp.cluster, layout.degrees
+    e, n_micro = element_bytes(exp), layout.n_micro_batches(exp.trainer.global_batch_seqs)
+    peak = (c.peak_bf16_flops if exp.trainer.precision is Precision.bf16 else c.peak_fp32_flops) * d.tp
+    tokens = n_micro * layout.micro_batch_seqs * exp.data.seq_len
+    paces, data, optimizer = [], 0.0, 0.0
+    touched = 4 + 2 * (e + optimizer_bytes(exp))  # bytes a parameter
+    for index, stage in enumerate(stages):
+        compute = tokens / peak * (stage.flops / c.matmul_efficiency + stage.expert_flops / c.grouped_efficiency)
+        again = compute / 3 if layout.checkpointing is ActivationCheckpointing.full else 0.0
+        axes = axis_seconds(stage_traffic(exp, layout, stage, index), layout, c)
+        paces.append((compute, again, axes[Axis.tp], axes[Axis.pp], axes[Axis.ep]))
+        data = max(data, axes[Axis.data])
+        n = stage.dense_on_rank(d.tp, exp.model.n_kv_heads) + stage.experts_on_rank(d.tp, d.ep)
+        shards = d.n_data if layout.zero_stage else 1
+        optimizer = max(optimizer, n * touched / shards / c.memory_bandwidth)
+    compute, again, tp, pp, ep = max(paces, key=sum)
+    bubble = sum((compute, again, tp, pp, ep)) * (d.pp - 1) / n_micro
+    return Seconds(compute, again, tp, pp, ep, bubble, data, optimizer)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a step's time comes to.
+
+    Attributes:
+        step_seconds: of one optimizer step.
+        tokens_per_second: over all ranks.
+        mfu: model FLOPs per second / (ranks * peak in bf16), with `cost.flops_per_token`; bf16's peak in fp32 too.
+        tokens_per_day: tokens of 24 hours.
+        price_per_billion_tokens: dollars.
+        scaling_efficiency: the time that the same work takes where nothing is sent or waited for / the step's.
+    """
+
+    step_seconds: float
+    tokens_per_second: float
+    mfu: float
+    tokens_per_day: float
+    price_per_billion_tokens: float
+    scaling_efficiency: float
+
+
+def speed(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]) -> tuple[Seconds, Speed]:
+    """Predict where a step's time goes and what it comes to."""
+    c, world = exp.cluster, layout.degrees.world_size
+    seconds = step_seconds(exp, layout, stages)
+    rate = exp.trainer.global_batch_seqs * exp.data.seq_len / seconds.step
+    flops = cost.flops_per_token(exp.model, exp.data.seq_len)
+    return seconds, Speed(
+        step_seconds=seconds.step,
+        tokens_per_second=rate,
+        mfu=flops * rate / (world * c.peak_bf16_flops),
+        tokens_per_day=rate * SECONDS_PER_DAY,
+        price_per_billion_tokens=1e9 / rate / 3600 * world * c.price_per_gpu_hour,
+        scaling_efficiency=(seconds.compute + seconds.recompute + seconds.optimizer) / seconds.step,
+    )

@@ -77,8 +77,9 @@ def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
     if rule is not None:
         legal = _listed(ep for ep in divisors(d.dp) if _expert_rule(m, d, ep) is None)
         yield Problem("parallel.ep", d.ep, rule, f"use parallel.ep of {legal}")
-    if exp.parallel.zero_stage > 1 and d.pp > 1:
-        rule = f"cannot be used with parallel.pp={d.pp} (DeepSpeed pipelines allow ZeRO 0 or 1)"
+    if exp.parallel.zero_stage != 1 and d.pp > 1:
+        why = "a DeepSpeed pipeline refuses ZeRO 2 and 3, and with 0 its clipping misses the later stages' norms"
+        rule = f"cannot be used with parallel.pp={d.pp} ({why})"
         yield Problem(
             "parallel.zero_stage", exp.parallel.zero_stage, rule, "set parallel.zero_stage=1, or parallel.pp=1"
         )

@@ -252,7 +252,8 @@ MESSAGES = {
     ),
     "model.vocab_size=4095 parallel.tp=2 do=plan": "parallel.tp=2 does not divide model.vocab_size=4095. "
     "Fix: use parallel.tp of 1.",
-    "parallel.pp=5 do=plan": "parallel.pp=5 is more than model.n_layers=4. Fix: use parallel.pp=4 or less.",
+    "parallel.pp=5 parallel.zero_stage=1 do=plan": "parallel.pp=5 is more than model.n_layers=4. Fix: "
+    "use parallel.pp=4 or less.",
     "parallel.dp=2 parallel.ep=2 trainer.micro_batch_seqs=1 do=plan": "parallel.ep=2 has no experts to share out: "
     "model.moe.n_routed_experts=0. Fix: use parallel.ep of 1.",
     "model=v2_moe size=tiny parallel=3d parallel.dp=6 parallel.tp=1 parallel.pp=1 parallel.ep=6 "
@@ -260,8 +261,12 @@ MESSAGES = {
     "Fix: use parallel.ep of 1, 2.",
     "model=v2_moe size=tiny parallel=3d parallel.ep=4 do=plan": "parallel.ep=4 does not divide parallel.dp=2. "
     "Fix: use parallel.ep of 1, 2.",
-    "parallel=3d parallel.zero_stage=3 do=plan": "parallel.zero_stage=3 cannot be used with parallel.pp=2 (DeepSpeed "
-    "pipelines allow ZeRO 0 or 1). Fix: set parallel.zero_stage=1, or parallel.pp=1.",
+    "parallel=3d parallel.zero_stage=3 do=plan": "parallel.zero_stage=3 cannot be used with parallel.pp=2 (a DeepSpeed "
+    "pipeline refuses ZeRO 2 and 3, and with 0 its clipping misses the later stages' norms). "
+    "Fix: set parallel.zero_stage=1, or parallel.pp=1.",
+    "parallel=3d parallel.zero_stage=0 do=plan": "parallel.zero_stage=0 cannot be used with parallel.pp=2 (a DeepSpeed "
+    "pipeline refuses ZeRO 2 and 3, and with 0 its clipping misses the later stages' norms). "
+    "Fix: set parallel.zero_stage=1, or parallel.pp=1.",
     "parallel.dp=2 do=plan": "trainer.global_batch_seqs=8 is not a multiple of trainer.micro_batch_seqs=8 x "
     "parallel.dp=2. Fix: use trainer.global_batch_seqs=16, or trainer.micro_batch_seqs of 1, 2, 4.",
     "parallel=3d trainer.global_batch_seqs=9 do=plan": "trainer.global_batch_seqs=9 is not a multiple of "

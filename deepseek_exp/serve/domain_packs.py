@@ -98,7 +98,7 @@ def loaded_rows(model: Transformer, name: str, stack: Any) -> Tensor:
     """Read from a checkpoint's slice `stack` what the model holds of the weight `name`: all, or the loaded experts."""
     layers = _layers(model)
     prefix, _, rest = name.partition(".experts.")
-    if not rest or bool(layers[prefix].router.loaded.all()):
+    if not rest or not model.cfg.moe.domains or bool(layers[prefix].router.loaded.all()):
         return stack[:]
     size = model.cfg.moe.n_routed_experts // len(model.cfg.moe.domains)
     here = layers[prefix].router.loaded.nonzero().flatten().tolist()

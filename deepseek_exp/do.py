@@ -179,11 +179,13 @@ def sample(job: Job) -> None:
 def export(job: Job) -> None:
     """Write a checkpoint for other programs, and tell how they load it; this is not recorded in MLflow."""
     from deepseek_exp import serve
+    from deepseek_exp.parallel.checkpoint import in_one_file
 
     wanted = job.cfg.export
     target = Path(wanted.path) if wanted.path is not None else manifest.run_dir_of(job.checkpoint) / "hf"
     writers = {ExportFormat.hf: serve.export_hf}
-    names = writers[wanted.format](job.cfg.model, job.checkpoint, target)
+    with in_one_file(job.checkpoint, target) as checkpoint:
+        names = writers[wanted.format](job.cfg.model, checkpoint, target)
     size = sum((target / name).stat().st_size for name in names)
     say(f"wrote     {_shown(target)}, {size / 1e6:,.1f} MB: {', '.join(names)}")
     say(f"from      {_shown(job.checkpoint)}, a {job.cfg.model.version}")

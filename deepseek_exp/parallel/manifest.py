@@ -14,13 +14,13 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from deepseek_exp.errors import CheckpointError, Problem
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no shards
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 
@@ -51,7 +51,15 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def seal(folder: Path, target: Path, *, step: int, run_id: str, val_loss: float | None) -> None:
+def seal(
+    folder: Path,
+    target: Path,
+    *,
+    step: int,
+    run_id: str,
+    val_loss: float | None,
+    digests: Mapping[str, dict[str, Any]],
+) -> None:
     """Digest the files of `folder`, make them durable and move the folder to `target` in one step.
 
     Args:
@@ -60,8 +68,9 @@ def seal(folder: Path, target: Path, *, step: int, run_id: str, val_loss: float 
         step: optimizer steps done.
         run_id: MLflow run that it belongs to.
         val_loss: validation loss at this step, or None.
+        digests: name -> {"bytes": size, "sha256": digest} of files that whoever wrote them has digested already.
     """
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
+    files = {path.name: digests.get(path.name) or _digest(path) for path in sorted(folder.iterdir())}
     manifest = Manifest(step=step, run_id=run_id, saved_at=time.time(), val_loss=val_loss, files=files)
     (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
     for path in [*folder.iterdir(), folder]:
@@ -222,6 +231,10 @@ def _run_id(run_dir: Path) -> str:
         except CheckpointError:
             continue
     return ""
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:

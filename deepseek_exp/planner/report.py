@@ -123,7 +123,8 @@ def _best(exp: ExperimentConfig, best: Sequence[Plan]) -> Iterator[str]:
         cells += [f"{s.mfu:.1%}", f"{s.tokens_per_second:,.0f}", f"{s.price_per_billion_tokens:,.0f}"]
         rows.append([str(cell) for cell in cells])
     yield from _table(rows)
-    yield f"take the first: {overrides(best[0].layout)}"
+    yield "take the first by parallel=auto, or"
+    yield f"  {overrides(best[0].layout)}"
 
 
 def _hint(exp: ExperimentConfig) -> Iterator[str]:

@@ -99,7 +99,7 @@ def _may_fit(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]) ->
 def _layouts(exp: ExperimentConfig, world: int) -> Iterator[Layout]:
     """List the legal layouts of so many ranks."""
     t = exp.trainer
-    micros = sorted({1, t.micro_batch_seqs})
+    micros = sorted({1, t.micro_batch_seqs}, reverse=True)  # of equals the first is taken, the largest matrices
     kinds = sorted({t.activation_checkpointing, ActivationCheckpointing.full})
     by_micro = {n: dataclasses.replace(exp, trainer=dataclasses.replace(t, micro_batch_seqs=n)) for n in micros}
     for d in _degrees(exp, world):

@@ -68,7 +68,7 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     whole steps, are lower for it. The optimizer reads gradient, weights and state and writes the last two.
 
     Of pp and ep the share `cluster.overlap` hides behind the computing of the same micro batches, and of data behind
-    that of the last one (ZeRO 3: of all); of tp, whose results the next matrix waits for, nothing does.
+    that of the last one (ZeRO 2 and 3: of all); of tp, whose results the next matrix waits for, nothing does.
     """
     c, d = exp.cluster, layout.degrees
     e, n_micro = element_bytes(exp), layout.n_micro_batches(exp.trainer.global_batch_seqs)
@@ -81,10 +81,10 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
         compute = tokens / peak * (dense / c.matmul_efficiency + experts / c.grouped_efficiency)
         again = compute / 3 if layout.checkpointing is ActivationCheckpointing.full else 0.0
         axes = axis_seconds(stage_traffic(exp, layout, stage, index), layout, c)
-        left = _exposed(axes[Axis.pp] + axes[Axis.ep], compute + again, c.overlap)
+        left = exposed(axes[Axis.pp] + axes[Axis.ep], compute + again, c.overlap)
         paces.append((compute, again, axes[Axis.tp], left * axes[Axis.pp], left * axes[Axis.ep]))
-        hiding = compute if layout.zero_stage == 3 else compute / n_micro
-        data = max(data, axes[Axis.data] * _exposed(axes[Axis.data], hiding, c.overlap))
+        hiding = compute if layout.zero_stage > 1 else compute / n_micro
+        data = max(data, axes[Axis.data] * exposed(axes[Axis.data], hiding, c.overlap))
         n = stage.dense_on_rank(d.tp, exp.model.n_kv_heads) + stage.experts_on_rank(d.tp, d.ep)
         shards = d.n_data if layout.zero_stage else 1
         optimizer = max(optimizer, n * touched / shards / c.memory_bandwidth)
@@ -93,7 +93,7 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     return Seconds(compute, again, tp, pp, ep, bubble, data, optimizer)
 
 
-def _exposed(seconds: float, computing: float, overlap: float) -> float:
+def exposed(seconds: float, computing: float, overlap: float) -> float:
     """Give the share of a time of sending that is waited for: what is hidden lasts no longer than the computing."""
     return 1 - min(overlap, computing / seconds) if seconds else 1.0
 

@@ -46,9 +46,10 @@ def stage_traffic(exp: ExperimentConfig, layout: Layout, stage: Layers, index: i
             forward and backward; of each 1 / ep stays. Load is taken to be even
         ep  also an all-reduce of the fp32 gradients that are no expert's, once: part of how ep is folded into
             DeepSpeed's model axis (`topology.Degrees`)
-        data  gradients in fp32, once: all-reduce (ZeRO 0), or reduce-scatter and all-gather of the new weights
-            (ZeRO 1 and 2), or reduce-scatter and all-gathers of the weights for both passes of each micro batch
-            (ZeRO 3): Rajbhandari et al. 2020, "ZeRO", section 7
+        data  gradients in fp32: all-reduce once (ZeRO 0), or reduce-scatter once and all-gather of the new weights
+            (ZeRO 1), the reduce-scatter in each micro batch, as gradients are not kept whole (ZeRO 2), and in place of
+            the one all-gather one for both passes of each micro batch (ZeRO 3): Rajbhandari et al. 2020, "ZeRO",
+            section 7
     """
     d, m, e = layout.degrees, exp.model, element_bytes(exp)
     n_micro = layout.n_micro_batches(exp.trainer.global_batch_seqs)
@@ -80,8 +81,10 @@ def _data_parallel(layout: Layout, n: float, e: int, n_micro: int) -> Load:
         return Load(0.0, 0)
     if layout.zero_stage == 0:
         return Load(ring_all_reduce(4 * n, shards), 1)
+    scatters = 1 if layout.zero_stage < 2 else n_micro
     gathers = 1 if layout.zero_stage < 3 else 2 * n_micro
-    return Load(ring_gather(4 * n, shards) + gathers * ring_gather(e * n, shards), 1 + gathers)
+    sent = scatters * ring_gather(4 * n, shards) + gathers * ring_gather(e * n, shards)
+    return Load(sent, scatters + gathers)
 
 
 def axis_seconds(loads: Mapping[Axis, Load], layout: Layout, cluster: ClusterConfig) -> dict[Axis, float]:

@@ -428,21 +428,20 @@ class TestSaving:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         rng, reached = random.Random(0), 0
-        for _ in range(25):
+        for _ in range(20):
             ready = context.Event()
             process = context.Process(target=save_forever, args=(tmp_path, reached + 1, ready))
             process.start()
             assert ready.wait(60)
-            time.sleep(rng.random() * 0.1)
+            time.sleep(rng.random() * 0.3)
             process.kill()
             process.join()
             path, passed_over = manifest.locate(str(tmp_path), tmp_path)
             assert passed_over == []
             state = open_state(path)
             assert set(state.read("w", "weight").tolist()) == {float(state.rest["global_step"])}
-            assert state.rest["global_step"] >= reached
+            assert state.rest["global_step"] > reached
             reached = state.rest["global_step"]
-        assert reached > 25
 
 
 def save_forever(run_dir: Path, step: int, ready) -> None:

@@ -5,8 +5,8 @@ Nothing is pickled, so loading runs no code of the file's. Layout of a checkpoin
     state.safetensors   every other tensor (optimizer, random number generators)
     state.json          the rest of the tree, with a reference where a tensor stood
     manifest.json       see manifest.py
-and the texts handed over by the run (config.yaml, tokenizer.json). Where many ranks save, the model and its optimizer are
-in shard-00000.safetensors and so on, one a rank; see shards.py. They save in this order:
+and the texts handed over by the run (config.yaml, tokenizer.json). Where many ranks save, the model and its optimizer
+are in shard-00000.safetensors and so on, one a rank; see shards.py. They save in this order:
     rank 0              folder = begin(target), and tells the others
     every rank          save_shard(folder, ...); what it returns is gathered at rank 0
     rank 0              FolderCheckpointIO.finish(folder, target, ...)

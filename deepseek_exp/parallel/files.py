@@ -122,4 +122,5 @@ def damaged(folder: Path, rule: str) -> CheckpointError:
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    row = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # (n,); of one element: any stride
+    return row.view(torch.uint8).numpy()

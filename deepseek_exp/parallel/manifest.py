@@ -23,6 +23,7 @@ from deepseek_exp.errors import CheckpointError, Problem
 FORMAT = 2  # 1 knew no shards
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
+REPLACED = ".replaced"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def seal(
     (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
     for path in [*folder.iterdir(), folder]:
         _fsync(path)
-    replaced = target.with_name(f".{target.name}.replaced")
+    replaced = target.with_name(f".{target.name}{REPLACED}")
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
@@ -127,9 +128,12 @@ def verify(folder: Path) -> Manifest:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """List the checkpoints of a run in the order they were saved.
 
-    That is not the order of their steps where a run went on from an earlier one.
+    That is not the order of their steps where a run went on from an earlier one. One that was moved away for its
+    successor is listed as long as that does not stand.
     """
-    return sorted((run_dir / FOLDER).glob("step-*"), key=lambda path: (_saved_at(path), path.name))
+    folder = run_dir / FOLDER
+    moved = [p for p in folder.glob(f".step-*{REPLACED}") if not (folder / p.name[1 : -len(REPLACED)]).exists()]
+    return sorted([*folder.glob("step-*"), *moved], key=lambda path: (_saved_at(path), path.name))
 
 
 def prune(run_dir: Path, keep: int) -> None:
@@ -142,9 +146,12 @@ def prune(run_dir: Path, keep: int) -> None:
             continue  # damaged: left for the user to look at
     measured = [(m.val_loss, path) for path, m in readable if m.val_loss is not None and math.isfinite(m.val_loss)]
     stay = {path for path, _ in readable[-keep:]} | ({min(measured)[1]} if measured else set())
-    doomed = [path for path, _ in readable if path not in stay]
-    for path in [*doomed, *(run_dir / FOLDER).glob(".step-*")]:
+    unfinished = set((run_dir / FOLDER).glob(".step-*")) - stay
+    for path in unfinished:
         shutil.rmtree(path, ignore_errors=True)
+    for path in {path for path, _ in readable} - stay - unfinished:
+        # under another name first: a checkpoint is there or not
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")), ignore_errors=True)
 
 
 def locate(resume: str, output_dir: Path) -> tuple[Path, list[str]]:

@@ -181,8 +181,10 @@ def sample(job: Job) -> None:
     from deepseek_exp import build
     from deepseek_exp.data import Tokenizer
 
+    device = build.pick_device(job.cfg.device)
+    build.check_memory(job.cfg, device)
     build.set_up_torch(job.cfg)
-    model = build.build_model(job.cfg, build.pick_device(job.cfg.device), job.checkpoint)
+    model = build.build_model(job.cfg, device, job.checkpoint)
     if job.checkpoint is not None:
         tokenizer = Tokenizer.load(job.checkpoint / "tokenizer.json")
     else:

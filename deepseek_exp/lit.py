@@ -160,7 +160,7 @@ class LanguageModel(pl.LightningModule):
     def _unlabelled_nats(self, batch: Batch) -> float:
         """Give the loss of a micro batch whose domains the routers infer, summed; its routing is not counted."""
         counted = [layer.counts.clone() for layer in self.moe_layers]
-        nll, _, _ = self._nll(batch.tokens, torch.full_like(batch.part, -1), self.val_memory)
+        nll, _, _ = self._nll(batch.tokens, torch.full_like(batch.part, -1), None)  # mixtures have no memory
         for layer, counts in zip(self.moe_layers, counted, strict=True):
             layer.counts.copy_(counts)
         return nll.sum(dtype=torch.float64).item()

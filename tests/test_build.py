@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepseek_exp import build
+from deepseek_exp import build, do
 from deepseek_exp.errors import DeviceError
 from tests.test_config import composed
 
@@ -30,3 +30,10 @@ def test_before_anything_is_read_or_built(tmp_path):
     with pytest.raises(DeviceError, match="needs 28,392"):
         build.build_parts(composed("model=v3_moe", "size=published", "device=cpu", f"output_dir={tmp_path}"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_before_a_model_is_sampled_from(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "free_memory", lambda device: 0)
+    cfg = composed("size=tiny", "do=sample", "device=cpu")
+    with pytest.raises(DeviceError, match=r"needs 0.0 GB for its 125,256 parameters and cpu has 0.0 GB free"):
+        do.run(do.Job(cfg, yaml="", name="", overrides=(), run_dir=tmp_path, checkpoint=None, in_sweep=False))

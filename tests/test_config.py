@@ -77,8 +77,8 @@ SIZES = [f.name for f in FILES if str(f.parent) == "size"]
 def test_every_model_builds_in_every_size(model, size):
     cfg = composed(f"model={model}", f"size={size}").model
     with torch.device("meta"):
-        logits = Transformer(cfg, TORCH)(torch.zeros(1, 64, dtype=torch.int64))
-    assert logits.shape == (1, 64, cfg.vocab_size)
+        logits = Transformer(cfg, TORCH)(torch.zeros(1, cfg.max_seq_len, dtype=torch.int64))
+    assert logits.shape == (1, cfg.max_seq_len, cfg.vocab_size)
 
 
 @pytest.mark.parametrize(("model", "size"), list(itertools.product(MODELS, SIZES)))

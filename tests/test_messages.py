@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
+import time
 from typing import ClassVar
 
 import pytest
@@ -493,10 +493,9 @@ def test_an_error_answers_within_two_seconds_without_heavy_imports():
         "    heavy = {'torch', 'pytorch_lightning', 'mlflow', 'transformers', 'deepspeed'} & set(sys.modules)\n"
         "    print(e.code, sorted(heavy))\n"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # processor time, so that a busy machine is no failure
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = time.monotonic() - started
     assert done.stdout.strip() == "2 []", done.stderr
     assert done.stderr.strip() == MESSAGES["optim.lrr=1"]
     assert seconds < 2, f"took {seconds:.1f} s"

@@ -64,15 +64,26 @@ class Carrier:
         self._samples: deque[Metric] = deque(maxlen=_KEPT_SAMPLES)
         self._last_progress = 0.0
 
+    def watch(self, lifeline: Lifeline, when_gone: Callable[[], None]) -> None:
+        """Wait for the training process to go away, in a thread of its own.
+
+        From then on this process ends, whatever it hangs in, when nothing has arrived for `drain_seconds`; the rest is
+        in the journal.
+
+        Args:
+            lifeline: tells when the training process is gone.
+            when_gone: is called then.
+        """
+        threading.Thread(target=self._give_up_without_progress, args=[lifeline, when_gone], daemon=True).start()
+
     def run(self, lifeline: Lifeline, when_gone: Callable[[], None]) -> None:
-        """Send until the training process is gone and all has arrived; give up after `drain_seconds` of no progress.
+        """Send until the training process is gone and all has arrived.
 
         Args:
             lifeline: tells when the training process is gone.
             when_gone: is called then.
         """
         pause, gone = 0.0, False
-        threading.Thread(target=self._give_up_without_progress, args=[lifeline], daemon=True).start()
         while True:
             if not gone and (self._progress.end or lifeline.is_cut(pause)):
                 gone, pause = True, POLL_SECONDS
@@ -106,13 +117,10 @@ class Carrier:
         self._progress.save(self._run_dir)
         self._last_progress = time.monotonic()
 
-    def _give_up_without_progress(self, lifeline: Lifeline) -> None:
-        """End this process, whatever it hangs in, when nothing has arrived for too long after the training is gone.
-
-        The rest is in the journal.
-        """
+    def _give_up_without_progress(self, lifeline: Lifeline, when_gone: Callable[[], None]) -> None:
         while not lifeline.is_cut(POLL_SECONDS):
             pass
+        when_gone()
         self._last_progress = time.monotonic()
         while time.monotonic() - self._last_progress < self._spec.tracking.drain_seconds:
             time.sleep(0.1)

@@ -25,10 +25,12 @@ METRICS: dict[str, Metric] = {
     ),
     "val/utilisation": Metric("0..1", "mean load / largest load of an expert over the validation set"),
     "train/mtp_loss": Metric("nats per token", "cross entropy of the tokens further ahead, mean over depths"),
-    "val/loss_without_labels": Metric("nats per token", "the same with every domain inferred by the routers"),
+    "val/loss_without_labels": Metric(
+        "nats per token", "cross entropy of the validation set with every domain inferred by the routers"
+    ),
     "val/bits_per_byte": Metric("bits per byte", "validation loss per byte of text; comparable across tokenizers"),
     "val/unigram_bits_per_byte": Metric(
-        "bits per byte", "the same text under token frequencies alone: the bar to beat"
+        "bits per byte", "validation text under the training text's token frequencies alone: the bar to beat"
     ),
     "perf/tokens_per_second": Metric("tokens per second", "training tokens over wall time, all devices together"),
     "perf/step_seconds": Metric("seconds", "wall time of one optimizer step"),

@@ -54,8 +54,10 @@ def send_live(run_dir: Path, parent_pid: int) -> int:
         _be_nice(NICE)
         _tune_garbage_collection()
         sampler = _sampler(spec, str(progress.run_id), start_ms)
+        carrier, lifeline = Carrier(run_dir, spec, progress, outbox, sampler), Lifeline(parent_pid)
+        carrier.watch(lifeline, when_gone=lambda: _be_nice(0))  # already: what follows is slow on a busy machine
         _save_facts(run_dir, spec, git_diff)
-        Carrier(run_dir, spec, progress, outbox, sampler).run(Lifeline(parent_pid), when_gone=lambda: _be_nice(0))
+        carrier.run(lifeline, when_gone=lambda: _be_nice(0))
     return 0
 
 

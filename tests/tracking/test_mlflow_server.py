@@ -122,7 +122,7 @@ def test_a_server_that_comes_back_gets_all(outage: Outage) -> None:
 
 
 def test_a_server_that_is_gone_holds_up_nobody(outage: Outage) -> None:
-    assert outage.ended_seconds < 10
+    assert outage.ended_seconds < 4
     assert not outage.ended.arrived
     assert f"1 metric values and 1 artifacts have not reached {outage.server.uri} (connection" in outage.ended.message
     assert "/short/journal.jsonl. Send them later with: cd " in outage.ended.message
@@ -146,8 +146,8 @@ def test_a_server_that_hangs_holds_up_nobody(outage: Outage, tmp_path: Path) -> 
         run.log_metrics({"train/loss": 1.0}, 1)
         begin = time.monotonic()
         delivery = run.finish("FINISHED", None)
-        assert time.monotonic() - begin < 10  # a hanging request alone would wait for minutes
-        assert run._process.returncode in (1, -9)  # it ended itself at the deadline, or was too busy to and was ended
+        assert time.monotonic() - begin < 3.5
+        assert run._process.returncode == 1  # it ended itself at the deadline
     finally:
         outage.server.signal(signal.SIGCONT)
     assert not delivery.arrived

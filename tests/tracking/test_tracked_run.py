@@ -195,3 +195,18 @@ def test_a_sender_that_died_is_told(store: TrackingConfig, tmp_path: Path) -> No
     assert not delivery.arrived
     assert delivery.message.startswith("1 metric values and 0 artifacts have not reached sqlite:")
     assert [event["kind"] for event in read_events(tmp_path / "run/journal.jsonl", 0)[0]] == ["start", "metrics", "end"]
+
+
+def test_a_sender_that_still_collects_the_facts_holds_up_nobody(
+    store: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 8\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    run = start_run(replace(store, drain_seconds=1.0), tmp_path / "run")
+    run.wait_ready(30)
+    begin = time.monotonic()
+    delivery = run.finish("FINISHED", None)
+    assert time.monotonic() - begin < 3.5
+    assert run._process.returncode == 1  # it ended itself at the deadline
+    assert not delivery.arrived

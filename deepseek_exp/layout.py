@@ -8,6 +8,9 @@ from deepseek_exp.config import AttentionKind, ClusterConfig, Do, ExperimentConf
 from deepseek_exp.errors import Problem
 from deepseek_exp.topology import AUTO, Degrees, divisors, resolve
 
+# what uses a checkpoint whole, in one process, however it was trained
+IN_ONE_PROCESS = (Do.sample, Do.export)
+
 
 def n_gpus(cluster: ClusterConfig) -> int:
     """Give the ranks that a cluster has room for."""
@@ -29,8 +32,8 @@ def layout_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     """Find what is wrong with the layout that an experiment asks for."""
     p = exp.parallel
     asked = {"dp": p.dp, "tp": p.tp, "pp": p.pp}
-    if min(*asked.values(), p.ep) < 0 or n_gpus(exp.cluster) < 1:
-        return  # told by the ranges
+    if exp.do in IN_ONE_PROCESS or min(*asked.values(), p.ep) < 0 or n_gpus(exp.cluster) < 1:
+        return  # not used, or told by the ranges
     auto = [name for name, degree in asked.items() if degree == AUTO]
     try:
         found = degrees(exp)
@@ -47,15 +50,16 @@ def layout_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         return
     yield from illegal(exp, found)
     room = n_gpus(exp.cluster)
-    if found.world_size > room:
-        first = _largest(found)
-        rule = f"makes {_product(found)} and the cluster has {room}"
+    if exp.do is Do.plan and found.world_size > room:
         fix = f"lower parallel.dp, parallel.tp or parallel.pp to {room} ranks or less, or take a larger cluster"
-        yield Problem(f"parallel.{first}", getattr(found, first), rule, fix)
-    if exp.do is not Do.plan and found.world_size > 1:
-        first = _largest(found)
-        rule = f"makes {_product(found)}: such a layout can be planned, but do={exp.do.value} cannot use it yet"
-        yield Problem(f"parallel.{first}", getattr(found, first), rule, "use do=plan, or parallel=single")
+        yield too_many(found, f"the cluster has {room}", fix)
+
+
+def too_many(d: Degrees, there: str, fix: str) -> Problem:
+    """Word that a layout has more ranks than there is room for."""
+    first = max(("dp", "tp", "pp"), key=lambda name: int(getattr(d, name)))
+    product = f"{d.world_size} ranks (dp={d.dp} x tp={d.tp} x pp={d.pp})"
+    return Problem(f"parallel.{first}", getattr(d, first), f"makes {product} and {there}", fix)
 
 
 def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
@@ -121,14 +125,6 @@ def _batch(d: Degrees, seqs: int, micro: int) -> Iterator[Problem]:
         legal = _listed(n for n in divisors(seqs // d.dp) if n < micro)
         fix += f", or trainer.micro_batch_seqs of {legal}"
     yield Problem("trainer.global_batch_seqs", seqs, rule, fix)
-
-
-def _largest(d: Degrees) -> str:
-    return max(("dp", "tp", "pp"), key=lambda name: int(getattr(d, name)))
-
-
-def _product(d: Degrees) -> str:
-    return f"{d.world_size} ranks (dp={d.dp} x tp={d.tp} x pp={d.pp})"
 
 
 def _listed(degrees: Iterable[int]) -> str:

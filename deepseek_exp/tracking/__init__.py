@@ -5,12 +5,13 @@ MLflow. Neither MLflow nor Lightning is imported here; the Lightning adapter is 
 """
 
 from deepseek_exp.tracking.metrics import METRICS
-from deepseek_exp.tracking.run import Delivery, TrackedRun
+from deepseek_exp.tracking.run import Delivery, RunLog, TrackedRun
 from deepseek_exp.tracking.sweep import SweepRow, finish_sweep, render_table, start_sweep, sweep_table
 
 __all__ = [
     "METRICS",
     "Delivery",
+    "RunLog",
     "SweepRow",
     "TrackedRun",
     "finish_sweep",

@@ -248,6 +248,9 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
     texts = {"config.yaml": job.yaml, "tokenizer.json": parts.data.tokenizer.json, DIGESTS: digests}
     trainer, checkpoints, metrics = build.build_trainer(job.cfg, parts, tracked, run_id, texts)
     say(_plan(job, parts, run_id))
+    if job.n_ranks > 1:
+        for path, content in planner.plan_artifacts(job.cfg).items():
+            tracked.log_text(content, path)
     trainer.fit(parts.lit, datamodule=parts.datamodule, ckpt_path=job.checkpoint)
     text = None
     if job.n_ranks == 1:  # no rank of several has the whole model
@@ -407,15 +410,12 @@ def _sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer
 
 
 def _plan(job: Job, parts: Parts, run_id: str) -> str:
-    from deepseek_exp.estimate import step_seconds
-
     cfg, data, m, t = job.cfg, parts.data, job.cfg.model, job.cfg.trainer
     steps = t.max_steps - (manifest.read_manifest(job.checkpoint).step if job.checkpoint else 0)
     tokens = steps * t.global_batch_seqs * cfg.data.seq_len
-    minutes = step_seconds(cfg, parts) * steps / 60
-    n_params = sum(p.numel() for p in parts.lit.model.parameters())
-    active = planner.parameters(m).active
-    meets = f" ({active:,} active)" if m.moe.n_routed_experts or m.d_ff_active else ""
+    counted = planner.parameters(m)
+    n_params = counted.total + counted.mtp
+    meets = f" ({counted.active:,} active)" if m.moe.n_routed_experts or m.d_ff_active else ""
     mask = f"window {m.window} + {m.n_global_tokens} global tokens" if m.window else "full causal attention"
     rows = {
         "run": f"{job.name}, MLflow run {run_id[:12]} in {cfg.tracking.uri}",
@@ -425,13 +425,28 @@ def _plan(job: Job, parts: Parts, run_id: str) -> str:
         "training": f"{steps:,} steps x {t.global_batch_seqs} sequences x {cfg.data.seq_len} tokens = {tokens:,} "
         f"tokens ({tokens / data.n_train_tokens:.2f} epochs), {t.precision.value}",
         "device": _device_name(parts),
-        "expected": f"about {minutes:.1f} minutes" if minutes >= 0.1 else "a few seconds",
+        **_how_it_runs(job, parts, steps),
     }
     if job.checkpoint is not None:
         rows["resumes"] = str(job.checkpoint)
     elif cfg.init_from is not None:
         rows["starts"] = f"from {cfg.init_from}"
     return "\n".join(f"{key:9} {value}" for key, value in rows.items())
+
+
+def _how_it_runs(job: Job, parts: Parts, steps: int) -> dict[str, str]:
+    """Say how the work is shared out; of one process, how long it will take."""
+    if job.n_ranks > 1:
+        d, cfg = degrees(job.cfg), job.cfg
+        ends = planner.stage_bounds(cfg, d.pp)
+        blocks = [min(b, cfg.model.n_layers) - a for a, b in zip([0, *ends], ends, strict=False)]
+        experts = f", experts shared out over {d.ep}" if d.ep > 1 else ""
+        stages = f", stages of {', '.join(map(str, blocks))} blocks" if d.pp > 1 else ""
+        return {"layout": f"{d.world_size} ranks: dp {d.dp} x tp {d.tp} x pp {d.pp}{experts}{stages}"}
+    from deepseek_exp.estimate import step_seconds
+
+    minutes = step_seconds(job.cfg, parts) * steps / 60
+    return {"expected": f"about {minutes:.1f} minutes" if minutes >= 0.1 else "a few seconds"}
 
 
 def _source(parts: Parts) -> str:
@@ -472,7 +487,7 @@ def _summary(
     }
     if job.cfg.init_from is not None:
         commands.popitem()  # its model is given
-    width = max(map(len, commands))
+    width = max(len(command) for command in commands if len(command) <= 80)
     lines += ["\nnext:", *(f"  {command:{width}}  # {what}" for command, what in commands.items())]
     return "\n".join(lines)
 

@@ -471,6 +471,11 @@ def test_tensors_are_written_one_by_one(tmp_path):
     loaded = load_file(tmp_path / "x")
     assert set(loaded) == set(tensors) == set(asked) and all(same(loaded[n], tensors[n]) for n in tensors)
     assert record == manifest._digest(tmp_path / "x")
+    content = (tmp_path / "x").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert header.pop("__metadata__") == {"a": "b"} and length % 8 == 0
+    assert all(entry["data_offsets"][0] % tensors[n].itemsize == 0 for n, entry in header.items())
 
 
 def test_the_description_is_plain(tmp_path):

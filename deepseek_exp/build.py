@@ -28,7 +28,7 @@ from deepseek_exp.parallel.groups import Groups, connect, local_rank
 from deepseek_exp.parallel.rank_state import load_part
 from deepseek_exp.parallel.shards import open_state
 from deepseek_exp.parallel.stage import cut_model, set_weights
-from deepseek_exp.parallel.strategy import DeepSpeed3DStrategy
+from deepseek_exp.parallel.strategy import DeepSpeed3DStrategy, Stage
 from deepseek_exp.parallel.tensor import parallel_ops
 from deepseek_exp.planner import parameters
 from deepseek_exp.serve import load_release
@@ -212,7 +212,8 @@ def build_trainer(
     folder_io, groups, strategy = FolderCheckpointIO(texts, run_id), None, "auto"
     if isinstance(parts.lit, StageModel):
         groups = parts.lit.groups
-        strategy = DeepSpeed3DStrategy(cfg, groups, parts.lit.part, parts.lit.stage_loss, folder_io)
+        stage = Stage(parts.lit.part, groups, parts.lit.domain, parts.lit.stage_loss)
+        strategy = DeepSpeed3DStrategy(cfg, groups, parts.lit.part, stage, folder_io)
     third_party = [instantiate(node, _recursive_=False, _convert_="all") for node in t.callbacks.values()]
     trainer = pl.Trainer(
         accelerator="gpu" if parts.device.type == "cuda" else "cpu",

@@ -88,7 +88,8 @@ class Metrics(Callback):
         then, before = self._since
         self._since = (then + time.perf_counter() - self._paused, before)
         if trainer.state.fn == "fit":
-            trainer.logger.log_metrics(_of_parts(pl_module, self.cfg), trainer.global_step)
+            values = _of_parts(pl_module, self.cfg) | pl_module.layout_metrics()
+            trainer.logger.log_metrics(values, trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what is queued."""
@@ -278,6 +279,8 @@ class Checkpoints(Callback):
     def _save(self, trainer: pl.Trainer, step: int) -> None:
         if self._loss is not None:
             check_finite("loss", self._loss.item(), step, self.cfg)
+        if not self.cfg.trainer.keep_checkpoints:
+            return
         self.saved = self.run_dir / manifest.FOLDER / manifest.checkpoint_name(step)
         trainer.save_checkpoint(self.saved)
         if trainer.is_global_zero:

@@ -303,7 +303,7 @@ class TrainerConfig:
     eval_every_steps: int = key("steps between validations; the last step always validates", ge=1)
     eval_batches: int = key("micro batches of one validation; 0: the whole validation set", ge=0)
     checkpoint_every_steps: int = key("steps between checkpoints; the last step always saves", ge=1)
-    keep_checkpoints: int = key("newest checkpoints that stay, beside the best one", ge=1)
+    keep_checkpoints: int = key("newest checkpoints that stay, beside the best one; 0: none is saved", ge=0)
     callbacks: dict[str, Any] = key("further Lightning callbacks: name -> `_target_` and arguments")
 
 

@@ -343,7 +343,8 @@ def _tracked(job: Job, action: Action) -> float | None:
             loss = action(job, tracked, run_id)
         except Stopped as stopped:
             _end(tracked, "KILLED", str(stopped))
-            say(f"{stopped}; the checkpoint is saved. Go on with: {_command()} {_resume(job, run_id)}")
+            saved = f"the checkpoint is saved. Go on with: {_command()} {_resume(job, run_id)}"
+            say(f"{stopped}; {saved if cfg.trainer.keep_checkpoints else 'trainer.keep_checkpoints=0 saves none'}")
             raise SystemExit(128 + stopped.signum) from stopped
     except BaseException as error:
         if isinstance(error, SystemExit) and isinstance(error.__cause__, Stopped):
@@ -477,6 +478,8 @@ def _summary(
         lines.append("sample      " + text.replace("\n", "\n            "))
     if job.in_sweep:
         return "\n".join(lines) + "\n"
+    if not job.cfg.trainer.keep_checkpoints:
+        return "\n".join(lines)
     steps, resume = 2 * job.cfg.trainer.max_steps, _resume(job, run_id)
     own = "".join(f"{shlex.quote(o)} " for o in job.overrides if not o.startswith(("resume=", "optim.lr=")))
     commands = {

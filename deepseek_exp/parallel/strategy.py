@@ -34,30 +34,49 @@ from deepseek_exp.parallel.rank_state import buffers, load_optimizer, load_part,
 from deepseek_exp.parallel.shards import open_state, save_shard
 from deepseek_exp.parallel.stage import Part, gradient_sums
 
-# the loss of a stage's output, given tokens and parts
-LossOf = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
+# what the blocks give, and the micro batch -> its loss
+LossOf = Callable[[Tensor, Batch], Tensor]
 
 
 class Stage(nn.Module):
     """The layers of one rank as one layer of DeepSpeed's pipeline.
 
+    Every stage has the micro batches at hand and takes from them in the order they come by, so that one tensor alone
+    travels between stages. The loss is made in here, since DeepSpeed, in bf16, drops the gradients of what lies behind
+    its module's output.
+
     Attributes:
-        domains: (batch,) of each micro batch that is still to come forward; None where there are no domains.
+        batches: the micro batches that are still to come.
     """
 
-    def __init__(self, part: Part) -> None:
+    def __init__(
+        self, part: Part, groups: Groups, domain_of: Callable[[Tensor], Tensor | None], loss_of: LossOf
+    ) -> None:
+        """Put together what a rank runs.
+
+        Args:
+            part: what it holds of the model.
+            groups: its groups.
+            domain_of: gives the domain of each sequence by its part of the data.
+            loss_of: used on the last stage.
+        """
         super().__init__()
         self.model, self.blocks = part.model, part.blocks
-        self.domains: Iterator[Tensor | None] = iter(())
-        self.is_first = 0 in part.blocks
+        self.is_first, self.is_last = groups.is_first, groups.is_last
+        self.domain_of, self.loss_of = domain_of, loss_of
+        self.batches: Iterator[Batch] = iter(())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Take tokens (batch, seq) or what the stage before gives, (batch, seq, d_model), to (batch, seq, d_model)."""
-        domain = next(self.domains)
+        """Take tokens (batch, seq), or what the stage before gives, (batch, seq, d_model), to the next stage's input.
+
+        Returns:
+            (batch, seq, d_model), from the last stage the loss, a scalar.
+        """
+        batch = next(self.batches)
         x = self.model.embedding(x) if self.is_first else x
         for i in self.blocks:
-            x = self.model.blocks[i](x, None, None, domain)
-        return x
+            x = self.model.blocks[i](x, None, None, self.domain_of(batch.part))
+        return self.loss_of(x, batch) if self.is_last else x
 
 
 class DeepSpeed3DStrategy(DDPStrategy):
@@ -71,7 +90,7 @@ class DeepSpeed3DStrategy(DDPStrategy):
     strategy_name = "deepspeed_3d"
 
     def __init__(
-        self, exp: ExperimentConfig, groups: Groups, part: Part, loss_of: LossOf, folder_io: FolderCheckpointIO
+        self, exp: ExperimentConfig, groups: Groups, part: Part, stage: Stage, folder_io: FolderCheckpointIO
     ) -> None:
         """Prepare; the engine is made when training or validation begins.
 
@@ -79,13 +98,11 @@ class DeepSpeed3DStrategy(DDPStrategy):
             exp: the experiment.
             groups: this rank's.
             part: what it holds of the model.
-            loss_of: used on the last stage.
+            stage: that part, ready to run.
             folder_io: completes a checkpoint's folder.
         """
         super().__init__(process_group_backend=dist.get_backend())
-        self.exp, self.groups, self.part, self.loss_of = exp, groups, part, loss_of
-        self.folder_io = folder_io
-        self.stage = Stage(part)
+        self.exp, self.groups, self.part, self.stage, self.folder_io = exp, groups, part, stage, folder_io
         self.engine: Any = None
 
     @property
@@ -114,14 +131,14 @@ class DeepSpeed3DStrategy(DDPStrategy):
         Returns:
             The gradient norm before clipping, a scalar tensor.
         """
-        self._announce(micro_batches)
+        self.stage.batches = iter(micro_batches)
         optimizer.step(closure=lambda: self.engine.train_batch(self._feed(micro_batches)))
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(norm, device=self.root_device).detach()
 
     def evaluate(self, batch: Batch) -> None:
         """Send one micro batch forward; the last stage's `loss_of` sees it."""
-        self._announce([batch])
+        self.stage.batches = iter([batch])
         with torch.inference_mode(False), torch.no_grad():
             self.engine.eval_batch(self._feed([batch]), num_micro_batches=1, reduce_output=None, bcast_loss=False)
 
@@ -172,13 +189,9 @@ class DeepSpeed3DStrategy(DDPStrategy):
         load_optimizer(self.part, self.engine.optimizer, state)
         return {**state.rest, "state_dict": {}}
 
-    def _announce(self, micro_batches: Sequence[Batch]) -> None:
-        domains = self.lightning_module.domain_of_part
-        self.stage.domains = iter([None if domains is None else domains[b.part] for b in micro_batches])
-
     def _feed(self, micro_batches: Sequence[Batch]) -> Iterator[Any]:
-        """Give the first stage its input and the last one what its loss needs."""
-        return iter([(b.tokens[:, :-1], (b.tokens, b.part)) for b in micro_batches])
+        """Give the first stage its input; the labels that DeepSpeed wants for the last one are not used."""
+        return iter([(b.tokens[:, :-1], b.part) for b in micro_batches])
 
     def _engine(self, optimizer: Any) -> Any:
         with _quiet():
@@ -193,7 +206,7 @@ class DeepSpeed3DStrategy(DDPStrategy):
             d = self.groups.degrees
             topology = PipeModelDataParallelTopology(num_pp=d.pp, num_mp=d.ep * d.tp, num_dp=d.n_data)
             layers = [self.stage if i == self.groups.at.pp else nn.Identity for i in range(d.pp)]
-            module = PipelineModule(layers, topology=topology, loss_fn=self.loss_of, partition_method="uniform")
+            module = PipelineModule(layers, topology=topology, partition_method="uniform")
             self._mark()
             engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=self._config(optimizer), dist_init_required=False
@@ -225,7 +238,8 @@ class DeepSpeed3DStrategy(DDPStrategy):
             "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
         }
         if exp.trainer.precision is Precision.bf16:
-            config["bf16"] = {"enabled": True}
+            # each gradient is added to its fp32 sum as the backward pass makes it, and its bf16 form let go of
+            config["bf16"] = {"enabled": True, "immediate_grad_update": True}
             config["data_types"] = {"grad_accum_dtype": "fp32"}  # the default adds gradients up in bf16
         return config
 

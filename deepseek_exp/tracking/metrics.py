@@ -36,6 +36,12 @@ METRICS: dict[str, Metric] = {
     "perf/step_seconds": Metric("seconds", "wall time of one optimizer step"),
     "perf/peak_memory_bytes": Metric("bytes", "largest memory that was in use on the device so far"),
     "perf/flops_per_token": Metric("FLOPs per token", "forward and backward, by the parameters that a token meets"),
+    "parallel/peak_memory_bytes/<stage>": Metric(
+        "bytes", "largest memory in use so far on a rank of a pipeline stage; of a CPU the process's resident memory"
+    ),
+    "parallel/bubble_fraction": Metric(
+        "0..1", "(p - 1) / (m + p - 1) of p stages and m micro batches: the time that a stage waits for others"
+    ),
     "optim/lr": Metric("1", "learning rate of the step"),
     "optim/grad_norm": Metric("1", "global gradient norm before clipping"),
     "data/position": Metric("sequences", "training sequences consumed so far"),

@@ -100,7 +100,8 @@ def threads(n_threads: int, n_ranks: int) -> int:
 
 def rank_variables(launch: LaunchConfig, n_threads: int, ranks_here: int) -> dict[str, str]:
     """Give the environment variables that the configuration asks for in each rank."""
-    found = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     if n_threads or "OMP_NUM_THREADS" not in os.environ:
         found["OMP_NUM_THREADS"] = str(threads(n_threads, ranks_here))
     if launch.socket_ifname is not None:

@@ -74,5 +74,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "parent":
         parent(folder, n_ranks, what)
     else:
+        (folder / member.FOLDER).mkdir(exist_ok=True)
         member.enter(folder / member.FOLDER)
         sys.exit(member.report(folder / member.FOLDER, lambda: work(folder, what)))

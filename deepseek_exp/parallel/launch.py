@@ -120,7 +120,7 @@ def _handing_on_signals(ranks: list[_Rank]) -> Iterator[list[int]]:
             signal.raise_signal(signum)
         asked.append(signum)
         for rank in ranks:
-            rank.process.send_signal(STOP)  # to the rank alone: its loader processes would die of it
+            rank.process.send_signal(STOP)  # to the rank alone: its children may die of it
 
     before = {signum: signal.signal(signum, hand_on) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:

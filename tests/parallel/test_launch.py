@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from deepseek_exp.config import LaunchConfig, Launcher
-from deepseek_exp.parallel import launch, nodes
+from deepseek_exp.parallel import launch, member, nodes
 from tests.runs import ROOT
 
 N_RANKS = 3
@@ -91,7 +91,7 @@ def test_an_error_of_the_user_reads_as_in_one_process(tmp_path):
 
 
 def test_a_rank_that_is_killed_is_told_first_and_ends_the_others(tmp_path):
-    parent, rank = start(tmp_path, "go on"), random.randrange(N_RANKS)
+    parent, rank = start(tmp_path, "go on with a child"), random.randrange(N_RANKS)
     wait_for(lambda: work_has_begun(tmp_path), 60)
     os.kill(pids(tmp_path)[rank], signal.SIGKILL)
     assert wait_for(lambda: family(tmp_path) == [], 10) < 5
@@ -105,6 +105,9 @@ def test_a_rank_that_is_killed_is_told_first_and_ends_the_others(tmp_path):
 
 
 def test_a_rank_that_leaves_without_a_result_ends_the_others(tmp_path):
+    ranks = tmp_path / member.FOLDER
+    ranks.mkdir()
+    member.outcome_path(ranks, 1).write_text('{"error": null}')  # of an earlier life of the run
     out, _ = start(tmp_path, "leave").communicate(timeout=60)
     assert "RankError: rank=1 of 3 left with exit code 0 and no result." in out
     assert family(tmp_path) == []
@@ -132,7 +135,7 @@ def test_a_killed_parent_leaves_no_orphans(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_parent_stops_all_ranks_after_one_step(tmp_path, signum):
-    parent = start(tmp_path, "go on")
+    parent = start(tmp_path, "go on with a child")
     wait_for(lambda: work_has_begun(tmp_path), 60)
     parent.send_signal(signum)
     out, err = parent.communicate(timeout=20)

@@ -240,10 +240,8 @@ class Checkpoints(Callback):
         Lightning has noted the handlers before and puts them back when the training ends, however it ends. A rank of
         several is asked in another way (parallel/member.py), so that a SIGTERM can end it at once.
         """
-        if trainer.world_size > 1:
-            return
         for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._remember)
+            signal.signal(signum, self._remember if trainer.world_size == 1 else signal.SIG_DFL)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -234,6 +234,7 @@ class DeepSpeed3DStrategy(DDPStrategy):
             "gradient_clipping": exp.optim.clip_norm,
             "zero_optimization": {"stage": exp.parallel.zero_stage if optimizer is not None else 0},
             "zero_allow_untested_optimizer": True,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device before each micro batch
             "zero_force_ds_cpu_optimizer": False,
             "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
         }

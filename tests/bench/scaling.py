@@ -22,7 +22,7 @@ from tests import runs
 from tests.bench import calibrate
 from tests.test_config import composed
 
-STEPS, WARM = 25, 10
+STEPS, WARM = 16, 6
 COMMON = (
     f"trainer.max_steps={STEPS}",
     f"trainer.eval_every_steps={STEPS}",

@@ -109,7 +109,8 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
         eval_batches=t.eval_batches,
         pin_memory=device.type == "cuda",
     )
-    return Parts(device, data, datamodule, LanguageModel(cfg, model, data.tokenizer.token_bytes, data.unigram_bits))
+    lit = LanguageModel(cfg, model, data.tokenizer.token_bytes, data.unigram_bits)
+    return Parts(device, data, datamodule, lit.to(device))
 
 
 def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Transformer:

@@ -303,6 +303,7 @@ class TrainerConfig:
 class ParallelConfig:
     """How many ways the work is cut: dp x tp x pp ranks. One of dp, tp and pp may be 0, what the others leave."""
 
+    auto: bool = key("take the fastest layout of the whole cluster that fits, by the plan; all degrees are 0 then")
     dp: int = key("data parallel: copies of the model, each with its share of the sequences; 0: auto", ge=0)
     tp: int = key("tensor parallel: ways each matrix is cut; 0: auto", ge=0)
     pp: int = key("pipeline parallel: stages the layers are cut into; 0: auto", ge=0)
@@ -312,6 +313,7 @@ class ParallelConfig:
         ge=0,
         le=3,
     )
+    sequence_parallel: bool = key("tensor ranks also share out, by positions, what is between the cut matrices")
 
 
 @dataclass
@@ -329,6 +331,7 @@ class ClusterConfig:
     grouped_efficiency: float = key("share of the peak that the routed experts reach in training", gt=0, le=1)
     intra_node_bandwidth: float = key("of one GPU to the others of its machine, each way, bytes/s", gt=0)
     inter_node_bandwidth: float = key("of one GPU to other machines, each way, bytes/s", gt=0)
+    overlap: float = key("share of sends other than tp's that hides behind computing, as far as that lasts", ge=0, le=1)
     intra_node_latency: float = key("of one message within a machine, seconds", ge=0)
     inter_node_latency: float = key("of one message between machines, seconds", ge=0)
     price_per_gpu_hour: float = key("dollars for one GPU and hour", ge=0)

@@ -83,7 +83,7 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
     sweep = json.loads((sweep_dir.parent / SWEEP_FILE).read_text()) if sweep_dir is not None else None
     if sweep is not None:
         composed.tracking.parent_run_id, composed.tracking.run_name = sweep["run_id"], None
-    cfg = compose.to_experiment(composed)
+    cfg = _laid_out(composed)
     if cfg.do is Do.train and checkpoint is not None:
         _check_steps_left(cfg, checkpoint)
     name = cfg.tracking.run_name or _name(cfg, overrides, size, checkpoint, sweep["keys"] if sweep else None)
@@ -93,6 +93,21 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
         run_dir = sweep_dir or Path(cfg.output_dir) / "runs" / _folder_name(name)
     yaml = OmegaConf.to_yaml(composed, resolve=True)
     return Job(cfg, yaml, name, tuple(overrides), run_dir, checkpoint, sweep_dir is not None)
+
+
+def _laid_out(composed: DictConfig) -> ExperimentConfig:
+    """Settle the layout: parallel=auto becomes numbers in the tree, and what cannot fit is refused."""
+    cfg = compose.to_experiment(composed)
+    if cfg.parallel.auto:
+        chosen, sentence = planner.choose(cfg)
+        for key, value in chosen.items():
+            OmegaConf.update(composed, key, value)
+        say(sentence)
+        cfg = compose.to_experiment(composed)
+    problem = planner.misfit(cfg) if cfg.do in (Do.train, Do.eval) else None
+    if problem is not None:
+        raise ConfigError(problem)
+    return cfg
 
 
 def _on_top_of(checkpoint: Path, overrides: Sequence[str]) -> DictConfig:
@@ -181,11 +196,13 @@ def sample(job: Job) -> None:
 def export(job: Job) -> None:
     """Write a checkpoint for other programs, and tell how they load it; this is not recorded in MLflow."""
     from deepseek_exp import serve
+    from deepseek_exp.parallel.checkpoint import in_one_file
 
     wanted = job.cfg.export
     target = Path(wanted.path) if wanted.path is not None else manifest.run_dir_of(job.checkpoint) / "hf"
     writers = {ExportFormat.hf: serve.export_hf}
-    names = writers[wanted.format](job.cfg.model, job.checkpoint, target)
+    with in_one_file(job.checkpoint, target) as checkpoint:
+        names = writers[wanted.format](job.cfg.model, checkpoint, target)
     size = sum((target / name).stat().st_size for name in names)
     say(f"wrote     {_shown(target)}, {size / 1e6:,.1f} MB: {', '.join(names)}")
     say(f"from      {_shown(job.checkpoint)}, a {job.cfg.model.version}")

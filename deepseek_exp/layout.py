@@ -8,6 +8,9 @@ from deepseek_exp.config import AttentionKind, ClusterConfig, Do, ExperimentConf
 from deepseek_exp.errors import Problem
 from deepseek_exp.topology import AUTO, Degrees, divisors, resolve
 
+# their update of a number depends on that number alone, so that ZeRO may cut parameters anywhere
+ELEMENTWISE = ("AdamW", "Adam", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax")
+
 
 def n_gpus(cluster: ClusterConfig) -> int:
     """Give the ranks that a cluster has room for."""
@@ -29,6 +32,9 @@ def layout_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     """Find what is wrong with the layout that an experiment asks for."""
     p = exp.parallel
     asked = {"dp": p.dp, "tp": p.tp, "pp": p.pp}
+    if p.auto:
+        yield from _chosen(exp)
+        return
     if min(*asked.values(), p.ep) < 0 or n_gpus(exp.cluster) < 1:
         return  # told by the ranges
     auto = [name for name, degree in asked.items() if degree == AUTO]
@@ -38,7 +44,7 @@ def layout_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         if len(auto) > 1:
             rule = f"is auto as parallel.{auto[0]} is, and one alone can follow from the others"
             yield Problem(
-                f"parallel.{auto[1]}", AUTO, rule, f"set parallel.{auto[1]}=1; do=plan lists the best layouts"
+                f"parallel.{auto[1]}", AUTO, rule, f"set parallel.{auto[1]}=1; parallel=auto takes the fastest layout"
             )
         else:
             rule = f"cannot be worked out: {error} of the cluster"
@@ -48,24 +54,48 @@ def layout_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     yield from illegal(exp, found)
     room = n_gpus(exp.cluster)
     if found.world_size > room:
-        first = _largest(found)
+        first = largest(found)
         rule = f"makes {_product(found)} and the cluster has {room}"
         fix = f"lower parallel.dp, parallel.tp or parallel.pp to {room} ranks or less, or take a larger cluster"
         yield Problem(f"parallel.{first}", getattr(found, first), rule, fix)
     if exp.do is not Do.plan and found.world_size > 1:
-        first = _largest(found)
+        first = largest(found)
         rule = f"makes {_product(found)}: such a layout can be planned, but do={exp.do.value} cannot use it yet"
         yield Problem(f"parallel.{first}", getattr(found, first), rule, "use do=plan, or parallel=single")
 
 
+def _chosen(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find what stands against a layout that is yet to be chosen."""
+    p = exp.parallel
+    for name in ("dp", "tp", "pp", "ep"):
+        if getattr(p, name) != AUTO:
+            rule = "cannot be used with parallel.auto=true, which chooses it"
+            fix = f"leave parallel.{name} out, or set parallel.auto=false"
+            yield Problem(f"parallel.{name}", getattr(p, name), rule, fix)
+    if n_gpus(exp.cluster) > 1:
+        yield from _several(exp, n_gpus(exp.cluster))
+
+
+def _several(exp: ExperimentConfig, n_ranks: int) -> Iterator[Problem]:
+    """Find what stands against any layout of several ranks."""
+    ranks, memory_len = f"cannot be used with {n_ranks:,} ranks", exp.model.memory_len
+    if memory_len:
+        rule = f"{ranks}: the memory of a segment lies on one"
+        yield Problem("model.memory_len", memory_len, rule, "set model.memory_len=0, or parallel=single")
+    if exp.trainer.compile:
+        yield Problem("trainer.compile", True, f"{ranks} yet", "set trainer.compile=false, or parallel=single")
+
+
 def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
-    """Find what stands against a layout of the model and the batch of an experiment, whatever its `parallel` says.
+    """Find what stands against a layout of the model and the batch of an experiment, whatever its degrees are there.
 
     Args:
-        exp: the model, its batch and zero_stage count.
+        exp: the model, its batch, the trainer, the optimizer, zero_stage and sequence_parallel count.
         d: the layout.
     """
     m, t = exp.model, exp.trainer
+    if d.world_size > 1:
+        yield from _several(exp, d.world_size)
     rule = _tensor_rule(m, d.tp)
     if rule is not None:
         legal = _listed(tp for tp in range(1, m.n_heads + 1) if _tensor_rule(m, tp) is None)
@@ -77,13 +107,48 @@ def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
     if rule is not None:
         legal = _listed(ep for ep in divisors(d.dp) if _expert_rule(m, d, ep) is None)
         yield Problem("parallel.ep", d.ep, rule, f"use parallel.ep of {legal}")
-    if exp.parallel.zero_stage != 1 and d.pp > 1:
+    yield from _zero(exp, d)
+    if exp.parallel.sequence_parallel:
+        yield from _sequence(exp, d.tp)
+    yield from _batch(d, t.global_batch_seqs, t.micro_batch_seqs)
+
+
+def is_elementwise(exp: ExperimentConfig) -> bool:
+    """Tell whether ZeRO may cut what the optimizer works on anywhere."""
+    return str(exp.optim.optimizer.get("_target_")) in {f"torch.optim.{name}" for name in ELEMENTWISE}
+
+
+def _zero(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
+    """Find what stands against sharing out optimizer state, gradients and weights."""
+    key, zero = "parallel.zero_stage", exp.parallel.zero_stage
+    cut = next((f"parallel.{name}={getattr(d, name)}" for name in ("tp", "ep") if getattr(d, name) > 1), None)
+    if zero != 1 and d.pp > 1:
         why = "a DeepSpeed pipeline refuses ZeRO 2 and 3, and with 0 its clipping misses the later stages' norms"
         rule = f"cannot be used with parallel.pp={d.pp} ({why})"
-        yield Problem(
-            "parallel.zero_stage", exp.parallel.zero_stage, rule, "set parallel.zero_stage=1, or parallel.pp=1"
-        )
-    yield from _batch(d, t.global_batch_seqs, t.micro_batch_seqs)
+        yield Problem(key, zero, rule, "set parallel.zero_stage=1, or parallel.pp=1")
+    elif zero > 1 and cut:
+        why = "it cuts gradients while they are made, before they can be summed over tp and ep"
+        fix = f"set parallel.zero_stage=1, or {cut.partition('=')[0]}=1"
+        yield Problem(key, zero, f"cannot be used with {cut} ({why})", fix)
+    if zero and d.world_size > 1 and not is_elementwise(exp):
+        why = "ZeRO cuts flattened parameters, and this class may need whole matrices"
+        rule = f"cannot be used with {key}={zero} on {d.world_size:,} ranks ({why})"
+        fix = f"use one of torch.optim.{{{', '.join(ELEMENTWISE)}}}"
+        fix += f", or {key}=0" if d.pp == 1 else ""
+        yield Problem("optim.optimizer._target_", exp.optim.optimizer.get("_target_"), rule, fix)
+
+
+def _sequence(exp: ExperimentConfig, tp: int) -> Iterator[Problem]:
+    """Find what stands against cutting the sequences over the tensor ranks."""
+    key, off = "parallel.sequence_parallel", "set parallel.sequence_parallel=false"
+    if tp == 1:
+        yield Problem(key, True, "has no tensor ranks to cut a sequence over: parallel.tp=1", f"{off}, or parallel.tp")
+    if exp.data.seq_len % tp:
+        rule = f"cannot cut data.seq_len={exp.data.seq_len} into parallel.tp={tp} equal parts"
+        yield Problem(key, True, rule, f"use data.seq_len={-(-exp.data.seq_len // tp) * tp}, or {off[4:]}")
+    if exp.model.n_mtp_layers:
+        rule = f"cannot be used with model.n_mtp_layers={exp.model.n_mtp_layers}, whose inputs are shorter sequences"
+        yield Problem(key, True, rule, f"{off}, or model.n_mtp_layers=0")
 
 
 def _tensor_rule(m: ModelConfig, tp: int) -> str | None:
@@ -123,7 +188,8 @@ def _batch(d: Degrees, seqs: int, micro: int) -> Iterator[Problem]:
     yield Problem("trainer.global_batch_seqs", seqs, rule, fix)
 
 
-def _largest(d: Degrees) -> str:
+def largest(d: Degrees) -> str:
+    """Name the degree that cuts the most ways."""
     return max(("dp", "tp", "pp"), key=lambda name: int(getattr(d, name)))
 
 

@@ -16,7 +16,8 @@ from deepseek_exp.config import OptimConfig
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Make the optimizer that the configuration names, over fp32 masters when the weights are bf16.
 
-    Matrices decay with cfg.weight_decay, vectors (norm scales, gates) do not.
+    Matrices decay with cfg.weight_decay, vectors (norm scales, gates) do not. The groups know the parameters' names, so
+    that the optimizer's state can be told apart in a checkpoint.
 
     Args:
         cfg: class, learning rate and decay.
@@ -25,17 +26,17 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
     Returns:
         The optimizer.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay, "decays": True},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0, "decays": False},
+        {"params": [x for x in params if x[1].ndim >= 2], "weight_decay": cfg.weight_decay, "decays": True},
+        {"params": [x for x in params if x[1].ndim < 2], "weight_decay": 0.0, "decays": False},
     ]
     groups = [g for g in groups if g["params"]]
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return instantiate(cfg.optimizer, _partial_=True, _recursive_=False, _convert_="all")(groups, lr=cfg.lr)
 
-    return MasterWeights(groups, make) if any(p.dtype == torch.bfloat16 for p in params) else make(groups)
+    return MasterWeights(groups, make) if any(p.dtype == torch.bfloat16 for _, p in params) else make(groups)
 
 
 class MasterWeights(torch.optim.Optimizer):
@@ -50,10 +51,10 @@ class MasterWeights(torch.optim.Optimizer):
     def __init__(
         self, groups: list[dict[str, Any]], make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
     ) -> None:
-        self.params: list[Tensor] = [p for group in groups for p in group["params"]]
+        self.params: list[Tensor] = [p for group in groups for _, p in group["params"]]
         self.masters = [p.detach().float().clone() for p in self.params]
         copies = iter(self.masters)
-        inner = make([{**group, "params": [next(copies) for _ in group["params"]]} for group in groups])
+        inner = make([{**g, "params": [(name, next(copies)) for name, _ in g["params"]]} for g in groups])
         super().__init__(inner.param_groups, {})
         self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
         for param, master in zip(self.params, self.masters, strict=True):

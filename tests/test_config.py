@@ -32,6 +32,9 @@ DOMAIN_PATHS = [
 # what an option needs beside itself
 NEEDS = {
     "parallel=3d": ["do=plan"],  # not trained yet
+    "parallel=ddp": ["do=plan", "trainer.micro_batch_seqs=1"],
+    "parallel=zero2": ["do=plan", "trainer.micro_batch_seqs=1"],
+    "parallel=zero3": ["do=plan", "trainer.micro_batch_seqs=1"],
     "data=mixture": [f"+data.mixture.readme.path={ROOT / 'README.md'}"],
     "data=text": [f"data.path={ROOT / 'README.md'}"],
     "recipes=domains": DOMAIN_PATHS,
@@ -47,7 +50,7 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 
 def test_the_files_are_found():
-    assert len(FILES) == 35
+    assert len(FILES) == 39
     assert len(RECIPES) == 10
 
 

@@ -12,8 +12,9 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from deepseek_exp import compose, config, validate
+from deepseek_exp import compose, config, do, validate
 from deepseek_exp.errors import ConfigError
+from deepseek_exp.layout import layout_problems
 from tests.runs import ROOT
 
 MESSAGES = {
@@ -274,9 +275,41 @@ MESSAGES = {
     "parallel=3d cluster=h100_1 do=plan": "parallel.dp=2 makes 8 ranks (dp=2 x tp=2 x pp=2) and the cluster has 1. "
     "Fix: lower parallel.dp, parallel.tp or parallel.pp to 1 ranks or less, or take a larger cluster.",
     "parallel.dp=0 parallel.pp=0 do=plan": "parallel.pp=0 is auto as parallel.dp is, and one alone can follow from the "
-    "others. Fix: set parallel.pp=1; do=plan lists the best layouts.",
+    "others. Fix: set parallel.pp=1; parallel=auto takes the fastest layout.",
     "parallel.dp=0 parallel.tp=3 do=plan": "parallel.dp=0 cannot be worked out: 3 x 1 does not divide 8 ranks of the "
     "cluster. Fix: lower parallel.tp and parallel.pp, or set parallel.dp.",
+    "parallel=auto parallel.tp=2": "parallel.tp=2 cannot be used with parallel.auto=true, which chooses it. "
+    "Fix: leave parallel.tp out, or set parallel.auto=false.",
+    "parallel=auto trainer.compile=true": "trainer.compile=true cannot be used with 8 ranks yet. "
+    "Fix: set trainer.compile=false, or parallel=single.",
+    "parallel=3d trainer.compile=true do=plan": "trainer.compile=true cannot be used with 8 ranks yet. "
+    "Fix: set trainer.compile=false, or parallel=single.",
+    "parallel=3d model.memory_len=63 data.order=contiguous do=plan": "model.memory_len=63 cannot be used with 8 ranks: "
+    "the memory of a segment lies on one. Fix: set model.memory_len=0, or parallel=single.",
+    "parallel=3d parallel.pp=1 parallel.zero_stage=2 do=plan": "parallel.zero_stage=2 cannot be used with "
+    "parallel.tp=2 (it cuts gradients while they are made, before they can be summed over tp and ep). "
+    "Fix: set parallel.zero_stage=1, or parallel.tp=1.",
+    "model=v2_moe size=tiny parallel=zero3 parallel.ep=2 trainer.micro_batch_seqs=1 do=plan": (
+        "parallel.zero_stage=3 cannot be used with parallel.ep=2 (it cuts gradients while they are made, before they "
+        "can be summed over tp and ep). Fix: set parallel.zero_stage=1, or parallel.ep=1."
+    ),
+    "parallel=zero2 optim=adafactor trainer.micro_batch_seqs=1 do=plan": "optim.optimizer._target_="
+    "'torch.optim.Adafactor' cannot be used with parallel.zero_stage=2 on 8 ranks (ZeRO cuts flattened parameters, and "
+    "this class may need whole matrices). Fix: use one of torch.optim.{AdamW, Adam, SGD, Adagrad, RMSprop, NAdam, "
+    "RAdam, Adamax}, or parallel.zero_stage=0.",
+    "parallel=3d optim=adafactor do=plan": "optim.optimizer._target_="
+    "'torch.optim.Adafactor' cannot be used with parallel.zero_stage=1 on 8 ranks (ZeRO cuts flattened parameters, and "
+    "this class may need whole matrices). Fix: use one of torch.optim.{AdamW, Adam, SGD, Adagrad, RMSprop, NAdam, "
+    "RAdam, Adamax}.",
+    "parallel.sequence_parallel=true do=plan": "parallel.sequence_parallel=true has no tensor ranks to cut a sequence "
+    "over: parallel.tp=1. Fix: set parallel.sequence_parallel=false, or parallel.tp.",
+    "parallel=3d parallel.sequence_parallel=true data.seq_len=255 do=plan": "parallel.sequence_parallel=true cannot "
+    "cut data.seq_len=255 into parallel.tp=2 equal parts. "
+    "Fix: use data.seq_len=256, or parallel.sequence_parallel=false.",
+    "model=v3_moe size=tiny parallel=3d parallel.sequence_parallel=true do=plan": "parallel.sequence_parallel=true "
+    "cannot be used with model.n_mtp_layers=1, whose inputs are shorter sequences. "
+    "Fix: set parallel.sequence_parallel=false, or model.n_mtp_layers=0.",
+    "cluster.overlap=2": "cluster.overlap=2.0 must be at most 1. Fix: use 1 or less.",
     "-m resume=last": "resume='a sweep' cannot be combined with -m. Fix: resume one run at a time, without -m.",
 }
 
@@ -391,6 +424,50 @@ def test_a_gpu_that_is_not_there(monkeypatch):
         "device='cuda' needs a CUDA device and none is visible. Fix: use device=cpu or device=auto."
     )
     compose.check_command_line(["device=cuda", "do=plan"])  # a plan needs none
+
+
+def refused(*argv: str) -> str:
+    with initialize_config_dir(compose.CONF, version_base="1.3"):
+        composed = hydra_compose("config", list(argv))
+    with pytest.raises(ConfigError) as caught:
+        do.make_job(composed, argv, "small", None)
+    return str(caught.value)
+
+
+BIG = ("model=v4_distill", "size=7b", "cluster=h100_8", "trainer.micro_batch_seqs=1")
+
+
+class TestMemory:
+    """What does not fit the cluster is told when the job is made; whether several ranks can train is not asked here."""
+
+    @pytest.fixture(autouse=True)
+    def _any_layout(self, monkeypatch):
+        monkeypatch.setattr(validate, "RULES", [rule for rule in validate.RULES if rule is not layout_problems])
+
+    def test_a_layout_is_told_with_one_that_fits(self):
+        assert refused(*BIG, "parallel=ddp", "trainer.precision=bf16") == (
+            "parallel.dp=8 does not fit: a rank of stage 0 needs 163.40 GB of 73.60 GB usable "
+            "(cluster.memory_bytes=8e+10, H100 SXM 80GB). Fix: use parallel.dp=4 parallel.tp=2 parallel.pp=1 "
+            "parallel.ep=1 parallel.zero_stage=1 parallel.sequence_parallel=false trainer.micro_batch_seqs=1 "
+            "trainer.activation_checkpointing=none."
+        )
+
+    def test_where_nothing_fits_the_remedies_are_told(self):
+        usable = "25.76 GB usable (cluster.memory_bytes=2.8e+10, H100 SXM 80GB)"
+        fix = "Fix: set data.seq_len=2048, or cluster.n_nodes=2."
+        small = (*BIG, "size=3b", "cluster.gpus_per_node=2", "cluster.memory_bytes=2.8e10")
+        assert refused(*small, "parallel=ddp") == (
+            f"parallel.dp=2 does not fit: a rank of stage 0 needs 80.63 GB of {usable}. {fix}"
+        )
+        assert refused(*small, "parallel=auto") == (
+            f"parallel.auto=true finds no layout that fits 2 ranks of {usable}. {fix}"
+        )
+
+    def test_where_nothing_helps(self):
+        assert refused("parallel=auto", "cluster.memory_bytes=1") == (
+            "parallel.auto=true finds no layout that fits 8 ranks of 0.00 GB usable "
+            "(cluster.memory_bytes=1, CPU process). Fix: take a smaller model, or GPUs with more memory."
+        )
 
 
 def test_all_problems_are_told_together():

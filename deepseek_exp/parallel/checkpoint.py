@@ -5,15 +5,21 @@ Nothing is pickled, so loading runs no code of the file's. Layout of a checkpoin
     state.safetensors   every other tensor (optimizer, random number generators)
     state.json          the rest of the tree, with a reference where a tensor stood
     manifest.json       see manifest.py
-and the texts handed over by the run (config.yaml, tokenizer.json).
+and the texts handed over by the run (config.yaml, tokenizer.json). Where many ranks save, the model and its optimizer
+are in shard-00000.safetensors and so on, one a rank; see shards.py. They save in this order:
+    rank 0              folder = begin(target), and tells the others
+    every rank          save_shard(folder, ...); what it returns is gathered at rank 0
+    rank 0              FolderCheckpointIO.finish(folder, target, ...)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +30,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepseek_exp.parallel import manifest
+from deepseek_exp.parallel.files import MODEL, NAMES, STATE, TREE, decode, encode, write_tensors
+from deepseek_exp.parallel.shards import SHARDED, WEIGHT, State, Whole, open_state, shard_name
 
-MODEL, STATE, TREE = "model.safetensors", "state.safetensors", "state.json"
 PREFIX = "model."
 
 
@@ -43,25 +50,56 @@ class FolderCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the folder `path` so that it is either whole or not there."""
-        target = Path(path)
-        folder = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder = begin(Path(path))
         rest = {k: v for k, v in checkpoint.items() if k != "state_dict"}
         weights = {k.removeprefix(PREFIX): v for k, v in checkpoint["state_dict"].items()}
         unique, aliases = _without_aliases(weights)
-        tree, tensors = encode(rest)
         save_file(unique, folder / MODEL, metadata={"aliases": json.dumps(aliases)})
+        self._finish(folder, Path(path), rest, {})
+
+    def finish(
+        self,
+        folder: Path,
+        target: Path,
+        checkpoint: Mapping[str, Any],
+        whole: Whole,
+        shards: Mapping[str, dict[str, Any]],
+    ) -> None:
+        """Complete the folder that all ranks have written their shards to, and move it to its place.
+
+        Args:
+            folder: from `begin`.
+            target: where the checkpoint will stand.
+            checkpoint: Lightning's; its `state_dict` and `optimizer_states` are in the shards.
+            whole: what is said once of all shards.
+            shards: what `save_shard` returned on all ranks, together.
+
+        Raises:
+            ValueError: the folder does not hold these shards.
+        """
+        there = sorted(path.name for path in folder.iterdir())
+        if there != sorted(shards) or there != [shard_name(rank) for rank in range(len(shards))]:
+            raise ValueError(f"{folder} holds {there}, and the ranks wrote {sorted(shards)}")
+        rest = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+        said = {**dataclasses.asdict(whole), "dtype": NAMES[whole.dtype], "n_shards": len(shards)}
+        self._finish(folder, target, {**rest, SHARDED: said}, shards)
+
+    def _finish(
+        self, folder: Path, target: Path, rest: Mapping[str, Any], digests: Mapping[str, dict[str, Any]]
+    ) -> None:
+        tree, tensors = encode(rest)
         save_file(tensors, folder / STATE)
         (folder / TREE).write_text(json.dumps(tree))
         for name, text in self.texts.items():
             (folder / name).write_text(text)
-        val_loss = rest.get("val_loss")
-        manifest.seal(folder, target, step=rest["global_step"], run_id=self.run_id, val_loss=val_loss)
+        step, val_loss = rest["global_step"], rest.get("val_loss")
+        manifest.seal(folder, target, step=step, run_id=self.run_id, val_loss=val_loss, digests=digests)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a folder back into the tree that was saved; its digests are checked by `manifest.locate` before."""
+        """Read a folder back into the tree that one process saves; `manifest.locate` checks its digests before."""
         folder = Path(path)
+        if not (folder / MODEL).is_file():
+            return _of_one_process(open_state(folder))
         tree = decode(json.loads((folder / TREE).read_text()), load_file(folder / STATE))
         return {**tree, "state_dict": {PREFIX + k: v for k, v in load_weights(folder).items()}}
 
@@ -70,51 +108,67 @@ class FolderCheckpointIO(CheckpointIO):
         shutil.rmtree(path, ignore_errors=True)
 
 
+def begin(target: Path) -> Path:
+    """Make the empty folder that the checkpoint `target` is written to until it is whole."""
+    folder = target.with_name(f".{target.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the model's parameters of a checkpoint, tied ones under each of their names."""
+    """Read the model's parameters and buffers of a checkpoint, tied ones under each of their names."""
+    if not (folder / MODEL).is_file():
+        return _weights(open_state(folder))
     with safe_open(folder / MODEL, framework="pt") as file:
         aliases = json.loads(file.metadata()["aliases"])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     return weights | {alias: weights[name] for alias, name in aliases.items()}
 
 
-def encode(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Split a tree of dicts, lists, tuples, numbers, texts and tensors into JSON and named tensors.
+@contextmanager
+def in_one_file(checkpoint: Path, beside: Path) -> Iterator[Path]:
+    """Give a checkpoint whose weights lie in one model.safetensors, for as long as it is needed.
 
-    Returns:
-        What json.dumps takes, with {"tensor": name} where a tensor stood, and the tensors by name.
-
-    Raises:
-        TypeError: the tree holds something else; nothing is pickled.
+    Args:
+        checkpoint: of any layout; one of one process is given as it is.
+        beside: of shards, the merged weights and the texts are written to a folder next to this one, and removed after.
     """
-    tensors: dict[str, Tensor] = {}
-
-    def walk(node: Any, path: str) -> Any:
-        if isinstance(node, Tensor):
-            tensors[path] = node.detach().contiguous().clone()
-            return {"tensor": path}
-        if isinstance(node, Mapping):
-            return {"dict": [[walk(k, f"{path}.key"), walk(v, f"{path}.{k}")] for k, v in node.items()]}
-        if isinstance(node, (list, tuple)):
-            return {type(node).__name__: [walk(v, f"{path}.{i}") for i, v in enumerate(node)]}
-        if node is None or isinstance(node, (bool, int, float, str)):
-            return node
-        raise TypeError(f"a checkpoint cannot hold {type(node).__name__} at {path}")
-
-    return walk(tree, "state"), tensors
+    if (checkpoint / MODEL).is_file():
+        yield checkpoint
+        return
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.merged.", dir=beside.parent) as name:
+        state = open_state(checkpoint)
+        like = {n: torch.empty(state.shape(n), dtype=state.dtype, device="meta") for n in state.names}
+        like |= {n: state.buffer(n) for n in state.buffers}
+        write_tensors(Path(name) / MODEL, like, {"aliases": json.dumps(state.aliases)}, state.whole)
+        for path in checkpoint.iterdir():
+            if path.name not in (STATE, TREE, manifest.MANIFEST) and not path.name.startswith("shard-"):
+                shutil.copy(path, name)
+        yield Path(name)
 
 
-def decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo `encode`."""
-    if not isinstance(node, dict):
-        return node
-    ((kind, content),) = node.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {decode(k, tensors): decode(v, tensors) for k, v in content}
-    items = [decode(v, tensors) for v in content]
-    return tuple(items) if kind == "tuple" else items
+def _weights(state: State) -> dict[str, Tensor]:
+    weights = {name: state.whole(name) for name in [*state.names, *state.buffers]}
+    return weights | {alias: weights[name] for alias, name in state.aliases.items()}
+
+
+def _of_one_process(state: State) -> dict[str, Any]:
+    """Give what one process would have saved: Lightning's tree with the state of optim.build_optimizer's optimizer."""
+    names = [name for group in state.param_groups for name in group["param_names"]]
+    index, groups, states = {name: i for i, name in enumerate(names)}, [], {}
+    for group in state.param_groups:
+        groups.append({**group, "params": [index[name] for name in group["param_names"]]})
+    for i, name in enumerate(names):
+        moments = {kind: state.read(name, kind) for kind in state.kinds(name) if kind != WEIGHT}
+        if moments:
+            states[i] = {kind: torch.tensor(value) for kind, value in state.scalars.items()} | moments
+    optimizer: dict[str, Any] = {"state": states, "param_groups": groups}
+    if state.dtype is torch.bfloat16:
+        optimizer = {"inner": optimizer, "masters": [state.read(name, WEIGHT) for name in names]}
+    weights = {PREFIX + name: tensor for name, tensor in _weights(state).items()}
+    return {**state.rest, "state_dict": weights, "optimizer_states": [optimizer]}
 
 
 def rng_state() -> dict[str, Any]:

@@ -14,15 +14,16 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from deepseek_exp.errors import CheckpointError, Problem
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no shards
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
+REPLACED = ".replaced"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,15 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def seal(folder: Path, target: Path, *, step: int, run_id: str, val_loss: float | None) -> None:
+def seal(
+    folder: Path,
+    target: Path,
+    *,
+    step: int,
+    run_id: str,
+    val_loss: float | None,
+    digests: Mapping[str, dict[str, Any]],
+) -> None:
     """Digest the files of `folder`, make them durable and move the folder to `target` in one step.
 
     Args:
@@ -60,13 +69,14 @@ def seal(folder: Path, target: Path, *, step: int, run_id: str, val_loss: float 
         step: optimizer steps done.
         run_id: MLflow run that it belongs to.
         val_loss: validation loss at this step, or None.
+        digests: name -> {"bytes": size, "sha256": digest} of files that whoever wrote them has digested already.
     """
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
+    files = {path.name: digests.get(path.name) or _digest(path) for path in sorted(folder.iterdir())}
     manifest = Manifest(step=step, run_id=run_id, saved_at=time.time(), val_loss=val_loss, files=files)
     (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
     for path in [*folder.iterdir(), folder]:
         _fsync(path)
-    replaced = target.with_name(f".{target.name}.replaced")
+    replaced = target.with_name(f".{target.name}{REPLACED}")
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
@@ -118,9 +128,12 @@ def verify(folder: Path) -> Manifest:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """List the checkpoints of a run in the order they were saved.
 
-    That is not the order of their steps where a run went on from an earlier one.
+    That is not the order of their steps where a run went on from an earlier one. One that was moved away for its
+    successor is listed as long as that does not stand.
     """
-    return sorted((run_dir / FOLDER).glob("step-*"), key=lambda path: (_saved_at(path), path.name))
+    folder = run_dir / FOLDER
+    moved = [p for p in folder.glob(f".step-*{REPLACED}") if not (folder / p.name[1 : -len(REPLACED)]).exists()]
+    return sorted([*folder.glob("step-*"), *moved], key=lambda path: (_saved_at(path), path.name))
 
 
 def prune(run_dir: Path, keep: int) -> None:
@@ -133,9 +146,12 @@ def prune(run_dir: Path, keep: int) -> None:
             continue  # damaged: left for the user to look at
     measured = [(m.val_loss, path) for path, m in readable if m.val_loss is not None and math.isfinite(m.val_loss)]
     stay = {path for path, _ in readable[-keep:]} | ({min(measured)[1]} if measured else set())
-    doomed = [path for path, _ in readable if path not in stay]
-    for path in [*doomed, *(run_dir / FOLDER).glob(".step-*")]:
+    unfinished = set((run_dir / FOLDER).glob(".step-*")) - stay
+    for path in unfinished:
         shutil.rmtree(path, ignore_errors=True)
+    for path in {path for path, _ in readable} - stay - unfinished:
+        # under another name first: a checkpoint is there or not
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")), ignore_errors=True)
 
 
 def locate(resume: str, output_dir: Path) -> tuple[Path, list[str]]:
@@ -222,6 +238,10 @@ def _run_id(run_dir: Path) -> str:
         except CheckpointError:
             continue
     return ""
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from deepseek_exp.config import AttentionKind, ClusterConfig, ModelConfig
+from deepseek_exp.config import AttentionKind, ClusterConfig, ExperimentConfig, ModelConfig
 from deepseek_exp.planner import cost
 
 
@@ -17,7 +17,8 @@ class Layers:
     Attributes:
         split: parameters that tensor parallelism cuts: matrices by heads or hidden units, tables by vocabulary entries.
         kv: wk and wv of gqa, cut by key-value heads, so at most n_kv_heads ways.
-        whole: parameters that every tensor rank has: norms, routers, and the way down to MLA's latents.
+        whole: parameters that every tensor rank has: norms, routers, the way down to MLA's latents, and the projection
+            of multi-token prediction.
         experts: parameters of routed experts, cut by ep and tp.
         copies: entries of tables that another stage has too: the embedding at the end, for a tied output table or for
             multi-token prediction; cut by tp, and not among the parameters.
@@ -54,6 +55,11 @@ class Layers:
         """Count the parameters on one rank that are no expert's, copies of tables among them."""
         return (self.split + self.copies) / tp + self.kv / min(tp, n_kv_heads) + self.whole
 
+    def flops_on_rank(self, tp: int) -> float:
+        """Count the FLOPs of `flops` on one rank: all tensor ranks do the same with what each has whole."""
+        same = 6 * self.whole
+        return (self.flops - same) / tp + same
+
     def experts_on_rank(self, tp: int, ep: int) -> float:
         """Count the experts' parameters on one rank."""
         return self.experts / (tp * ep)
@@ -83,7 +89,7 @@ def layers_of(cfg: ModelConfig, seq_len: int) -> list[Layers]:
         end += Layers(copies=table)
     for _ in range(cfg.n_mtp_layers):
         d = cfg.d_model
-        frame = Layers(split=2 * d * d, whole=3 * d, flops=6 * (2 * d * d + 3 * d + table), n_mtp=1)
+        frame = Layers(whole=2 * d * d + 3 * d, flops=6 * (2 * d * d + 3 * d + table), n_mtp=1)
         end += frame + _block(cfg, seq_len, is_moe=cfg.moe.n_routed_experts > 0)
     return [*blocks, end]
 
@@ -133,10 +139,35 @@ def stages_of(layers: Sequence[Layers], pp: int, cluster: ClusterConfig) -> list
     Returns:
         The sum of each stage's layers.
     """
-    seconds = tuple(x.flops / cluster.matmul_efficiency + x.expert_flops / cluster.grouped_efficiency for x in layers)
-    ends = balance(seconds, pp)
+    ends = _ends(layers, pp, cluster)
     stages = [_total(layers[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
     return stages if pp > 1 else [replace(stages[0], copies=0)]  # one stage has every table itself
+
+
+def stage_bounds(exp: ExperimentConfig, pp: int) -> list[int]:
+    """Cut the model of an experiment into stages as its plan does.
+
+    Args:
+        exp: gives the model, the length of a sequence and the cluster.
+        pp: stages, at most n_layers + 1.
+
+    Returns:
+        For each stage the index after its last entry of `layers_of`; the last is n_layers + 1, and every stage has an
+        entry at least.
+    """
+    return _ends(layers_of(exp.model, exp.data.seq_len), pp, exp.cluster)
+
+
+def _ends(layers: Sequence[Layers], pp: int, cluster: ClusterConfig) -> list[int]:
+    seconds = tuple(x.flops / cluster.matmul_efficiency + x.expert_flops / cluster.grouped_efficiency for x in layers)
+    return balance(seconds, pp)
+
+
+def largest_gathered(cfg: ModelConfig, seq_len: int) -> int:
+    """Count the parameters of the largest of what ZeRO 3 gathers at once: a block, or a table."""
+    table = cfg.vocab_size * cfg.d_model
+    first, *others = (x.parameters for x in layers_of(cfg, seq_len)[:-1])
+    return max(table, first - table, *others)
 
 
 @functools.lru_cache(maxsize=256)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deepseek_exp.config import ActivationCheckpointing, AttentionKind, ExperimentConfig, ModelConfig, Precision
-from deepseek_exp.planner.layers import Layers
+from deepseek_exp.planner.layers import Layers, largest_gathered
 from deepseek_exp.topology import Degrees
 
 # assumption: what a GPU's memory holds of ours; the rest is the driver's, the links' buffers and gaps between tensors
@@ -25,6 +25,12 @@ class Layout:
     zero_stage: int
     micro_batch_seqs: int
     checkpointing: ActivationCheckpointing
+    sequence_parallel: bool = False
+
+    @property
+    def cut(self) -> int:
+        """Ways that the positions between the cut matrices are shared out."""
+        return self.degrees.tp if self.sequence_parallel else 1
 
     def n_micro_batches(self, global_batch_seqs: int) -> int:
         """Give the micro batches that one rank works on in a step."""
@@ -65,6 +71,8 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     optimizer's two moments in fp32, 8, and in bf16 the fp32 master weight, 4: 16 bytes in fp32 and 18 in bf16. ZeRO
     divides the optimizer's share (stage 1), also the gradients (2), also the weights (3) by dp / ep, the ranks that
     hold the same: Rajbhandari et al. 2020, "ZeRO", section 5 and figure 1 (there 16 bytes, with gradients in fp16).
+    Stage 3 has two blocks' weights gathered at a time, the one at work and the one fetched ahead: buffers, of the
+    largest block.
 
     In a 1F1B pipeline stage i of p keeps the activations of min(p - i, m) of the m micro batches (Narayanan et al.
     2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2).
@@ -81,30 +89,30 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     state = optimizer_bytes(exp)
     tokens = layout.micro_batch_seqs * exp.data.seq_len
     n_kept = min(d.pp - index, layout.n_micro_batches(exp.trainer.global_batch_seqs))
-    kept, once = _activations(m, stage, d.tp, e, layout.checkpointing)
+    kept, once = _activations(m, stage, layout, e)
+    gathered = 2 * e * largest_gathered(m, exp.data.seq_len) if zero >= 3 and shards > 1 else 0
     return Memory(
         weights=n * e / (shards if zero >= 3 else 1),
         gradients=n * 4 / (shards if zero >= 2 else 1),
         optimizer=n * state / (shards if zero >= 1 else 1),
         activations=tokens * (n_kept * kept + once),
-        buffers=tokens * stage.n_heads_out * (1 + stage.n_mtp) * _loss_bytes(m, d.tp),
+        buffers=gathered + tokens * stage.n_heads_out * (1 + stage.n_mtp) * _loss_bytes(m, d.tp),
     )
 
 
-def _activations(
-    m: ModelConfig, stage: Layers, tp: int, e: int, checkpointing: ActivationCheckpointing
-) -> tuple[float, float]:
+def _activations(m: ModelConfig, stage: Layers, layout: Layout, e: int) -> tuple[float, float]:
     """Give the bytes of a token that a stage keeps for the backward pass, of each micro batch and once."""
-    dense, moe = (block_activation_bytes(m, tp, e, is_moe=kind) for kind in (False, True))
-    ends = stage.n_heads_out * norm_bytes(m.d_model, e)
+    tp, cut = layout.degrees.tp, layout.cut
+    dense, moe = (block_activation_bytes(m, tp, e, cut, is_moe=kind) for kind in (False, True))
+    ends = stage.n_heads_out * norm_bytes(m.d_model, e, cut)
     ends += stage.n_mtp * (3 * norm_bytes(m.d_model, e) + 2 * m.d_model * e)
-    if checkpointing is ActivationCheckpointing.none:
+    if layout.checkpointing is ActivationCheckpointing.none:
         return stage.n_dense * dense + stage.n_moe * moe + ends, 0.0
     recomputed = max(dense if stage.n_dense else 0.0, moe if stage.n_moe else 0.0)
-    return (stage.n_dense + stage.n_moe) * m.d_model * e + ends, recomputed
+    return (stage.n_dense + stage.n_moe) * m.d_model * e / cut + ends, recomputed
 
 
-def block_activation_bytes(m: ModelConfig, tp: int, e: int, *, is_moe: bool) -> float:
+def block_activation_bytes(m: ModelConfig, tp: int, e: int, cut: int = 1, *, is_moe: bool) -> float:
     """Count the bytes of one token that a block keeps for its backward pass.
 
     Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.1, count the
@@ -112,7 +120,7 @@ def block_activation_bytes(m: ModelConfig, tp: int, e: int, *, is_moe: bool) -> 
     it on every tensor rank and the rest cut by tp (section 4.2.1). The same count for our blocks, with h = d_model,
     elements of e bytes, and per token:
 
-        2 norms of h                                                         see `norm_bytes`; on every rank
+        2 norms of h                                                         see `norm_bytes`; on every rank, or `cut`
         gqa        q, k, v, result (4 n_heads wide), input of wo (n_heads v)        e each, cut by tp
         mla        also the two latents' norms and the way up                      on every rank
         softmax    one fp32 number a head; no scores, since the attention is fused  4, cut by tp
@@ -123,16 +131,20 @@ def block_activation_bytes(m: ModelConfig, tp: int, e: int, *, is_moe: bool) -> 
                    router: input (h) and 3 rows of scores (n_routed_experts)        4 each, on every rank
 
     Keys and values are repeated for every query head before the kernel; there is no dropout. `wide` is the width that
-    the kernel gets q, k and v padded to. Sequence parallelism, which would cut the norms as well, is not counted on.
+    the kernel gets q, k and v padded to.
+
+    Sequence parallelism cuts the norms' inputs and the residual stream by tp too (section 4.2.2). Korthikanti et al.
+    cut the norms' results as well and gather them a second time for the backward pass; ours stay whole, as gathered.
 
     Args:
         m: the model.
         tp: tensor-parallel degree.
         e: bytes of an element.
+        cut: ways that the positions are shared out between the cut matrices: tp with sequence parallelism.
         is_moe: the block has experts.
     """
     h = m.d_model
-    wide, v, on_every_rank = m.head_dim, m.head_dim, 2.0 * norm_bytes(h, e)
+    wide, v, on_every_rank = m.head_dim, m.head_dim, 2 * norm_bytes(h, e, cut)
     if m.attention is AttentionKind.mla:
         wide, v = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
         on_every_rank += norm_bytes(m.kv_lora_rank, e) + (norm_bytes(m.q_lora_rank, e) if m.q_lora_rank else 0)
@@ -148,12 +160,13 @@ def block_activation_bytes(m: ModelConfig, tp: int, e: int, *, is_moe: bool) -> 
     return on_every_rank + cut / tp
 
 
-def norm_bytes(width: int, e: int) -> int:
+def norm_bytes(width: int, e: int, cut: int = 1) -> float:
     """Count what an RMSNorm saves: its input in fp32, the same normalised in fp32, and its result for the next matrix.
 
-    In fp32 the input is the residual stream itself, so 12 bytes an element; in bf16 it is a copy: 4 + 4 + 2.
+    In fp32 the input is the residual stream itself, so 12 bytes an element; in bf16 it is a copy: 4 + 4 + 2. Sequence
+    parallelism cuts the first two, `cut` ways.
     """
-    return (8 + e) * width
+    return (8 / cut + e) * width
 
 
 def _loss_bytes(m: ModelConfig, tp: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from deepseek_exp.config import ActivationCheckpointing, ExperimentConfig, Precision
 from deepseek_exp.layout import n_gpus
@@ -50,7 +51,7 @@ def _head(exp: ExperimentConfig, layout: Layout) -> Iterator[str]:
     )
     yield f"cluster   {c.n_nodes} x {c.gpus_per_node} {c.gpu}, {c.memory_bytes / GB:,.0f} GB each"
     n = layout.n_micro_batches(t.global_batch_seqs)
-    yield f"layout    {d.world_size:,} of {n_gpus(c):,} ranks: {_layout(layout)}; micro batches of a rank: {n:,}"
+    yield f"layout    {d.world_size:,} of {n_gpus(c):,} ranks: {describe(layout)}; micro batches of a rank: {n:,}"
 
 
 def _memory(exp: ExperimentConfig, plan: Plan) -> Iterator[str]:
@@ -81,7 +82,7 @@ def _verdict(exp: ExperimentConfig, plan: Plan, best: Sequence[Plan]) -> Iterato
     short = most / (USABLE * exp.cluster.memory_bytes)
     yield f"does not fit: the fullest stage needs {short:,.1f} times what a GPU has"
     if best:
-        yield f"what fits: {_overrides(best[0].layout)}"
+        yield f"what fits: {overrides(best[0].layout)}"
 
 
 def _traffic(exp: ExperimentConfig, plan: Plan) -> Iterator[str]:
@@ -93,7 +94,7 @@ def _traffic(exp: ExperimentConfig, plan: Plan) -> Iterator[str]:
 
 def _time(exp: ExperimentConfig, plan: Plan) -> Iterator[str]:
     s, seconds = plan.speed, plan.seconds
-    yield f"a step takes {_duration(s.step_seconds)}, of which"
+    yield f"a step takes {duration(s.step_seconds)}, of which"
     shares = dataclasses.asdict(seconds)
     yield "  " + ", ".join(f"{name} {value / seconds.step:.1%}" for name, value in shares.items() if value)
     d = plan.layout.degrees
@@ -118,11 +119,12 @@ def _best(exp: ExperimentConfig, best: Sequence[Plan]) -> Iterator[str]:
         x, s, d = plan.layout, plan.speed, plan.layout.degrees
         bubble = bubble_fraction(d.pp, x.n_micro_batches(exp.trainer.global_batch_seqs))
         cells = [d.dp, d.tp, d.pp, d.ep, x.zero_stage, x.micro_batch_seqs, x.checkpointing.value]
-        cells += [f"{max(m.total for m in plan.memory) / GB:,.2f}", f"{bubble:.0%}", _duration(s.step_seconds)]
+        cells += [f"{max(m.total for m in plan.memory) / GB:,.2f}", f"{bubble:.0%}", duration(s.step_seconds)]
         cells += [f"{s.mfu:.1%}", f"{s.tokens_per_second:,.0f}", f"{s.price_per_billion_tokens:,.0f}"]
         rows.append([str(cell) for cell in cells])
     yield from _table(rows)
-    yield f"take the first: {_overrides(best[0].layout)}"
+    yield "take the first by parallel=auto, or"
+    yield f"  {overrides(best[0].layout)}"
 
 
 def _hint(exp: ExperimentConfig) -> Iterator[str]:
@@ -139,31 +141,40 @@ def _hint(exp: ExperimentConfig) -> Iterator[str]:
     if found:
         s = found[0].speed
         yield f"with {' '.join(words)}: MFU {s.mfu:.1%}, {s.tokens_per_second:,.0f} tokens/s, by"
-        yield f"  {_overrides(found[0].layout)}"
+        yield f"  {overrides(found[0].layout)}"
     else:
         yield f"with {' '.join(words)}: nothing fits either"
 
 
 def _assumptions(exp: ExperimentConfig) -> Iterator[str]:
-    yield "predicted, not measured: nothing that is sent overlaps with computing, experts are loaded evenly, there is"
-    yield f"no sequence parallelism, {1 - USABLE:.0%} of the memory is not ours; the rest's sources are in conf/cluster"
-    if exp.parallel.zero_stage > 1:
-        yield "the memory of ZeRO 2 and 3 is without what is being gathered"
+    share = exp.cluster.overlap
+    hidden = f"{share:.0%} of what is sent but for tp's hides behind" if share else "nothing that is sent overlaps with"
+    yield f"predicted, not measured: {hidden} computing, experts are loaded evenly,"
+    yield f"{1 - USABLE:.0%} of the memory is not ours; the rest's sources are in conf/cluster. Not counted: loading"
+    yield "data, logging, validation, checkpoints, clipping, and of norms and loss what the efficiencies do not contain"
 
 
-def _layout(x: Layout) -> str:
+def describe(x: Layout) -> str:
+    """Name a layout in words."""
     d = x.degrees
+    sequence = ", sequence parallel" if x.sequence_parallel else ""
     recompute = ", blocks recomputed" if x.checkpointing is ActivationCheckpointing.full else ""
-    return f"dp {d.dp} x tp {d.tp} x pp {d.pp}, ep {d.ep}, ZeRO {x.zero_stage}{recompute}"
+    return f"dp {d.dp} x tp {d.tp} x pp {d.pp}, ep {d.ep}, ZeRO {x.zero_stage}{sequence}{recompute}"
 
 
-def _overrides(x: Layout) -> str:
-    d = x.degrees
-    return (
-        f"parallel.dp={d.dp} parallel.tp={d.tp} parallel.pp={d.pp} parallel.ep={d.ep} "
-        f"parallel.zero_stage={x.zero_stage} trainer.micro_batch_seqs={x.micro_batch_seqs} "
-        f"trainer.activation_checkpointing={x.checkpointing.value}"
-    )
+def keys_of(x: Layout) -> dict[str, Any]:
+    """Give the keys that ask for a layout, with their values."""
+    return {f"parallel.{name}": degree for name, degree in dataclasses.asdict(x.degrees).items()} | {
+        "parallel.zero_stage": x.zero_stage,
+        "parallel.sequence_parallel": x.sequence_parallel,
+        "trainer.micro_batch_seqs": x.micro_batch_seqs,
+        "trainer.activation_checkpointing": x.checkpointing.value,
+    }
+
+
+def overrides(x: Layout) -> str:
+    """Give what to type for a layout."""
+    return " ".join(f"{key}={str(value).lower()}" for key, value in keys_of(x).items())
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -179,5 +190,6 @@ def _count(n: float) -> str:
     return f"{n:,.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Write a time down."""
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:,.1f} ms"

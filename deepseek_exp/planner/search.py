@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from deepseek_exp.config import ActivationCheckpointing, ExperimentConfig
-from deepseek_exp.layout import degrees, illegal, n_gpus
+from deepseek_exp.layout import degrees, illegal, is_elementwise, n_gpus
 from deepseek_exp.planner.layers import Layers, layers_of, stages_of
 from deepseek_exp.planner.memory import USABLE, Layout, Memory, stage_memory
 from deepseek_exp.planner.speed import Seconds, Speed, speed
@@ -38,8 +38,8 @@ class Plan:
 
 def asked_layout(exp: ExperimentConfig) -> Layout:
     """Give the layout that a configuration asks for."""
-    t = exp.trainer
-    return Layout(degrees(exp), exp.parallel.zero_stage, t.micro_batch_seqs, t.activation_checkpointing)
+    t, p = exp.trainer, exp.parallel
+    return Layout(degrees(exp), p.zero_stage, t.micro_batch_seqs, t.activation_checkpointing, p.sequence_parallel)
 
 
 def make_plan(exp: ExperimentConfig, layout: Layout, layers: Sequence[Layers]) -> Plan:
@@ -62,7 +62,8 @@ def best_plans(exp: ExperimentConfig, count: int) -> list[Plan]:
 
     Tried are all dp x tp x pp that use the whole cluster, tp within a machine, every ep, micro batches as configured
     and of 1 sequence, and blocks recomputed as configured and all. Where no layout of that many ranks is legal (the
-    batch is too small), half as many are tried. ZeRO is as configured, at least stage 1, and 1 with a pipeline.
+    batch is too small), half as many are tried. ZeRO is 1, or any where data parallelism is alone; 0 where it cannot
+    cut what the optimizer keeps, and on one rank. Sequence parallelism is as configured, where there are tensor ranks.
 
     Args:
         exp: model, batch, precision, cluster.
@@ -97,11 +98,22 @@ def _may_fit(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]) ->
 
 def _layouts(exp: ExperimentConfig, world: int) -> Iterator[Layout]:
     """List the legal layouts of so many ranks."""
-    t, m = exp.trainer, exp.model
-    zero = max(1, exp.parallel.zero_stage)
-    micros = sorted({1, t.micro_batch_seqs})
+    t = exp.trainer
+    micros = sorted({1, t.micro_batch_seqs}, reverse=True)  # of equals the first is taken, the largest matrices
     kinds = sorted({t.activation_checkpointing, ActivationCheckpointing.full})
     by_micro = {n: dataclasses.replace(exp, trainer=dataclasses.replace(t, micro_batch_seqs=n)) for n in micros}
+    for d in _degrees(exp, world):
+        sequence = exp.parallel.sequence_parallel and d.tp > 1
+        for zero in _zero_stages(exp, d):
+            parallel = dataclasses.replace(exp.parallel, zero_stage=zero, sequence_parallel=sequence)
+            for n, variant in by_micro.items():
+                if next(illegal(dataclasses.replace(variant, parallel=parallel), d), None) is None:
+                    yield from (Layout(d, zero, n, kind, sequence) for kind in kinds)
+
+
+def _degrees(exp: ExperimentConfig, world: int) -> Iterator[Degrees]:
+    """List the ways to cut so many ranks, most of which are legal."""
+    m = exp.model
     for tp in divisors(math.gcd(world, m.n_heads)):
         if tp > exp.cluster.gpus_per_node:
             break
@@ -109,9 +121,12 @@ def _layouts(exp: ExperimentConfig, world: int) -> Iterator[Layout]:
             if pp > m.n_layers:
                 break
             dp = world // tp // pp
-            stage = dataclasses.replace(exp.parallel, zero_stage=1 if pp > 1 else zero)
             for ep in divisors(math.gcd(dp, m.moe.n_routed_experts) if m.moe.n_routed_experts else 1):
-                for n, variant in by_micro.items():
-                    d = Degrees(dp, tp, pp, ep)
-                    if next(illegal(dataclasses.replace(variant, parallel=stage), d), None) is None:
-                        yield from (Layout(d, stage.zero_stage, n, kind) for kind in kinds)
+                yield Degrees(dp, tp, pp, ep)
+
+
+def _zero_stages(exp: ExperimentConfig, d: Degrees) -> tuple[int, ...]:
+    """List the stages of ZeRO that are worth a try."""
+    if d.world_size == 1 or not is_elementwise(exp):
+        return (0,)
+    return (1, 2, 3) if d.dp == d.world_size and d.ep == 1 else (1,)

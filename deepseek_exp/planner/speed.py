@@ -24,7 +24,7 @@ class Seconds:
         compute: matrix products and attention of the slowest stage.
         recompute: activations computed again.
         tp: tensor-parallel collectives.
-        pp: sends between stages.
+        pp: sends between stages, what of them no computing hides; so are the next and data.
         ep: exchange with experts on other ranks.
         bubble: stages that wait for their first micro batch or have done their last.
         data: gradients and new weights between copies.
@@ -42,7 +42,7 @@ class Seconds:
 
     @property
     def step(self) -> float:
-        """All of them: none is taken to overlap with another, which is the cautious assumption."""
+        """All of them, one after the other."""
         return float(sum(dataclasses.astuple(self)))
 
 
@@ -62,28 +62,40 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     its slowest stage, (m + p - 1) t in all. Then gradients are shared out and the optimizer steps, at the pace of the
     stage with the most parameters.
 
-    compute = T / tp * (flops / (peak matmul_efficiency) + expert_flops / (peak grouped_efficiency)), T tokens on the
-    rank; a recomputed block adds its forward pass, a third of that. The optimizer reads gradient, weights and state and
-    writes the last two.
+    compute = T * (flops / (peak matmul_efficiency) + expert_flops / (peak grouped_efficiency)), T tokens and the FLOPs
+    of one on the rank; a recomputed block adds its forward pass, a third of that. Norms, activation functions, rotary
+    embedding, the softmax of the loss and the launch of kernels count no FLOPs: the efficiencies, which are those of
+    whole steps, are lower for it. The optimizer reads gradient, weights and state and writes the last two.
+
+    Of pp and ep the share `cluster.overlap` hides behind the computing of the same micro batches, and of data behind
+    that of the last one (ZeRO 2 and 3: of all); of tp, whose results the next matrix waits for, nothing does.
     """
     c, d = exp.cluster, layout.degrees
     e, n_micro = element_bytes(exp), layout.n_micro_batches(exp.trainer.global_batch_seqs)
-    peak = (c.peak_bf16_flops if exp.trainer.precision is Precision.bf16 else c.peak_fp32_flops) * d.tp
+    peak = c.peak_bf16_flops if exp.trainer.precision is Precision.bf16 else c.peak_fp32_flops
     tokens = n_micro * layout.micro_batch_seqs * exp.data.seq_len
     paces, data, optimizer = [], 0.0, 0.0
     touched = 4 + 2 * (e + optimizer_bytes(exp))  # bytes a parameter
     for index, stage in enumerate(stages):
-        compute = tokens / peak * (stage.flops / c.matmul_efficiency + stage.expert_flops / c.grouped_efficiency)
+        dense, experts = stage.flops_on_rank(d.tp), stage.expert_flops / d.tp
+        compute = tokens / peak * (dense / c.matmul_efficiency + experts / c.grouped_efficiency)
         again = compute / 3 if layout.checkpointing is ActivationCheckpointing.full else 0.0
         axes = axis_seconds(stage_traffic(exp, layout, stage, index), layout, c)
-        paces.append((compute, again, axes[Axis.tp], axes[Axis.pp], axes[Axis.ep]))
-        data = max(data, axes[Axis.data])
+        left = exposed(axes[Axis.pp] + axes[Axis.ep], compute + again, c.overlap)
+        paces.append((compute, again, axes[Axis.tp], left * axes[Axis.pp], left * axes[Axis.ep]))
+        hiding = compute if layout.zero_stage > 1 else compute / n_micro
+        data = max(data, axes[Axis.data] * exposed(axes[Axis.data], hiding, c.overlap))
         n = stage.dense_on_rank(d.tp, exp.model.n_kv_heads) + stage.experts_on_rank(d.tp, d.ep)
         shards = d.n_data if layout.zero_stage else 1
         optimizer = max(optimizer, n * touched / shards / c.memory_bandwidth)
     compute, again, tp, pp, ep = max(paces, key=sum)
     bubble = sum((compute, again, tp, pp, ep)) * (d.pp - 1) / n_micro
     return Seconds(compute, again, tp, pp, ep, bubble, data, optimizer)
+
+
+def exposed(seconds: float, computing: float, overlap: float) -> float:
+    """Give the share of a time of sending that is waited for: what is hidden lasts no longer than the computing."""
+    return 1 - min(overlap, computing / seconds) if seconds else 1.0
 
 
 @dataclass(frozen=True)

@@ -36,30 +36,39 @@ def stage_traffic(exp: ExperimentConfig, layout: Layout, stage: Layers, index: i
     recomputed (else 0), and m micro batches:
 
         tp  all-reduces of T h e: (2 + 2 + 2 r) a block and micro batch, after attention and after the feed-forward
-            network, forward and backward (Shoeybi et al. 2019, "Megatron-LM", section 3); 1 each for the two tables
+            network, forward and backward (Shoeybi et al. 2019, "Megatron-LM", section 3); 1 each for the two tables.
+            With sequence parallelism each is an all-gather and a reduce-scatter, of the same bytes in twice the
+            messages (Korthikanti et al. 2022, section 4.2.2). A sparse feed-forward network also gathers its gates,
+            T d_ff e, in each forward pass, 1 + r, to choose among all of them
         pp  T h e to the next stage and as much to the one before, a micro batch; every tensor rank sends the whole
-            (Narayanan et al. 2021, section 3.2, without their scatter and gather)
+            (Narayanan et al. 2021, section 3.2, without their scatter and gather), with sequence parallelism its part
         ep  all-to-alls of T top_k h e: (2 + 2 + 2 r) a block with experts and micro batch, to the experts and back,
             forward and backward; of each 1 / ep stays. Load is taken to be even
         ep  also an all-reduce of the fp32 gradients that are no expert's, once: part of how ep is folded into
             DeepSpeed's model axis (`topology.Degrees`)
-        data  gradients in fp32, once: all-reduce (ZeRO 0), or reduce-scatter and all-gather of the new weights
-            (ZeRO 1 and 2), or reduce-scatter and all-gathers of the weights for both passes of each micro batch
-            (ZeRO 3): Rajbhandari et al. 2020, "ZeRO", section 7
+        data  gradients in fp32: all-reduce once (ZeRO 0), or reduce-scatter once and all-gather of the new weights
+            (ZeRO 1), the reduce-scatter in each micro batch, as gradients are not kept whole (ZeRO 2), and in place of
+            the one all-gather one for both passes of each micro batch (ZeRO 3): Rajbhandari et al. 2020, "ZeRO",
+            section 7
     """
     d, m, e = layout.degrees, exp.model, element_bytes(exp)
     n_micro = layout.n_micro_batches(exp.trainer.global_batch_seqs)
     hidden = layout.micro_batch_seqs * exp.data.seq_len * m.d_model * e
     passes = 3 if layout.checkpointing is ActivationCheckpointing.full else 2
     n_tp = n_micro * (2 * passes * (stage.n_dense + stage.n_moe) + stage.n_heads_out + (index == 0))
+    n_gates = n_micro * (passes - 1) * stage.n_dense * (m.d_ff_active > 0)
+    gates = n_gates * ring_gather(layout.micro_batch_seqs * exp.data.seq_len * m.d_ff * e, d.tp)
     n_pp = n_micro * ((index < d.pp - 1) + (index > 0))
     n_ep = n_micro * 2 * passes * stage.n_moe
     dense = stage.dense_on_rank(d.tp, m.n_kv_heads)
     experts = stage.experts_on_rank(d.tp, d.ep)
     exchanged = n_ep * ring_gather(m.moe.top_k * hidden, d.ep) + ring_all_reduce(4 * dense, d.ep)
     return {
-        Axis.tp: Load(n_tp * ring_all_reduce(hidden, d.tp), n_tp * (d.tp > 1)),
-        Axis.pp: Load(n_pp * hidden, n_pp),
+        Axis.tp: Load(
+            n_tp * ring_all_reduce(hidden, d.tp) + gates,
+            (n_tp * (1 + layout.sequence_parallel) + n_gates) * (d.tp > 1),
+        ),
+        Axis.pp: Load(n_pp * hidden / layout.cut, n_pp),
         Axis.ep: Load(exchanged, (n_ep + 1) * (d.ep > 1)),
         Axis.data: _data_parallel(layout, dense + experts, e, n_micro),
     }
@@ -72,8 +81,10 @@ def _data_parallel(layout: Layout, n: float, e: int, n_micro: int) -> Load:
         return Load(0.0, 0)
     if layout.zero_stage == 0:
         return Load(ring_all_reduce(4 * n, shards), 1)
+    scatters = 1 if layout.zero_stage < 2 else n_micro
     gathers = 1 if layout.zero_stage < 3 else 2 * n_micro
-    return Load(ring_gather(4 * n, shards) + gathers * ring_gather(e * n, shards), 1 + gathers)
+    sent = scatters * ring_gather(4 * n, shards) + gathers * ring_gather(e * n, shards)
+    return Load(sent, scatters + gathers)
 
 
 def axis_seconds(loads: Mapping[Axis, Load], layout: Layout, cluster: ClusterConfig) -> dict[Axis, float]:

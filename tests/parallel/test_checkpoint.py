@@ -10,7 +10,8 @@ import torch
 
 from deepseek_exp.errors import CheckpointError
 from deepseek_exp.parallel import manifest
-from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, decode, encode, load_weights
+from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, load_weights
+from deepseek_exp.parallel.files import decode, encode
 
 
 def state(step: int, val_loss: float | None = None) -> dict:

@@ -15,10 +15,12 @@ def experiment(*overrides: str) -> ExperimentConfig:
     return composed("do=plan", *overrides)
 
 
-def layout(dp: int = 1, tp: int = 1, pp: int = 1, ep: int = 1, *, zero: int = 0, micro: int = 1, full=False) -> Layout:
+def layout(
+    dp: int = 1, tp: int = 1, pp: int = 1, ep: int = 1, *, zero: int = 0, micro: int = 1, full=False, sequence=False
+) -> Layout:
     """Give a layout; nothing is cut unless told."""
     kind = ActivationCheckpointing.full if full else ActivationCheckpointing.none
-    return Layout(Degrees(dp, tp, pp, ep), zero, micro, kind)
+    return Layout(Degrees(dp, tp, pp, ep), zero, micro, kind, sequence)
 
 
 def planned(exp: ExperimentConfig, how: Layout) -> Plan:

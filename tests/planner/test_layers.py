@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from deepseek_exp.planner import flops_per_token, parameters
-from deepseek_exp.planner.layers import balance, layers_of, stages_of
+from deepseek_exp.planner.layers import balance, largest_gathered, layers_of, stage_bounds, stages_of
 from tests.planner.test_cost import MLA, MODELS, MOE, SIZES, hand, model
 from tests.test_config import composed
 
@@ -95,3 +95,42 @@ class TestBalance:
 
 def slowest(costs, ends) -> float:
     return max(sum(costs[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+
+
+class TestStageBounds:
+    @pytest.mark.parametrize("pp", [1, 2, 3])
+    @pytest.mark.parametrize("name", ["v1_dense", "v3_moe"])
+    def test_they_cut_the_model_as_the_plan_does(self, name, pp):
+        exp = composed(f"model={name}", "size=small", "do=plan")
+        ends, layers = stage_bounds(exp, pp), layers_of(exp.model, exp.data.seq_len)
+        assert len(ends) == pp
+        assert ends[-1] == exp.model.n_layers + 1
+        parts = [layers[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+        assert all(parts)
+        stages = stages_of(layers, pp, exp.cluster)
+        assert [sum(x.flops for x in part) for part in parts] == pytest.approx([s.flops for s in stages])
+
+    def test_a_heavy_end_stands_alone(self):
+        """The output table of 128 x 32768 is worth more than four blocks of the tiny size."""
+        exp = composed("size=tiny", "model.vocab_size=32768", "model.n_layers=4", "do=plan")
+        assert stage_bounds(exp, 2) == [4, 5]
+
+
+def test_what_every_tensor_rank_has_whole_each_computes():
+    block = layers_of(hand(), 10)[1]
+    assert block.flops_on_rank(1) == block.flops
+    assert block.flops_on_rank(2) == (block.flops - 6 * 32) / 2 + 6 * 32
+
+
+def test_the_projection_of_multi_token_prediction_is_whole():
+    with_mtp, without = (layers_of(hand(n_mtp_layers=n), 10)[-1] for n in (1, 0))
+    assert with_mtp.whole - without.whole == 2 * 16**2 + 3 * 16 + 32  # projection, its norms, and those of its block
+
+
+@pytest.mark.parametrize(
+    ("moe", "vocab_size", "expected"),
+    [(None, 300, 4800), (None, 10, 2720), (MOE, 10, 1536 + 32 + 96 + 8 * 384)],
+    ids=["table", "block", "experts"],
+)
+def test_the_largest_that_zero_3_gathers(moe, vocab_size, expected):
+    assert largest_gathered(hand(moe, vocab_size=vocab_size), 10) == expected

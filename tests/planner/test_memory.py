@@ -9,6 +9,7 @@ from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.moe import MoE
 from deepseek_exp.planner import parameters
+from deepseek_exp.planner.layers import largest_gathered
 from deepseek_exp.planner.memory import block_activation_bytes
 from tests.planner.plan_parts import experiment, layout, planned
 
@@ -37,6 +38,12 @@ class TestStates:
         (m,) = planned(experiment(*DENSE), layout(dp=4, zero=zero)).memory
         n = parameters(experiment(*DENSE).model).total
         assert m.weights + m.gradients + m.optimizer == n * (16 - divided + divided / 4)
+
+    def test_zero_3_has_two_blocks_gathered(self):
+        exp = experiment(*DENSE)
+        (three,), (two,) = (planned(exp, layout(dp=4, zero=zero)).memory for zero in (3, 2))
+        assert three.buffers - two.buffers == 2 * 4 * largest_gathered(exp.model, 256)
+        assert planned(exp, layout(zero=3)).memory == planned(exp, layout(zero=2)).memory  # one rank gathers nothing
 
     def test_zero_shards_over_the_copies_of_an_expert(self):
         exp = experiment(*EXPERTS)
@@ -76,6 +83,20 @@ class TestLaws:
         exp = experiment(*model, "trainer.global_batch_seqs=64", "model.n_layers=16")
         kept, recomputed = (planned(exp, layout(pp=pp, full=full)).memory for full in (False, True))
         assert all(b.activations < a.activations for a, b in zip(kept, recomputed, strict=True))
+
+
+def test_sequence_parallelism_cuts_the_inputs_of_norms_and_the_residual_stream():
+    """Of 256 tokens and width 192 in fp32: 8 bytes of each norm, two a block and the last; where recomputed, 4 kept."""
+    exp = experiment(*DENSE)
+    hidden, n = 256 * 192, exp.model.n_layers
+
+    def saved(full):
+        off, on = (planned(exp, layout(tp=2, full=full, sequence=on)).memory[0] for on in (False, True))
+        assert (off.weights, off.gradients, off.optimizer) == (on.weights, on.gradients, on.optimizer)
+        return off.activations - on.activations
+
+    assert saved(full=False) == (2 * n + 1) * 8 * hidden / 2
+    assert saved(full=True) == (n * 4 + (1 + 2) * 8) * hidden / 2  # the block that is at work is recomputed
 
 
 def test_experts_are_shared_out_over_ep():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from deepseek_exp.layout import illegal
 from deepseek_exp.planner import report
 from deepseek_exp.planner.memory import USABLE
 from deepseek_exp.planner.search import asked_layout, best_plans
+from deepseek_exp.topology import Degrees
 from tests.planner.plan_parts import experiment, layout, planned
 from tests.runs import ROOT, run
 
@@ -35,6 +37,28 @@ class TestSearch:
             for ep in (1, dp):
                 other = planned(exp, layout(dp, tp, pp, ep, zero=1))
                 assert not other.fits or best.speed.step_seconds <= other.speed.step_seconds
+
+    def test_zero_is_cut_further_where_data_parallelism_is_alone(self):
+        exp = experiment("model=v4_distill", "size=7b", "cluster=h100_8", "trainer.precision=bf16")
+        exp = dataclasses.replace(exp, cluster=dataclasses.replace(exp.cluster, memory_bytes=4e10))
+        found = {(p.layout.zero_stage, p.layout.degrees) for p in best_plans(exp, 100)}
+        assert {zero for zero, d in found if d == Degrees(8, 1, 1, 1)} == {2, 3}
+        assert {zero for zero, d in found if d != Degrees(8, 1, 1, 1)} == {1}
+
+    @pytest.mark.parametrize("target", ["torch.optim.Adafactor", "torch.optim.LBFGS"])
+    def test_zero_is_left_out_where_it_cannot_cut_the_optimizer(self, target):
+        exp = experiment("cluster=h100_8", "optim=adafactor", f"optim.optimizer._target_={target}")
+        assert {p.layout.zero_stage for p in best_plans(exp, 100)} == {0}
+
+    def test_sequence_parallelism_is_as_configured_where_there_are_tensor_ranks(self):
+        exp = experiment("cluster=h100_8", "parallel=auto", "parallel.sequence_parallel=true")
+        plans = best_plans(exp, 100)
+        assert {p.layout.degrees.tp for p in plans} == {1, 2}
+        assert all(p.layout.sequence_parallel == (p.layout.degrees.tp > 1) for p in plans)
+
+    def test_of_equals_the_larger_micro_batch_comes_first(self):
+        (best,) = best_plans(experiment("cluster=h100_1"), 1)
+        assert best.layout.micro_batch_seqs == 8
 
     def test_fewer_ranks_where_the_batch_is_too_small_for_all(self):
         exp = experiment("model=v4_distill", "size=tiny", "cluster=h100_1024")
@@ -77,9 +101,9 @@ class TestReport:
         assert "\nfits\n" in text
         assert max(map(len, text.splitlines())) < 190
 
-    def test_zero_2_is_told_with_what_is_not_counted(self):
-        exp = experiment("parallel.zero_stage=2", "parallel.dp=2", "trainer.micro_batch_seqs=1")
-        assert report(exp).endswith("the memory of ZeRO 2 and 3 is without what is being gathered")
+    def test_the_overlap_is_told(self):
+        assert "nothing that is sent overlaps with computing" in report(experiment())
+        assert "50% of what is sent but for tp's hides behind computing" in report(experiment("cluster.overlap=0.5"))
 
 
 def test_the_command_answers_and_leaves_nothing_behind(tmp_path):

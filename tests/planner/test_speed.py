@@ -8,7 +8,7 @@ import pytest
 
 from deepseek_exp.planner import flops_per_token, parameters
 from deepseek_exp.planner.layers import layers_of
-from deepseek_exp.planner.speed import bubble_fraction
+from deepseek_exp.planner.speed import bubble_fraction, exposed
 from deepseek_exp.planner.traffic import Load, axis_seconds, ring_all_reduce, stage_traffic
 from deepseek_exp.topology import Axis
 from tests.planner.plan_parts import experiment, layout, planned
@@ -23,6 +23,10 @@ def traffic(exp, how):
     return [stage_traffic(exp, how, s, i) for i, s in enumerate(plan.stages)]
 
 
+def with_overlap(exp, share):
+    return dataclasses.replace(exp, cluster=dataclasses.replace(exp.cluster, overlap=share))
+
+
 class TestTraffic:
     def test_one_rank_sends_nothing(self):
         (loads,) = traffic(DENSE, layout())
@@ -35,6 +39,23 @@ class TestTraffic:
         (loads,) = traffic(DENSE, layout(tp=2, full=True))
         assert loads[Axis.tp].n_messages == 8 * (6 * 4 + 2)
 
+    def test_sequence_parallelism_sends_the_same_bytes_in_twice_the_messages(self):
+        (off,), (on,) = (traffic(DENSE, layout(tp=2, sequence=on)) for on in (False, True))
+        assert on[Axis.tp] == Load(off[Axis.tp].n_bytes, 2 * off[Axis.tp].n_messages)
+        sent = [traffic(DENSE, layout(tp=2, pp=2, sequence=on))[0][Axis.pp].n_bytes for on in (False, True)]
+        assert sent[0] == 2 * sent[1]
+
+    @pytest.mark.parametrize("full", [False, True])
+    def test_a_sparse_network_gathers_its_gates_in_each_forward_pass(self, full):
+        """Half of T d_ff e comes from the other rank, in each block; twice where blocks are recomputed."""
+        sparse = experiment("model=v2_5_sparse", "size=small", "trainer.global_batch_seqs=8", "cluster=h100_8")
+        whole = dataclasses.replace(sparse, model=dataclasses.replace(sparse.model, d_ff_active=0))
+        (a,), (b,) = (traffic(exp, layout(tp=2, full=full)) for exp in (sparse, whole))
+        n = 8 * sparse.model.n_layers * (1 + full)
+        assert a[Axis.tp].n_bytes - b[Axis.tp].n_bytes == n * 256 * sparse.model.d_ff * 4 / 2
+        assert a[Axis.tp].n_messages - b[Axis.tp].n_messages == n
+        assert traffic(sparse, layout())[0][Axis.tp] == Load(0, 0)
+
     def test_pipeline(self):
         """To the next stage and to the one before; the ends have one neighbour."""
         loads = [x[Axis.pp] for x in traffic(DENSE, layout(pp=3))]
@@ -43,7 +64,9 @@ class TestTraffic:
     def test_data_parallel(self):
         n = parameters(DENSE.model).total
         sent = [traffic(DENSE, layout(dp=4, zero=zero))[0][Axis.data].n_bytes / n for zero in (0, 1, 2, 3)]
-        assert sent == pytest.approx([2 * 3, 3 + 3, 3 + 3, 3 + 3 * 2 * 2])  # bytes a parameter; 2 micro batches a rank
+        assert sent == pytest.approx(
+            [2 * 3, 3 + 3, 3 * 2 + 3, 3 * 2 + 3 * 2 * 2]
+        )  # bytes a parameter; 2 micro batches a rank
 
     def test_expert_parallel(self):
         """An all-to-all to the experts and one back, in both passes; half of each stays."""
@@ -96,12 +119,39 @@ class TestSpeed:
         plan = planned(DENSE, layout(full=True))
         assert plan.seconds.recompute == pytest.approx(plan.seconds.compute / 3)
 
+    def test_what_every_tensor_rank_has_whole_is_not_faster(self):
+        """Of the latents' way down and the routers each tensor rank does all."""
+        one, two = (planned(EXPERTS, layout(tp=tp)).seconds.compute for tp in (1, 2))
+        (stage,) = planned(EXPERTS, layout()).stages
+        c, tokens = EXPERTS.cluster, 8 * 256
+        assert two - one / 2 == pytest.approx(
+            tokens * 6 * stage.whole / 2 / c.peak_fp32_flops / c.matmul_efficiency, rel=1e-6
+        )
+
     def test_the_bubble(self):
         assert bubble_fraction(1, 8) == 0
         assert bubble_fraction(4, 13) == 3 / 16
         s = planned(DENSE, layout(pp=4)).seconds
         in_pipeline = s.compute + s.tp + s.pp + s.ep
         assert s.bubble / (s.bubble + in_pipeline) == pytest.approx(bubble_fraction(4, 8))
+
+    @pytest.mark.parametrize(
+        ("seconds", "computing", "overlap", "left"),
+        [(2, 1, 0, 2), (2, 4, 0.75, 0.5), (2, 1, 0.75, 1), (2, 4, 1, 0), (0, 1, 1, 0)],
+    )
+    def test_what_is_hidden_lasts_no_longer_than_the_computing(self, seconds, computing, overlap, left):
+        assert seconds * exposed(seconds, computing, overlap) == left
+
+    def test_overlap_hides_all_but_what_tensor_ranks_send(self):
+        off, on = (
+            planned(with_overlap(EXPERTS, share), layout(dp=2, tp=2, pp=2, ep=2, zero=1)).seconds for share in (0, 0.5)
+        )
+        assert (on.compute, on.tp, on.optimizer) == (off.compute, off.tp, off.optimizer)
+        assert (on.pp, on.ep) == pytest.approx((off.pp / 2, off.ep / 2))
+        off, on = (planned(with_overlap(DENSE, share), layout(dp=2, zero=1)).seconds for share in (0, 1))
+        assert on.data == pytest.approx(max(0, off.data - off.compute / 4))  # one of four micro batches
+        off, on = (planned(with_overlap(DENSE, share), layout(dp=2, zero=3)).seconds for share in (0, 1))
+        assert on.data == pytest.approx(max(0, off.data - off.compute))
 
     @pytest.mark.parametrize(
         ("n_layers", "d_model", "n_heads", "gpus", "seqs", "dp", "pp", "teraflops"),

@@ -130,7 +130,8 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
         buffer.data = buffer.data.to(device)  # balance biases and counts keep their type
     if cfg.trainer.compile:
         model.compile()
-        model.forward_ahead = torch.compile(model.forward_ahead)  # type: ignore[method-assign]
+        if cfg.model.n_mtp_layers:  # which training then goes through
+            model.forward_ahead = torch.compile(model.forward_ahead)  # type: ignore[method-assign]
     return model
 
 

@@ -101,6 +101,21 @@ def test_errors(tmp_path):
         unload_module(Transformer(composed("size=tiny").model, TORCH), "law")
 
 
+def test_a_pack_is_whole_or_as_it_was_before(tmp_path, monkeypatch):
+    model, path = build(), tmp_path / "law"
+    save_module(model, "law", path)
+    before = path.read_bytes()
+
+    def full(tensors, path, metadata):
+        path.write_bytes(before[:100])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("deepseek_exp.serve.domain_packs.save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_module(model, "law", path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
 def test_a_file_that_is_no_pack(tmp_path):
     model = build()
     (tmp_path / "text").write_text("no pack, whatever its name says")

@@ -18,11 +18,21 @@ from deepseek_exp.config import ActivationCheckpointing, Device, Do, ExperimentC
 from deepseek_exp.data import PreparedData, TokenDataModule, prepare
 from deepseek_exp.errors import DeviceError, Problem
 from deepseek_exp.kernels import TORCH
+from deepseek_exp.layout import degrees
 from deepseek_exp.lit import LanguageModel
+from deepseek_exp.lit_stage import StageModel
 from deepseek_exp.models import Transformer, init_weights
+from deepseek_exp.models.transformer import initial_weight
 from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, load_weights
+from deepseek_exp.parallel.groups import Groups, connect, local_rank
+from deepseek_exp.parallel.rank_state import load_part
+from deepseek_exp.parallel.shards import open_state
+from deepseek_exp.parallel.stage import cut_model, set_weights
+from deepseek_exp.parallel.strategy import DeepSpeed3DStrategy
+from deepseek_exp.parallel.tensor import parallel_ops
 from deepseek_exp.planner import parameters
 from deepseek_exp.serve import load_release
+from deepseek_exp.topology import Axis
 from deepseek_exp.tracking import TrackedRun
 from deepseek_exp.tracking.logger import JournalLogger
 
@@ -57,7 +67,7 @@ def pick_device(device: Device) -> torch.device:
         raise DeviceError(
             Problem("device", device.value, f"{rule} ({torch.__version__})", "use device=cpu or device=auto")
         )
-    return torch.device("cuda", 0) if visible and device is not Device.cpu else torch.device("cpu")
+    return torch.device("cuda", local_rank()) if visible and device is not Device.cpu else torch.device("cpu")
 
 
 def check_memory(cfg: ExperimentConfig, device: torch.device) -> None:
@@ -95,22 +105,55 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
         weights: checkpoint folder to take the model's parameters from; None: from `init_from` or the seed.
     """
     device = pick_device(cfg.device)
+    if degrees(cfg).world_size > 1:
+        return _build_rank(cfg, device, weights)
     check_memory(cfg, device)
     set_up_torch(cfg)
     data = prepare(cfg.data)
     model = build_model(cfg, device, weights)
-    t = cfg.trainer
-    datamodule = TokenDataModule(
+    lit = LanguageModel(cfg, model, data.tokenizer.token_bytes, data.unigram_bits).to(device)
+    return Parts(device, data, _build_datamodule(cfg, data, device, None), lit)
+
+
+def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Parts:
+    """Do `build_parts` in one of several ranks; the strategy loads a checkpoint's weights once it is set up."""
+    connect(device)
+    set_up_torch(cfg)
+    groups = Groups(degrees(cfg), device, cfg.model.n_kv_heads or cfg.model.n_heads)
+    if local_rank() == 0:
+        prepare(cfg.data)  # the others of this host find it in the cache
+    groups.barrier()
+    data = prepare(cfg.data)
+    ops = TORCH
+    if groups.degrees.tp > 1:
+        ops = parallel_ops(TORCH, groups.axis[Axis.tp], groups.at.tp)
+    with torch.device("meta"):
+        recompute = cfg.trainer.activation_checkpointing is ActivationCheckpointing.full
+        whole = Transformer(cfg.model, ops, recompute_blocks=recompute)
+    part = cut_model(cfg, whole, groups)
+    if weights is not None:
+        load_part(part, open_state(weights))
+    else:
+        set_weights(part, lambda name, shape: initial_weight(name, shape, cfg.model, cfg.seed))
+    lit = StageModel(cfg, part, groups, data.tokenizer.token_bytes, data.unigram_bits)
+    return Parts(device, data, _build_datamodule(cfg, data, device, groups), lit)
+
+
+def _build_datamodule(
+    cfg: ExperimentConfig, data: PreparedData, device: torch.device, groups: Groups | None
+) -> TokenDataModule:
+    return TokenDataModule(
         data,
         cfg.data,
         seed=cfg.seed,
-        global_batch_seqs=t.global_batch_seqs,
-        micro_batch_seqs=t.micro_batch_seqs,
-        eval_batches=t.eval_batches,
+        global_batch_seqs=cfg.trainer.global_batch_seqs,
+        micro_batch_seqs=cfg.trainer.micro_batch_seqs,
+        eval_batches=cfg.trainer.eval_batches,
+        dp=groups.degrees.dp if groups is not None else 1,
+        dp_rank=groups.at.dp if groups is not None else 0,
+        fill_up=groups is not None,
         pin_memory=device.type == "cuda",
     )
-    lit = LanguageModel(cfg, model, data.tokenizer.token_bytes, data.unigram_bits)
-    return Parts(device, data, datamodule, lit.to(device))
 
 
 def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Transformer:
@@ -166,13 +209,19 @@ def build_trainer(
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     t = cfg.trainer
     metrics, checkpoints = Metrics(cfg), Checkpoints(cfg, run.run_dir)
+    folder_io, groups, strategy = FolderCheckpointIO(texts, run_id), None, "auto"
+    if isinstance(parts.lit, StageModel):
+        groups = parts.lit.groups
+        strategy = DeepSpeed3DStrategy(cfg, groups, parts.lit.part, parts.lit.stage_loss, folder_io)
     third_party = [instantiate(node, _recursive_=False, _convert_="all") for node in t.callbacks.values()]
     trainer = pl.Trainer(
         accelerator="gpu" if parts.device.type == "cuda" else "cpu",
-        devices=1,
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]) if groups is not None else 1,
+        num_nodes=groups.degrees.world_size // int(os.environ["LOCAL_WORLD_SIZE"]) if groups is not None else 1,
+        strategy=strategy,
         logger=JournalLogger(run),
         callbacks=[metrics, *third_party, Progress(cfg, metrics), checkpoints],
-        plugins=[FolderCheckpointIO(texts, run_id)],
+        plugins=[folder_io],
         max_epochs=-1,
         max_steps=t.max_steps,
         val_check_interval=t.eval_every_steps,

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.data import Batch
 from deepseek_exp.errors import Problem, UserError
-from deepseek_exp.models import Transformer
+from deepseek_exp.lit import LanguageModel
+from deepseek_exp.models.block import Block
 from deepseek_exp.moe import FeedForward, routing_metrics
 from deepseek_exp.parallel import manifest
 from deepseek_exp.planner import flops_per_token
@@ -69,8 +70,9 @@ class Metrics(Callback):
             self._since = (now, step)
             host = {"optim/lr": outputs["lr"], **self._host_metrics(trainer, pl_module, seconds, batch)}
             scalars = {n: outputs[n] for n in NAMES} | outputs["further"]
-            if layers := pl_module.model.routed_layers():
-                routing = routing_metrics(layers, labelled=bool(self.cfg.data.mixture))
+            counts = pl_module.routed_counts()
+            if counts is not None:
+                routing = routing_metrics(self.cfg.model.moe, counts, labelled=bool(self.cfg.data.mixture))
                 scalars |= {f"moe/{name}": value for name, value in routing.items()}
             copy, event = _to_host(torch.stack([v.double() for v in scalars.values()]))
             self.pending.append((step, list(scalars), copy, event, host))
@@ -86,7 +88,7 @@ class Metrics(Callback):
         then, before = self._since
         self._since = (then + time.perf_counter() - self._paused, before)
         if trainer.state.fn == "fit":
-            trainer.logger.log_metrics(_of_parts(pl_module.model, self.cfg), trainer.global_step)
+            trainer.logger.log_metrics(_of_parts(pl_module, self.cfg), trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what is queued."""
@@ -103,7 +105,7 @@ class Metrics(Callback):
         data = trainer.datamodule
         metrics = {
             "perf/step_seconds": seconds,
-            "perf/tokens_per_second": batch.tokens[:, 1:].numel() / seconds,
+            "perf/tokens_per_second": self.cfg.trainer.global_batch_seqs * (batch.tokens.shape[1] - 1) / seconds,
             "data/position": float(data.position),
             "data/epoch": data.position / data.n_train_sequences,
         }
@@ -129,19 +131,18 @@ class Metrics(Callback):
             trainer.logger.log_metrics(self.last, step)
 
 
-def _of_parts(model: Transformer, cfg: ExperimentConfig) -> dict[str, float]:
+def _of_parts(lit: LanguageModel, cfg: ExperimentConfig) -> dict[str, float]:
     """Give the cost of a token, how far the attention mask leans to its window, and how sparse the hidden units were.
 
     attn/gate is averaged over heads and in 0..1; 0.5 treats local and global keys alike.
     """
-    values = {"perf/flops_per_token": flops_per_token(cfg.model, cfg.data.seq_len)}
-    gates = [b.attention.gate for b in model.blocks if b.attention.gate is not None]
-    if gates:
-        values["attn/gate"] = torch.cat([g.detach().float().sigmoid() for g in gates]).mean().item()
-    if cfg.model.d_ff_active:
-        fractions = [m.active_fraction for m in model.modules() if isinstance(m, FeedForward) and m.d_ff_active]
-        values["ffn/active_fraction"] = torch.stack([f for f in fractions if f is not None]).mean().item()
-    return values
+    values: dict[str, float | None] = {"perf/flops_per_token": flops_per_token(cfg.model, cfg.data.seq_len)}
+    blocks = [m for m in lit.model.blocks if isinstance(m, Block)]
+    values["attn/gate"] = lit.mean([b.attention.gate.float().sigmoid() for b in blocks if b.attention.gate is not None])
+    sparse = [m for m in lit.model.modules() if isinstance(m, FeedForward) and m.d_ff_active]
+    fractions = [m.active_fraction for m in sparse if m.active_fraction is not None]
+    values["ffn/active_fraction"] = lit.mean(fractions)
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_finite(loss: float, step: int, cfg: ExperimentConfig) -> None:
@@ -248,19 +249,19 @@ class Checkpoints(Callback):
         if step >= t.max_steps:
             trainer.should_stop = True  # makes Lightning validate after this step, whatever the interval
         elif step % t.eval_every_steps:
-            self._save_if(trainer, step % t.checkpoint_every_steps == 0)
+            self._save_if(trainer, pl_module, step % t.checkpoint_every_steps == 0)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a validated step that is due, or the last one, also where another callback ends the training."""
         if trainer.state.fn == "fit":
             due = trainer.global_step % self.cfg.trainer.checkpoint_every_steps == 0
-            self._save_if(trainer, due or trainer.should_stop)
+            self._save_if(trainer, pl_module, due or trainer.should_stop)
 
-    def _save_if(self, trainer: pl.Trainer, due: bool) -> None:
-        step, signum = trainer.global_step, self.signum
-        if due or signum is not None:
+    def _save_if(self, trainer: pl.Trainer, pl_module: pl.LightningModule, due: bool) -> None:
+        step, signum = trainer.global_step, pl_module.agree(self.signum or 0)
+        if due or signum:
             self._save(trainer, step)
-        if signum is not None and step < self.cfg.trainer.max_steps:
+        if signum and step < self.cfg.trainer.max_steps:
             raise Stopped(signum, step)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
@@ -274,4 +275,5 @@ class Checkpoints(Callback):
             check_finite(self._loss.item(), step, self.cfg)
         self.saved = self.run_dir / manifest.FOLDER / manifest.checkpoint_name(step)
         trainer.save_checkpoint(self.saved)
-        manifest.prune(self.run_dir, self.cfg.trainer.keep_checkpoints)
+        if trainer.is_global_zero:
+            manifest.prune(self.run_dir, self.cfg.trainer.keep_checkpoints)

@@ -6,6 +6,7 @@ Shapes: sequences, seq (targets), vocab_size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -51,7 +52,7 @@ class LanguageModel(pl.LightningModule):
         self.register_buffer("domain_of_part", torch.tensor(of_part) if domains else None, persistent=False)
         self.val_sums = torch.zeros(4, dtype=torch.float64)  # nats, unigram bits, tokens, bytes
         self.val_part_sums = torch.zeros(len(cfg.data.mixture), 2, dtype=torch.float64)  # nats, tokens of each part
-        self.val_unlabelled_nats = 0.0
+        self.val_unlabelled_nats = torch.zeros((), dtype=torch.float64)
         self.val_loss: float | None = None  # of this very step
         self.steps_done = 0  # by the weights that are validated without training
         self._rng: dict[str, Any] | None = None
@@ -65,32 +66,46 @@ class LanguageModel(pl.LightningModule):
 
         Returns:
             Scalars on the device: loss (nats per token), nats and bytes of the step, grad_norm (before clipping),
-            further (metrics by name); and lr, the learning rate that the step was done with.
+            further (metrics by name); and lr, the learning rate that the step was done with. All are those of the whole
+            step, also where other ranks do a part of it.
         """
         self.val_loss = None
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         rows = self.cfg.trainer.micro_batch_seqs
-        micro_batches = list(zip(batch.tokens.split(rows), batch.part.split(rows), strict=True))
-        nats, mtp_loss = (torch.zeros((), device=batch.tokens.device) for _ in range(2))
+        micro_batches = [
+            Batch(tokens, part, rows)
+            for tokens, part in zip(batch.tokens.split(rows), batch.part.split(rows), strict=True)
+        ]
+        self.nats, self.mtp_loss = (torch.zeros((), device=batch.tokens.device) for _ in range(2))
+        self.bytes = self.token_bytes[batch.tokens[:, 1:]].sum()
         self.reset_counts()
-        for i, (tokens, part) in enumerate(micro_batches):
-            loss, nll, further, self.memories[i] = self.training_loss(tokens, part, self.memories.get(i))
-            self.manual_backward(loss / len(micro_batches))
-            nats += nll.detach().sum()
-            mtp_loss += further.detach() / len(micro_batches)
-        grad_norm = clip_gradients(optimizer.optimizer, self.cfg.optim.clip_norm)
         lr = float(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        optimizer.zero_grad()
+        grad_norm = self.do_step(optimizer, micro_batches)
+        self.share_step()
         self.update_biases()
         schedule.step()
+        n_seqs, seq_len = self.cfg.trainer.global_batch_seqs, batch.tokens.shape[1] - 1
         # here, since callbacks save before the module's own batch end
-        self.trainer.datamodule.advance(len(batch.tokens))
-        targets = batch.tokens[:, 1:]
-        n_bytes = self.token_bytes[targets].sum()
-        ahead = {"train/mtp_loss": mtp_loss} if self.cfg.model.n_mtp_layers else {}
-        loss = nats / targets.numel()
-        return {"loss": loss, "nats": nats, "bytes": n_bytes, "grad_norm": grad_norm, "lr": lr, "further": ahead}
+        self.trainer.datamodule.advance(n_seqs)
+        ahead = {"train/mtp_loss": self.mtp_loss} if self.cfg.model.n_mtp_layers else {}
+        loss = self.nats / (n_seqs * seq_len)
+        values = {"loss": loss, "nats": self.nats, "bytes": self.bytes, "grad_norm": grad_norm}
+        return {**values, "lr": lr, "further": ahead}
+
+    def do_step(self, optimizer: Any, micro_batches: list[Batch]) -> Tensor:
+        """Go forward and backward with each micro batch, clip, and step the optimizer; gives the gradients' norm."""
+        for i, batch in enumerate(micro_batches):
+            loss, nll, further, self.memories[i] = self.training_loss(batch.tokens, batch.part, self.memories.get(i))
+            self.manual_backward(loss / len(micro_batches))
+            self.nats += nll.detach().sum()
+            self.mtp_loss += further.detach() / len(micro_batches)
+        grad_norm = clip_gradients(optimizer.optimizer, self.cfg.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return grad_norm
+
+    def share_step(self) -> None:
+        """Make what was counted in a step that of all ranks; one alone has it."""
 
     def training_loss(
         self, tokens: Tensor, part: Tensor, memory: Tensor | None
@@ -107,8 +122,13 @@ class LanguageModel(pl.LightningModule):
             ahead (0 without multi-token prediction), and the memory to go on from.
         """
         nll, ahead, memory = self._nll(tokens, part, memory)
-        further = torch.stack([x.mean() for x in ahead]).mean() if ahead else torch.zeros((), device=tokens.device)
-        return nll.mean() + self.cfg.model.mtp_loss_weight * further, nll, further, memory
+        loss, further = self.weigh(nll, ahead)
+        return loss, nll, further, memory
+
+    def weigh(self, nll: Tensor, ahead: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Give the loss of the next tokens plus the weighted one of those further ahead, and the latter alone."""
+        further = torch.stack([x.mean() for x in ahead]).mean() if ahead else nll.new_zeros(())
+        return nll.mean() + self.cfg.model.mtp_loss_weight * further, further
 
     def reset_counts(self) -> None:
         """Start to count the experts' load anew."""
@@ -139,31 +159,51 @@ class LanguageModel(pl.LightningModule):
         """Start the sums, and a text of its own for the memory."""
         self.val_sums.zero_()
         self.val_part_sums.zero_()
-        self.val_unlabelled_nats = 0.0
+        self.val_unlabelled_nats.zero_()
         self.val_memory = None
         self.reset_counts()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one micro batch to the validation sums."""
+        """Add one micro batch to the validation sums; the routing of one that is filled up is not counted."""
+        self.evaluate(batch, self._add, count_routing=batch.n_counted == len(batch.tokens))
+        if self.domain_of_part is not None and self.cfg.data.mixture:
+            self.evaluate_unlabelled(batch)
+
+    def evaluate(self, batch: Batch, add: Callable[[Tensor, Batch], None], *, count_routing: bool) -> None:
+        """Go forward with a micro batch and hand over the nll of its next tokens.
+
+        Args:
+            batch: the micro batch.
+            add: takes the nll, (sequences, seq), and the batch.
+            count_routing: add what the mixtures of experts count.
+        """
+        counted = [layer.counts.clone() for layer in self.moe_layers]
+        self.forward_only(batch, add)
+        if not count_routing:
+            for layer, counts in zip(self.moe_layers, counted, strict=True):
+                layer.counts.copy_(counts)
+
+    def evaluate_unlabelled(self, batch: Batch) -> None:
+        """Add the loss of a micro batch whose domains the routers infer; its routing is not counted."""
+        self.evaluate(batch._replace(part=torch.full_like(batch.part, -1)), self._add_unlabelled, count_routing=False)
+
+    def forward_only(self, batch: Batch, add: Callable[[Tensor, Batch], None]) -> None:
+        """Give the nll of a micro batch to `add`."""
         nll, _, self.val_memory = self._nll(batch.tokens, batch.part, self.val_memory)
-        targets = batch.tokens[:, 1:]
+        add(nll, batch)
+
+    def _add(self, nll: Tensor, batch: Batch) -> None:
+        nll, targets = nll[: batch.n_counted], batch.tokens[: batch.n_counted, 1:]
         nats = nll.sum(dtype=torch.float64)
         unigram, n_bytes = self.unigram_bits[targets].sum(), self.token_bytes[targets].sum()
         self.val_sums += torch.stack([nats, unigram, torch.ones_like(targets).sum(), n_bytes]).cpu()
-        if self.domain_of_part is not None and self.cfg.data.mixture:
-            self.val_unlabelled_nats += self._unlabelled_nats(batch)
         if self.cfg.data.mixture:
             by_sequence = nll.sum(1, dtype=torch.float64)  # (sequences,)
             sums = torch.stack([by_sequence, torch.full_like(by_sequence, targets.shape[1])], 1)  # (sequences, 2)
-            self.val_part_sums.index_add_(0, batch.part.cpu(), sums.cpu())
+            self.val_part_sums.index_add_(0, batch.part[: batch.n_counted].cpu(), sums.cpu())
 
-    def _unlabelled_nats(self, batch: Batch) -> float:
-        """Give the loss of a micro batch whose domains the routers infer, summed; its routing is not counted."""
-        counted = [layer.counts.clone() for layer in self.moe_layers]
-        nll, _, _ = self._nll(batch.tokens, torch.full_like(batch.part, -1), None)  # mixtures have no memory
-        for layer, counts in zip(self.moe_layers, counted, strict=True):
-            layer.counts.copy_(counts)
-        return nll.sum(dtype=torch.float64).item()
+    def _add_unlabelled(self, nll: Tensor, batch: Batch) -> None:
+        self.val_unlabelled_nats += nll[: batch.n_counted].sum(dtype=torch.float64).cpu()
 
     def on_validation_epoch_end(self) -> None:
         """Log what the validation measured under the number of steps done.
@@ -171,6 +211,7 @@ class LanguageModel(pl.LightningModule):
         Loss (nats per token), bits per byte, and the bits per byte of a unigram model on the same tokens; of a mixture
         also the loss of each part, of which the overall loss is the mean by the tokens that each was served with.
         """
+        self.share_validation()
         nats, unigram, tokens, n_bytes = self.val_sums.tolist()
         self.val_loss = nats / tokens
         values = {
@@ -182,16 +223,37 @@ class LanguageModel(pl.LightningModule):
             if part_tokens:
                 values[f"val/loss/{name}"] = part_nats / part_tokens
         if self.val_unlabelled_nats:
-            values["val/loss_without_labels"] = self.val_unlabelled_nats / tokens
-        if used := self.model.routed_layers():
-            routing = routing_metrics(used)
+            values["val/loss_without_labels"] = float(self.val_unlabelled_nats) / tokens
+        counts = self.routed_counts()
+        if counts is not None:
+            routing = routing_metrics(self.cfg.model.moe, counts)
             values |= {f"val/{name}": float(routing[name]) for name in ("max_violation", "utilisation")}
         self.log_dict(values, logger=False)  # for callbacks; Lightning's own logging counts steps from 0
         self.trainer.logger.log_metrics(values, self.trainer.global_step or self.steps_done)
 
+    def share_validation(self) -> None:
+        """Make what was counted in a validation that of all ranks; one alone has it."""
+
+    def routed_counts(self) -> Tensor | None:
+        """Give what the mixtures of experts of the blocks counted, (layers, experts + COUNTS); None without any."""
+        layers = self.model.routed_layers()
+        return torch.stack([layer.counts for layer in layers]) if layers else None
+
+    def agree(self, value: int) -> int:
+        """Give the largest of all ranks' values."""
+        return value
+
+    def mean(self, values: list[Tensor]) -> float | None:
+        """Average the elements of tensors, those of all ranks; None: there is none."""
+        return torch.cat([v.detach().float().flatten() for v in values]).mean().item() if values else None
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Make the optimizer, over fp32 masters of bf16 weights."""
+        return build_optimizer(self.cfg.optim, self.model)
+
     def configure_optimizers(self) -> Any:
         """Make the optimizer and the per-step schedule."""
-        optimizer = build_optimizer(self.cfg.optim, self.model)
+        optimizer = self.make_optimizer()
         warmup, ratio, steps = self.cfg.optim.warmup_steps, self.cfg.optim.min_lr_ratio, self.cfg.trainer.max_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, warmup, steps, ratio))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
@@ -218,7 +280,7 @@ class LanguageModel(pl.LightningModule):
             Of each next token, (sequences, seq); in training, of the token k + 1 ahead, (sequences, seq - k), for each
             depth k of multi-token prediction; and the memory to go on from.
         """
-        domain = None if self.domain_of_part is None else self.domain_of_part[part]
+        domain = self.domain(part)
         ahead: list[Tensor] = []
         if self.cfg.model.memory_len:
             memory = self.model.empty_memory(len(tokens)) if memory is None else memory
@@ -227,6 +289,14 @@ class LanguageModel(pl.LightningModule):
             logits, ahead = self.model.forward_ahead(tokens, domain)
         else:
             logits = self.model(tokens[:, :-1], domain=domain)
+        return *self.cross_entropies(logits, ahead, tokens), memory
+
+    def domain(self, part: Tensor) -> Tensor | None:
+        """Give the domain of each sequence, (sequences,), -1 where it is not known; None: the model has none."""
+        return None if self.domain_of_part is None else self.domain_of_part[part]
+
+    def cross_entropies(self, logits: Tensor, ahead: list[Tensor], tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Give the nll of each next token (sequences, seq), and of those further ahead (sequences, seq - k)."""
         cross_entropy = self.model.ops.cross_entropy
         further = [cross_entropy(x, tokens[:, k + 1 :]) for k, x in enumerate(ahead, start=1)]
-        return cross_entropy(logits, tokens[:, 1:]), further, memory
+        return cross_entropy(logits, tokens[:, 1:]), further

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deepseek_exp.config import OptimConfig
 
 
-def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(cfg: OptimConfig, model: nn.Module, *, masters: bool = True) -> torch.optim.Optimizer:
     """Make the optimizer that the configuration names, over fp32 masters when the weights are bf16.
 
     Matrices decay with cfg.weight_decay, vectors (norm scales, gates) do not. The groups know the parameters' names, so
@@ -22,6 +22,7 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
     Args:
         cfg: class, learning rate and decay.
         model: its parameters are trained.
+        masters: work on fp32 copies of bf16 weights; without, another does that.
 
     Returns:
         The optimizer.
@@ -36,7 +37,8 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return instantiate(cfg.optimizer, _partial_=True, _recursive_=False, _convert_="all")(groups, lr=cfg.lr)
 
-    return MasterWeights(groups, make) if any(p.dtype == torch.bfloat16 for _, p in params) else make(groups)
+    needed = masters and any(p.dtype == torch.bfloat16 for _, p in params)
+    return MasterWeights(groups, make) if needed else make(groups)
 
 
 class MasterWeights(torch.optim.Optimizer):

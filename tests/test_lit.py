@@ -99,7 +99,8 @@ def test_the_loss_without_labels_lets_the_routers_infer_and_counts_nothing(tmp_p
     with torch.no_grad():
         for layer in lit.moe_layers:
             layer.experts.w_down.mul_(50)  # so that the experts decide
-        nats = lit._unlabelled_nats(Batch(tokens, torch.tensor([0, 1])))
+        lit.evaluate_unlabelled(Batch(tokens, torch.tensor([0, 1]), 2))
+        nats = float(lit.val_unlabelled_nats)
         expected, labelled = (
             torch.nn.functional.cross_entropy(x.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
             for x in (lit.model(tokens[:, :-1]), lit.model(tokens[:, :-1], domain=torch.tensor([0, 3])))
@@ -108,5 +109,5 @@ def test_the_loss_without_labels_lets_the_routers_infer_and_counts_nothing(tmp_p
     assert nats != pytest.approx(labelled, rel=1e-4)
     lit.reset_counts()
     with torch.no_grad():
-        lit._unlabelled_nats(Batch(tokens, torch.tensor([0, 1])))
+        lit.evaluate_unlabelled(Batch(tokens, torch.tensor([0, 1]), 2))
     assert all(layer.counts.sum() == 0 for layer in lit.moe_layers)

@@ -19,6 +19,8 @@ from deepseek_exp.data.shards import Shard
 from deepseek_exp.data.stream import Contiguous, Mixed, Shuffled
 from deepseek_exp.errors import DataError, Problem
 
+FILLER = -1  # in place of a sequence's number: a row that only fills up
+
 
 class Batch(NamedTuple):
     """Sequences, and where they come from.
@@ -26,18 +28,21 @@ class Batch(NamedTuple):
     Attributes:
         tokens: (sequences, seq_len + 1) int64.
         part: (sequences,) int64, index of each one's part in the order of data.mixture; -1 where there is no mixture.
+        n_counted: in validation, the sequences that count; those after them only fill the batch up.
     """
 
     tokens: torch.Tensor
     part: torch.Tensor
+    n_counted: int
 
 
 class TokenDataModule(LightningDataModule):
     """Serves training and validation batches.
 
     A batch of training is all the sequences of one optimizer step; its rows are the sequences at the global indices
-    position .. position + global_batch_seqs - 1 (stream.py). The loader does not know what was trained on: the
-    training loop calls `advance` for each step, before a checkpoint of that step is taken. (In Lightning that is in
+    position .. position + global_batch_seqs - 1 (stream.py). Of several data-parallel ranks each has an equal run of
+    these rows, so a step consists of the same sequences whatever dp is. The loader does not know what was trained on:
+    the training loop calls `advance` for each step, before a checkpoint of that step is taken. (In Lightning that is in
     `training_step` or `optimizer_step`; callbacks run ahead of the module's `on_train_batch_end`.)
 
     Attributes:
@@ -54,6 +59,9 @@ class TokenDataModule(LightningDataModule):
         global_batch_seqs: int,
         micro_batch_seqs: int,
         eval_batches: int,
+        dp: int = 1,
+        dp_rank: int = 0,
+        fill_up: bool = False,
         pin_memory: bool = False,
     ) -> None:
         """Prepare to serve; nothing is read yet.
@@ -65,6 +73,9 @@ class TokenDataModule(LightningDataModule):
             global_batch_seqs: rows of a training batch.
             micro_batch_seqs: rows of a validation batch.
             eval_batches: batches of one validation; 0: all of them.
+            dp: data-parallel ranks.
+            dp_rank: this one's place among them.
+            fill_up: make all validation batches of one size, and equally many for each rank.
             pin_memory: put batches into page-locked memory, for a GPU.
 
         Raises:
@@ -77,7 +88,7 @@ class TokenDataModule(LightningDataModule):
         self.n_train_sequences = self._train.n_sequences
         self._n_workers, self._pin_memory = cfg.n_workers, pin_memory
         self._global_batch_seqs, self._micro_batch_seqs = global_batch_seqs, micro_batch_seqs
-        self._eval_batches = eval_batches
+        self._eval_batches, self._dp, self._dp_rank, self._fill_up = eval_batches, dp, dp_rank, fill_up
         self._is_contiguous = cfg.order is Order.contiguous
         if self._is_contiguous:
             _check_lanes("train", self._train, "trainer.global_batch_seqs", global_batch_seqs)
@@ -90,10 +101,11 @@ class TokenDataModule(LightningDataModule):
             self._order = Shuffled(self._train.n_sequences, seed)
 
     def train_dataloader(self) -> DataLoader:
-        """Serve batches of global_batch_seqs sequences without end, from `position` on."""
+        """Serve this rank's share of global_batch_seqs sequences without end, from `position` on."""
         if self._n_workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns at each fork
-        steps = _Steps(self._order, self._global_batch_seqs, lambda: self.position)
+        share = self._global_batch_seqs // self._dp
+        steps = _Steps(self._order, self._global_batch_seqs, self._dp_rank * share, share, lambda: self.position)
         return self._loader(self._train, steps, self._n_workers)
 
     def val_dataloader(self) -> DataLoader:
@@ -106,19 +118,32 @@ class TokenDataModule(LightningDataModule):
 
         The parts of a mixture come one after the other, no batch holds two of them, and each has an equal number of
         the eval_batches, whatever its weight: the first parts one more when they do not divide, and each one at least.
+
+        Several data-parallel ranks take turns. With fill_up what is missing to full batches, equally many for each,
+        is made up by rows that do not count.
         """
+        return self._loader(self._valid, self._share(self._val_batches()), 0)
+
+    def _val_batches(self) -> list[list[int]]:
         rows, n_parts = self._micro_batch_seqs, len(self._valid.sizes)
         if self._is_contiguous:
             n, order = self._valid.n_sequences, Contiguous(self._valid.n_sequences, rows)
             batches = [[order.sequence_at(g) for g in range(s * rows, (s + 1) * rows)] for s in range(n // rows)]
-            return self._loader(self._valid, batches[: self._eval_batches or None], 0)
+            return batches[: self._eval_batches or None]
         batches = []
         for part, (start, n) in enumerate(zip(self._valid.starts, self._valid.sizes, strict=True)):
             n_batches = max(1, (self._eval_batches + n_parts - 1 - part) // n_parts)
             n_taken = min(n, n_batches * rows) if self._eval_batches else n
             taken = [start + i * n // n_taken for i in range(n_taken)]
             batches += [taken[i : i + rows] for i in range(0, n_taken, rows)]
-        return self._loader(self._valid, batches, 0)
+        return batches
+
+    def _share(self, batches: list[list[int]]) -> list[list[int]]:
+        """Take this rank's turns."""
+        if self._fill_up:
+            batches = batches + [[]] * (-len(batches) % self._dp)
+            batches = [batch + [FILLER] * (self._micro_batch_seqs - len(batch)) for batch in batches]
+        return batches[self._dp_rank :: self._dp]
 
     def advance(self, n: int) -> None:
         """Count n more sequences as consumed."""
@@ -145,14 +170,16 @@ class TokenDataModule(LightningDataModule):
 
 
 class _Steps(Sampler[list[int]]):
-    """The sequences of each optimizer step, without end, from the position that `position()` gives at the start."""
+    """A share of the sequences of each optimizer step, without end, from what `position()` gives at the start on."""
 
-    def __init__(self, order: Contiguous | Mixed | Shuffled, rows: int, position: Callable[[], int]) -> None:
-        self._order, self._rows, self._position = order, rows, position
+    def __init__(
+        self, order: Contiguous | Mixed | Shuffled, rows: int, first: int, share: int, position: Callable[[], int]
+    ) -> None:
+        self._order, self._rows, self._first, self._share, self._position = order, rows, first, share, position
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in itertools.count(self._position(), self._rows):
-            yield [self._order.sequence_at(index) for index in range(start, start + self._rows)]
+        for start in itertools.count(self._position() + self._first, self._rows):
+            yield [self._order.sequence_at(index) for index in range(start, start + self._share)]
 
 
 class _Sequences(Dataset[Batch]):
@@ -176,15 +203,16 @@ class _Sequences(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         if self._tokens is None:
             self._tokens = [shard.open() for shard in self._shards]
-        rows = np.empty((len(indices), self._seq_len + 1), dtype=np.int64)
+        rows = np.zeros((len(indices), self._seq_len + 1), dtype=np.int64)
         parts = np.full(len(indices), -1, dtype=np.int64)
-        for i, index in enumerate(indices):
+        counted = [index for index in indices if index != FILLER]
+        for i, index in enumerate(counted):
             part = bisect_right(self.starts, index) - 1
             start = (index - self.starts[part]) * self._seq_len
             rows[i] = self._tokens[part][start : start + self._seq_len + 1]
             if self._labelled:
                 parts[i] = part
-        return Batch(torch.from_numpy(rows), torch.from_numpy(parts))
+        return Batch(torch.from_numpy(rows), torch.from_numpy(parts), len(counted))
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process without the map, whose tokens would be copied."""

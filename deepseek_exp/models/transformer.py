@@ -45,7 +45,11 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the logits (batch, seq, vocab_size) of (batch, seq, d_model)."""
-        return nn.functional.linear(self.norm(x), self.weight)
+        return self.project(self.norm(x))
+
+    def project(self, h: Tensor) -> Tensor:
+        """Give the logits of what is normalised already."""
+        return nn.functional.linear(h, self.weight)
 
 
 class Transformer(nn.Module):
@@ -96,7 +100,7 @@ class Transformer(nn.Module):
             (batch, seq - k, vocab_size).
         """
         x = self._hidden(tokens[:, :-1], None, domain)  # (batch, seq, d_model)
-        return self.head(x), self._ahead(x, tokens, domain)
+        return self.head(x), self.ahead(x, tokens, domain)
 
     def forward_segment(
         self, tokens: Tensor, memory: Tensor, domain: Tensor | None = None
@@ -121,8 +125,29 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             kept.append(torch.cat([memory[i], x.detach()], dim=1)[:, -self.cfg.memory_len :])
             x = block(x, memory[i], None, domain)
-        ahead = self._ahead(x, tokens, domain) if self.training else []
+        ahead = self.ahead(x, tokens, domain) if self.training else []
         return self.head(x), ahead, torch.stack(kept)
+
+    def ahead(self, h: Tensor, tokens: Tensor, domain: Tensor | None) -> list[Tensor]:
+        """Give the logits of the tokens further ahead.
+
+        Args:
+            h: (batch, seq, d_model), what the last block gives.
+            tokens: (batch, seq + 1).
+            domain: as in `forward`.
+
+        Returns:
+            For depth k = 1 .. n_mtp_layers those of the token k + 1 ahead, (batch, seq - k, vocab_size).
+        """
+        logits = []
+        h = self.head.norm(h) if self.mtp else h
+        for k, module in enumerate(self.mtp, start=1):
+            # h sees tokens up to its own position + k - 1, this depth is given the next one
+            h = module(
+                h[:, : tokens.shape[1] - 1 - k], self.embedding(tokens[:, k:-1]), domain
+            )  # (batch, seq - k, ...)
+            logits.append(self.head.project(h))
+        return logits
 
     def routed_layers(self) -> list[MoE]:
         """List the mixtures of experts of the blocks."""
@@ -142,17 +167,6 @@ class Transformer(nn.Module):
             x = block(x, None, caches[i] if caches is not None else None, domain)
         return x
 
-    def _ahead(self, h: Tensor, tokens: Tensor, domain: Tensor | None) -> list[Tensor]:
-        logits = []
-        h = self.head.norm(h) if self.mtp else h
-        for k, module in enumerate(self.mtp, start=1):
-            # h sees tokens up to its own position + k - 1, this depth is given the next one
-            h = module(
-                h[:, : tokens.shape[1] - 1 - k], self.embedding(tokens[:, k:-1]), domain
-            )  # (batch, seq - k, ...)
-            logits.append(nn.functional.linear(h, self.head.weight))
-        return logits
-
 
 def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
     """Set every weight from its name and the seed alone, so that any layout of the model starts equal.
@@ -166,16 +180,17 @@ def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
         cfg: gives init_std and n_layers.
         seed: the experiment's seed.
     """
-    residual_std = cfg.init_std / (2 * cfg.n_layers) ** 0.5
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith("norm.weight"):
-                p.fill_(1.0)
-            elif p.ndim == 1:
-                p.zero_()
-            else:
-                std = residual_std if name.endswith(RESIDUAL) else cfg.init_std
-                p.copy_(torch.randn(p.shape, generator=_generator(seed, name)) * std)
+            p.copy_(initial_weight(name, p.shape, cfg, seed))
+
+
+def initial_weight(name: str, shape: Sequence[int], cfg: ModelConfig, seed: int) -> Tensor:
+    """Draw one whole parameter; see `init_weights`."""
+    if len(shape) == 1:
+        return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
+    std = cfg.init_std / (2 * cfg.n_layers) ** 0.5 if name.endswith(RESIDUAL) else cfg.init_std
+    return torch.randn(shape, generator=_generator(seed, name)) * std
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -76,7 +76,7 @@ class LocalDispatcher:
         """Add up each token's rows with its weights: (tokens, d_model)."""
         if sent.kept_R is not None:
             y_RD = torch.where(sent.kept_R[:, None], y_RD, 0)  # rows that no expert worked on are undefined
-        y_TKD = _Reorder.apply(y_RD, sent.inverse_R, sent.order_R).unflatten(0, weights_TK.shape)
+        y_TKD = reorder(y_RD, sent.inverse_R, sent.order_R).unflatten(0, weights_TK.shape)
         return (weights_TK[:, None].to(y_TKD.dtype) @ y_TKD).squeeze(1)  # (tokens, d_model)
 
 
@@ -84,6 +84,11 @@ def ends_of(sorted_ids: Tensor, n: int) -> Tensor:
     """Give for each of the ids 0..n-1 how many of the (..., ids) sorted ids are not greater: (..., n), int64."""
     wanted = torch.arange(n, device=sorted_ids.device).expand(*sorted_ids.shape[:-1], n).contiguous()
     return torch.searchsorted(sorted_ids, wanted, right=True)
+
+
+def reorder(y_RD: Tensor, to_R: Tensor, back_R: Tensor) -> Tensor:
+    """Give rows in another order, of which back_R is the inverse; the gradient is gathered by that, not scattered."""
+    return _Reorder.apply(y_RD, to_R, back_R)
 
 
 class _Gather(torch.autograd.Function):

@@ -5,17 +5,15 @@ Suffixes of tensors: L layers, E routed experts, N domains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from deepseek_exp.config import Balance
-from deepseek_exp.moe.layer import COUNTS, MoE
+from deepseek_exp.config import Balance, MoEConfig
+from deepseek_exp.moe.layer import COUNTS
 from deepseek_exp.moe.router import mean_load
 
 
-def routing_metrics(layers: Sequence[MoE], *, labelled: bool = False) -> dict[str, Tensor]:
+def routing_metrics(cfg: MoEConfig, counts: Tensor, *, labelled: bool = False) -> dict[str, Tensor]:
     """Measure the routing since the counts were reset.
 
     With the load factor = load / mean load of an expert (of its domain, where there are domains): load_factor_max is
@@ -24,14 +22,13 @@ def routing_metrics(layers: Sequence[MoE], *, labelled: bool = False) -> dict[st
     layers; load_cv = standard deviation / mean, mean over layers.
 
     Args:
-        layers: alike in their configuration; each saw tokens.
+        cfg: of the layers.
+        counts: (layers, experts + COUNTS), what each layer counted; each saw tokens.
         labelled: the text has labels of domains, so that the classifiers can be measured.
 
     Returns:
-        Name after moe/ -> scalar on the layers' device.
+        Name after moe/ -> scalar on the device of the counts.
     """
-    cfg = layers[0].cfg
-    counts = torch.stack([layer.counts for layer in layers])  # (layers, experts + COUNTS)
     load_LE = counts[:, : cfg.n_routed_experts]
     rest = dict(zip(COUNTS, counts[:, cfg.n_routed_experts :].unbind(1), strict=True))
     mean_LE = mean_load(load_LE, max(1, len(cfg.domains)))

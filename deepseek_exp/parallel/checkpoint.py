@@ -110,10 +110,15 @@ class FolderCheckpointIO(CheckpointIO):
 
 def begin(target: Path) -> Path:
     """Make the empty folder that the checkpoint `target` is written to until it is whole."""
-    folder = target.with_name(f".{target.name}.part")
+    folder = part_folder(target)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
+
+
+def part_folder(target: Path) -> Path:
+    """Name the folder that the checkpoint `target` is written to until it is whole."""
+    return target.with_name(f".{target.name}.part")
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,0 +1,104 @@
+"""Expert parallelism: rows travel to the rank that has their expert, and back.
+
+Suffixes of tensors: T tokens, K experts of a token, E routed experts of all ranks, L experts of one rank, P ranks,
+S rows sent by this rank, R rows that this rank's experts work on, D d_model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepseek_exp.moe.dispatch import Dispatched, LocalDispatcher, reorder
+
+
+class Exchanged(NamedTuple):
+    """Rows of all ranks for the experts of this one; the first four are those of `Dispatched`.
+
+    Attributes:
+        x_RD: rows in the order of this rank's experts.
+        ends_E: (experts of this rank,) int32, where each one's rows end.
+        load_E: (routed experts,) int64, rows of this rank's tokens that chose each expert.
+        kept_R: which of this rank's own sorted rows an expert takes; None: all.
+        here: how this rank's tokens were sorted.
+        order_R: received row -> its place among the rows in order.
+        inverse_R: the other way round.
+        sent: rows that went to each rank.
+        received: rows that came from each rank.
+    """
+
+    x_RD: Tensor
+    ends_E: Tensor
+    load_E: Tensor
+    kept_R: Tensor | None
+    here: Dispatched
+    order_R: Tensor
+    inverse_R: Tensor
+    sent: list[int]
+    received: list[int]
+
+
+class AllToAllDispatcher:
+    """The experts are shared out evenly over the ranks of a group, in order; each rank has tokens of its own.
+
+    Nothing is padded: ranks tell each other how many rows they send for each expert, then send just these. The host
+    waits for the numbers.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group, self.n_ranks = group, dist.get_world_size(group)
+        self.local = LocalDispatcher()
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, n_experts: int, capacity: int | None = None) -> Exchanged:
+        """Send rows to their experts.
+
+        Args:
+            x_TD: tokens of this rank.
+            ids_TK: experts of each, of all there are.
+            n_experts: experts on one rank.
+            capacity: as in `LocalDispatcher`, of this rank's rows.
+        """
+        here = self.local.dispatch(x_TD, ids_TK, n_experts * self.n_ranks, capacity)
+        out_PL = here.ends_E.diff(prepend=here.ends_E.new_zeros(1)).view(self.n_ranks, n_experts)
+        in_PL = torch.empty_like(out_PL)
+        dist.all_to_all_single(in_PL, out_PL, group=self.group)
+        sent, received = torch.stack([out_PL.sum(1), in_PL.sum(1)]).tolist()
+        x_RD = _AllToAll.apply(here.x_RD[: sum(sent)], sent, received, self.group)
+        expert_R = torch.arange(n_experts, device=x_TD.device).repeat(self.n_ranks)
+        expert_R = expert_R.repeat_interleave(in_PL.flatten(), output_size=sum(received))
+        order_R = expert_R.argsort(stable=True)
+        inverse_R = order_R.argsort()
+        ends_E = in_PL.sum(0).cumsum(0).int()
+        x_RD = reorder(x_RD, order_R, inverse_R)
+        return Exchanged(x_RD, ends_E, here.load_E, here.kept_R, here, order_R, inverse_R, sent, received)
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Exchanged) -> Tensor:
+        """Send rows back and add up each token's with its weights: (tokens, d_model)."""
+        y_RD = reorder(y_RD, sent.inverse_R, sent.order_R)
+        y_SD = _AllToAll.apply(y_RD, sent.received, sent.sent, self.group)
+        dropped = weights_TK.numel() - len(y_SD)
+        if dropped:
+            y_SD = torch.cat([y_SD, y_SD.new_zeros(dropped, y_SD.shape[1])])  # they are last
+        return self.local.combine(y_SD, weights_TK, sent.here)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Send runs of rows to each rank; backward sends the gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _exchange(x, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _exchange(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _exchange(x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    out = x.new_empty(sum(received), x.shape[1])
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+    return out

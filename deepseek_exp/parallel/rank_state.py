@@ -1,0 +1,143 @@
+"""What one rank saves of a model and its optimizer, and how it takes that back from a checkpoint of any layout.
+
+ZeRO lays the local parameters of a group out in one row, cuts the row into equal partitions and gives each
+data-parallel rank one, in fp32, with the optimizer's moments. DeepSpeed notes at each parameter which part of it the
+partition of this rank holds, and where there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_exp.errors import CheckpointError, Problem
+from deepseek_exp.parallel.groups import Groups
+from deepseek_exp.parallel.shards import WEIGHT, Piece, State, Whole
+from deepseek_exp.parallel.stage import Part, Placement
+
+
+class Fragment(NamedTuple):
+    """The part of a local parameter that this rank's optimizer works on.
+
+    Attributes:
+        start: its first element in the flattened local parameter.
+        weight: (n,), in fp32.
+        owner: the tensor that the optimizer keeps its state for.
+        first: where the fragment begins in the owner.
+    """
+
+    start: int
+    weight: Tensor
+    owner: Tensor
+    first: int
+
+
+def load_part(part: Part, state: State) -> None:
+    """Set this rank's parameters and buffers."""
+    parameters = dict(part.model.named_parameters())
+    missing = sorted(parameters.keys() - set(state.names))
+    if missing:
+        rule = f"holds no {missing[0]}, one of {len(missing)} parameters that this model has and it lacks"
+        raise CheckpointError(Problem("resume", str(state.folder), rule, "name a checkpoint of the same model"))
+    with torch.no_grad():
+        for placed in part.placements:
+            parameters[placed.name].copy_(state.read(placed.name, WEIGHT, placed.cuts))
+        for name, buffer in part.model.named_buffers():
+            if name in state.buffers:
+                buffer.copy_(state.buffer(name))
+
+
+def load_optimizer(part: Part, optimizer: Any, state: State) -> None:
+    """Set the fp32 weights that the optimizer works on, and its moments.
+
+    Args:
+        part: of this rank, its parameters set.
+        optimizer: DeepSpeed's.
+        state: the checkpoint.
+    """
+    base = getattr(optimizer, "optimizer", optimizer)
+    with torch.no_grad():
+        for placed, p in _parameters(part):
+            fragment = _fragment(p, base)
+            if fragment is None:
+                continue
+            for kind in state.kinds(placed.name):
+                whole = state.read(placed.name, kind, placed.cuts).flatten()
+                values = whole[fragment.start : fragment.start + fragment.weight.numel()]
+                target = fragment.weight if kind == WEIGHT else _moment(base, fragment, kind)
+                target.copy_(values)
+                base.state[fragment.owner] |= {kind: torch.tensor(value) for kind, value in state.scalars.items()}
+
+
+def pieces(part: Part, groups: Groups, optimizer: Any) -> Iterator[Piece]:
+    """Give what this rank saves: of equal copies one rank does."""
+    base = getattr(optimizer, "optimizer", optimizer)
+    for placed, p in _parameters(part):
+        fragment = _fragment(p, base)
+        if fragment is None or not placed.counted or placed.is_copy:
+            continue
+        if fragment.owner is p and groups.at.data:
+            continue  # no ZeRO: each data-parallel rank has all of it
+        n = fragment.weight.numel()
+        moments = {
+            kind: value.flatten()[fragment.first : fragment.first + n]
+            for kind, value in base.state[fragment.owner].items()
+            if isinstance(value, Tensor) and value.numel() == fragment.owner.numel() and value.ndim
+        }
+        yield Piece(placed.name, placed.shape, placed.cuts, fragment.start, {WEIGHT: fragment.weight, **moments})
+
+
+def buffers(part: Part, groups: Groups) -> dict[str, Tensor]:
+    """Give the persistent buffers that this rank saves: those of its stage, by one rank of it."""
+    if groups.at.dp or groups.at.tp:
+        return {}
+    return {name: value for name, value in part.model.state_dict().items() if not isinstance(value, nn.Parameter)}
+
+
+def whole(part: Part, optimizer: Any, *, is_tied: bool) -> Whole:
+    """Give what is said once of all ranks' pieces.
+
+    Args:
+        part: of this rank, which has matrices and vectors.
+        optimizer: DeepSpeed's.
+        is_tied: the output table is the embedding's.
+    """
+    base = getattr(optimizer, "optimizer", optimizer)
+    names = {True: [n for n, ndim in part.order if ndim >= 2], False: [n for n, ndim in part.order if ndim < 2]}
+    groups = []
+    for group in base.param_groups:
+        kept = {key: value for key, value in group.items() if key != "params"}
+        groups.append({**kept, "param_names": names[group["decays"]]})
+    owner = base.param_groups[0]["params"][0]
+    scalars = {kind: float(v) for kind, v in base.state[owner].items() if isinstance(v, Tensor) and not v.ndim}
+    dtype = next(part.model.parameters()).dtype
+    return Whole(dtype, groups, scalars, {"head.weight": "embedding.weight"} if is_tied else {})
+
+
+def _parameters(part: Part) -> Iterator[tuple[Placement, nn.Parameter]]:
+    parameters: Mapping[str, nn.Parameter] = dict(part.model.named_parameters())
+    for placed in part.placements:
+        yield placed, parameters[placed.name]
+
+
+def _fragment(p: nn.Parameter, base: torch.optim.Optimizer) -> Fragment | None:
+    """Find what this rank's optimizer holds of a parameter; None: nothing."""
+    if not hasattr(p, "_hp_mapping"):  # no ZeRO
+        return Fragment(0, p.data.view(-1), p, 0)
+    mapping = p._hp_mapping
+    if mapping is None:
+        return None
+    (owner,) = base.param_groups[mapping.param_group_index]["params"]
+    start, first = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+    return Fragment(start, mapping.hp_fragment, owner, first)
+
+
+def _moment(base: torch.optim.Optimizer, fragment: Fragment, kind: str) -> Tensor:
+    """Give the place of a fragment in the optimizer's state, which is made where it is not there yet."""
+    state = base.state[fragment.owner]
+    if kind not in state:
+        state[kind] = torch.zeros_like(fragment.owner)
+    return state[kind].view(-1)[fragment.first : fragment.first + fragment.weight.numel()]

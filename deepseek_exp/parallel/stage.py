@@ -1,0 +1,199 @@
+"""What one rank holds of a model: the layers of its stage, and of their parameters what tp and ep leave it.
+
+The whole model is made without memory (on PyTorch's meta device); this rank's part of it then gets real parameters
+under their own full names, so that weights can be drawn, saved and loaded by name whatever the layout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_exp.config import ExperimentConfig, ModelConfig
+from deepseek_exp.models import Transformer
+from deepseek_exp.moe import MoE
+from deepseek_exp.parallel.expert import AllToAllDispatcher
+from deepseek_exp.parallel.groups import ENDS, KV, Groups
+from deepseek_exp.parallel.shards import Cut
+from deepseek_exp.parallel.tensor import apply_tensor_parallel, is_partial, match_plan, tensor_plan
+from deepseek_exp.planner.layers import stage_bounds
+from deepseek_exp.topology import Axis
+
+EXPERTS = r".*feed_forward\.experts\.w_\w+"
+TABLE = "embedding.weight"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a parameter of this rank stands in the whole model.
+
+    Attributes:
+        name: in the whole model.
+        shape: of the whole parameter.
+        cuts: what this rank has of it.
+        sums: over which ranks its gradient is summed before it is averaged over the data axis; keys of `Groups.sums`.
+        counted: this rank counts it in the gradient norm, and saves it; of equal copies one rank does.
+        is_copy: another stage has the same table and owns it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    cuts: tuple[Cut, ...]
+    sums: tuple[str, ...]
+    counted: bool
+    is_copy: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """The model of one rank.
+
+    Attributes:
+        model: a Transformer without the layers of other stages.
+        blocks: indices of the blocks that are here.
+        placements: of its parameters, in their order in the model.
+        order: names and dimensions of all parameters of the whole model, in its order.
+        n_moe_layers: mixtures of experts in the whole model.
+        first_moe_layer: how many of them are in earlier stages.
+        counts_width: numbers that each of them counts.
+    """
+
+    model: Transformer
+    blocks: range
+    placements: list[Placement]
+    order: list[tuple[str, int]]
+    n_moe_layers: int
+    first_moe_layer: int
+    counts_width: int
+
+
+def cut_model(exp: ExperimentConfig, whole: Transformer, groups: Groups) -> Part:
+    """Reduce a model on the meta device to what this rank holds; its parameters are real then, and unset.
+
+    Args:
+        exp: the experiment; its layout is legal.
+        whole: the whole model on the meta device.
+        groups: this rank's.
+    """
+    cfg, pp = exp.model, groups.at.pp
+    order = [(name, p.ndim) for name, p in whole.named_parameters()]
+    rules = match_plan(tensor_plan(cfg), [name for name, _ in order])
+    ends = stage_bounds(exp, groups.degrees.pp)
+    # the first block comes with the embedding, and the last entry is all that makes logits
+    blocks = range(0 if pp == 0 else ends[pp - 1], min(ends[pp], cfg.n_layers))
+    layers = {name: len(m.counts) for name, m in whole.named_modules() if isinstance(m, MoE)}
+    _drop_other_stages(whole, blocks, groups, cfg)
+    placements = []
+    for name, p in list(whole.named_parameters()):
+        placed = _place(name, tuple(p.shape), rules, groups, exp)
+        placements.append(placed)
+        _replace(whole, p, nn.Parameter(torch.empty(local_shape(placed), device=groups.device)))
+    for module in whole.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = _fresh(module, key, buffer, groups.device)
+    for module in whole.modules():
+        if isinstance(module, MoE) and groups.degrees.ep > 1:
+            module.dispatcher = AllToAllDispatcher(groups.axis[Axis.ep])
+    apply_tensor_parallel(whole, groups, sequence_parallel=exp.parallel.sequence_parallel)
+    here = [name for name, m in whole.named_modules() if isinstance(m, MoE)]
+    first = list(layers).index(here[0]) if here else 0
+    return Part(whole, blocks, placements, order, len(layers), first, max(layers.values(), default=0))
+
+
+def cut(whole: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """Take what cuts leave of a whole tensor; a view."""
+    for c in cuts:
+        size = whole.shape[c.dim] // c.ways
+        whole = whole.narrow(c.dim, c.index * size, size)
+    return whole
+
+
+def local_shape(placed: Placement) -> list[int]:
+    """Give the shape of a parameter on this rank."""
+    shape = list(placed.shape)
+    for c in placed.cuts:
+        shape[c.dim] //= c.ways
+    return shape
+
+
+def set_weights(part: Part, weight_of: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+    """Fill this rank's parameters.
+
+    Args:
+        part: from `cut_model`.
+        weight_of: gives a whole parameter by its name and shape.
+    """
+    parameters = dict(part.model.named_parameters())
+    with torch.no_grad():
+        for placed in part.placements:
+            parameters[placed.name].copy_(cut(weight_of(placed.name, placed.shape), placed.cuts))
+
+
+def _drop_other_stages(model: Transformer, blocks: range, groups: Groups, cfg: ModelConfig) -> None:
+    for i in range(cfg.n_layers):
+        if i not in blocks:
+            model.blocks[i] = nn.Identity()
+    if not groups.is_last:
+        model.head, model.mtp = nn.Identity(), nn.ModuleList()
+    needs_table = groups.is_first or (groups.is_last and (cfg.tie_embeddings or cfg.n_mtp_layers))
+    if not needs_table:
+        model.embedding = nn.Identity()
+
+
+def _place(
+    name: str, shape: tuple[int, ...], rules: dict[str, Any], groups: Groups, exp: ExperimentConfig
+) -> Placement:
+    d, at, rule = groups.degrees, groups.at, rules.get(name)
+    cuts: list[Cut] = []
+    is_expert = bool(re.fullmatch(EXPERTS, name))
+    if is_expert and d.ep > 1:
+        cuts.append(Cut(0, d.ep, at.ep))
+    sums: list[str] = []
+    first_copy = at.tp == 0
+    if rule is not None and d.tp > 1:
+        ways = min(d.tp, rule.most or d.tp)
+        first_copy = at.tp % (d.tp // ways) == 0
+        if ways > 1:
+            cuts.append(Cut(rule.dim, ways, at.tp * ways // d.tp))
+        if ways < d.tp:
+            sums.append(KV)
+    elif d.tp > 1 and is_partial(name, is_cut=False, sequence_parallel=exp.parallel.sequence_parallel):
+        sums.append(Axis.tp.value)
+    if d.ep > 1 and not is_expert:
+        sums.append(Axis.ep.value)
+    on_both_ends = d.pp > 1 and name == TABLE and bool(exp.model.tie_embeddings or exp.model.n_mtp_layers)
+    if on_both_ends:
+        sums.append(ENDS)
+    is_copy = on_both_ends and not groups.is_first
+    counted = first_copy and (is_expert or at.ep == 0)
+    return Placement(name, shape, tuple(cuts), tuple(sums), counted, is_copy)
+
+
+def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put a parameter in every place of another, so that tied ones stay tied."""
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is old:
+                module._parameters[key] = new
+
+
+def _fresh(module: nn.Module, key: str, buffer: Tensor, device: torch.device) -> Tensor:
+    """Make a buffer of the meta device real; those of a model start as zeros, but for `loaded`, which is all true."""
+    return torch.full_like(buffer, key == "loaded", device=device)
+
+
+def gradient_sums(part: Part, groups: Groups) -> list[tuple[Any, list[nn.Parameter]]]:
+    """List the groups over which gradients are summed, each with its parameters, in the same order on all ranks."""
+    parameters = dict(part.model.named_parameters())
+    found = []
+    for key, group in groups.sums.items():
+        members = [parameters[placed.name] for placed in part.placements if key in placed.sums]
+        if members:
+            found.append((group, members))
+    return found

@@ -1,0 +1,309 @@
+"""Tensor parallelism: the matrices of a built model cut by a plan of names, and the exchanges that make up for it.
+
+Inside of an attention or a feed-forward network each rank of the tp axis works on its own heads or hidden units. What
+goes in is the same on all of them, what comes out is added up (Shoeybi et al. 2019, "Megatron-LM", section 3):
+
+    in   forward: as it is        backward: sum of the gradients
+    out  forward: sum             backward: as it is
+
+With sequence parallelism the residual stream between them is cut along the sequence (Korthikanti et al. 2022, "Reducing
+Activation Recomputation in Large Transformer Models", section 4.2.2): in gathers, out sums and scatters.
+
+Parameters inside that are not cut (routers, latents, norms of heads) see a part of the gradient on each rank: it is
+summed after the backward pass. Shapes: batch, seq, d_model, vocab (the entries on this rank).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek_exp.config import AttentionKind, ModelConfig
+from deepseek_exp.kernels import Ops
+from deepseek_exp.models import Transformer
+from deepseek_exp.parallel.groups import Groups
+from deepseek_exp.topology import Axis
+
+SEQ = 1  # the dimension that sequence parallelism cuts
+INSIDE = r"\.(attention|feed_forward)\."
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How parameters of a pattern of names are cut: along which dimension, at most how many ways (None: tp)."""
+
+    dim: int
+    most: int | None = None
+
+
+def tensor_plan(cfg: ModelConfig) -> dict[str, Rule]:
+    """Say which parameters of a model are cut over tp, by patterns of their full names.
+
+    Args:
+        cfg: the model.
+    """
+    block = r"(blocks\.\d+|mtp\.\d+\.block)\."
+    plan = {r"embedding\.weight": Rule(0), block + r"attention\.wo\.weight": Rule(1)}
+    if not cfg.tie_embeddings:
+        plan[r"head\.weight"] = Rule(0)
+    if cfg.window and cfg.n_global_tokens:
+        plan[block + r"attention\.gate"] = Rule(0)
+    bias = "(weight|bias)" if cfg.qkv_bias else "weight"
+    if cfg.attention is AttentionKind.mla:
+        plan[block + rf"attention\.{'wq_b' if cfg.q_lora_rank else 'wq'}\.weight"] = Rule(0)
+        plan[block + r"attention\.wkv_b\.weight"] = Rule(0)
+    else:
+        plan[block + rf"attention\.wq\.{bias}"] = Rule(0)
+        plan[block + rf"attention\.(wk|wv)\.{bias}"] = Rule(0, cfg.n_kv_heads)
+    moe = cfg.moe
+    if not moe.n_routed_experts or moe.n_dense_layers:
+        plan[block + r"feed_forward\.(w_gate|w_up)\.weight"] = Rule(0)
+        plan[block + r"feed_forward\.w_down\.weight"] = Rule(1)
+    if moe.n_routed_experts:
+        plan[block + r"feed_forward\.experts\.(w_gate|w_up)"] = Rule(1)
+        plan[block + r"feed_forward\.experts\.w_down"] = Rule(2)
+    if moe.n_routed_experts and moe.n_shared_experts:
+        plan[block + r"feed_forward\.shared\.(w_gate|w_up)\.weight"] = Rule(0)
+        plan[block + r"feed_forward\.shared\.w_down\.weight"] = Rule(1)
+    return plan
+
+
+def match_plan(plan: dict[str, Rule], names: list[str]) -> dict[str, Rule]:
+    """Find the rule of each parameter that has one.
+
+    Raises:
+        ValueError: a pattern matches no name, so that something would stay whole in silence, or a name matches two.
+    """
+    found: dict[str, Rule] = {}
+    for pattern, rule in plan.items():
+        hits = [name for name in names if re.fullmatch(pattern, name)]
+        if not hits:
+            raise ValueError(f"the tensor-parallel plan's pattern {pattern!r} matches none of {len(names)} parameters")
+        twice = found.keys() & set(hits)
+        if twice:
+            raise ValueError(f"the tensor-parallel plan matches {sorted(twice)[0]!r} twice")
+        found |= dict.fromkeys(hits, rule)
+    return found
+
+
+def is_partial(name: str, *, is_cut: bool, sequence_parallel: bool) -> bool:
+    """Say whether each tensor rank sees a part of a whole parameter's gradient."""
+    return not is_cut and (sequence_parallel or bool(re.search(INSIDE, "." + name)))
+
+
+class Region:
+    """Where tensor-parallel work begins and ends."""
+
+    def __init__(self, group: Any, *, sequence_parallel: bool) -> None:
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Hand (batch, seq, d_model) to work that each rank does a part of; the gradient is summed."""
+        return _Gather.apply(x, self.group) if self.sequence_parallel else _Same.apply(x, self.group)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Sum the ranks' parts of (batch, seq, d_model)."""
+        return _Scatter.apply(y, self.group) if self.sequence_parallel else _Sum.apply(y, self.group)
+
+    def wrap(self, module: nn.Module) -> None:
+        """Put a module's first input and first output through the region."""
+        module.register_forward_pre_hook(lambda _, args: (self.enter(args[0]), *args[1:]))
+        module.register_forward_hook(lambda _, args, out: self._left(out))
+
+    def _left(self, out: Any) -> Any:
+        return (self.leave(out[0]), *out[1:]) if isinstance(out, tuple) else self.leave(out)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """The embedding with the entries of the table shared out: each rank looks up its own, the results are summed."""
+
+    def __init__(self, weight: nn.Parameter, region: Region, index: int) -> None:
+        super().__init__()
+        self.weight, self.region, self.index = weight, region, index
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look up (batch, seq) tokens: (batch, seq, d_model)."""
+        own = tokens - self.index * len(self.weight)
+        here = (own >= 0) & (own < len(self.weight))
+        x = F.embedding(torch.where(here, own, 0), self.weight) * here[..., None].to(self.weight.dtype)
+        return self.region.leave(x)
+
+
+class VocabParallelHead(nn.Module):
+    """The output table with its entries shared out; logits stay on the ranks that made them."""
+
+    def __init__(self, head: nn.Module, region: Region) -> None:
+        super().__init__()
+        self.norm, self.weight, self.region = head.norm, head.weight, region
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give this rank's logits (batch, seq, vocab) of (batch, seq, d_model)."""
+        return self.project(self.norm(x))
+
+    def project(self, h: Tensor) -> Tensor:
+        """Give this rank's logits of what is normalised already."""
+        return F.linear(self.region.enter(h), self.weight)
+
+
+def parallel_ops(ops: Ops, group: Any, index: int) -> Ops:
+    """Give the operations whose arguments are cut over tp, in place of those that need them whole.
+
+    Args:
+        ops: the operations of one rank.
+        group: of the tp axis.
+        index: this rank's place in it.
+    """
+    cross_entropy: Callable[..., Tensor] = lambda logits, targets: vocab_parallel_cross_entropy(  # noqa: E731
+        logits, targets, group, index
+    )
+    return dataclasses.replace(
+        ops,
+        cross_entropy=cross_entropy,
+        top_k_swiglu=lambda gate, up, k: parallel_top_k_swiglu(gate, up, k, group),
+    )
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, group: Any, index: int) -> Tensor:
+    """Give -log softmax(logits)[target] of logits whose entries are shared out.
+
+    The largest logit, the sum of exponentials and the target's logit are exchanged, three numbers a token (Shoeybi et
+    al. 2019, "Megatron-LM", section 3). In fp32 whatever the logits, as the definition in kernels/reference.py.
+
+    Args:
+        logits: (batch, seq, vocab), entries index * vocab onwards.
+        targets: (batch, seq), int64, of the whole vocabulary.
+        group: of the tp axis.
+        index: this rank's place in it.
+
+    Returns:
+        (batch, seq), fp32, the same on all ranks.
+    """
+    return _CrossEntropy.apply(logits, targets - index * logits.shape[-1], group)
+
+
+def parallel_top_k_swiglu(gate: Tensor, up: Tensor, k: int, group: Any) -> Tensor:
+    """Compute `reference.top_k_swiglu` for hidden units that are shared out: the border is that of all ranks' gates."""
+    every = _all_gather(gate.detach(), -1, group)  # (..., d_ff)
+    border = every.topk(k, dim=-1).values[..., -1:]  # (..., 1)
+    return torch.where(gate >= border, F.silu(gate) * up, 0)
+
+
+def apply_tensor_parallel(model: Transformer, groups: Groups, *, sequence_parallel: bool) -> None:
+    """Put the exchanges into a model whose parameters are cut already; with one tensor rank there are none.
+
+    Args:
+        model: the whole of it, or the layers of one stage.
+        groups: this rank's.
+        sequence_parallel: cut the residual stream along the sequence.
+    """
+    if groups.degrees.tp == 1:
+        return
+    region = Region(groups.axis[Axis.tp], sequence_parallel=sequence_parallel)
+    for name, module in model.named_modules():
+        if re.search(r"\.(attention|feed_forward)$", name):
+            region.wrap(module)
+    if hasattr(model.embedding, "weight"):
+        model.embedding = VocabParallelEmbedding(model.embedding.weight, region, groups.at.tp)
+    if hasattr(model.head, "weight"):
+        model.head = VocabParallelHead(model.head, region)
+
+
+class _Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _all_reduce(grad, ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
+        return _all_reduce(y, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    """(batch, seq / tp, d_model) of each rank to (batch, seq, d_model)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _all_gather(x, SEQ, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _reduce_scatter(grad, SEQ, ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    """(batch, seq, d_model), summed over the ranks, to (batch, seq / tp, d_model)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _reduce_scatter(y, SEQ, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _all_gather(grad, SEQ, ctx.group), None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, own: Tensor, group: Any) -> Tensor:
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        largest = wide.amax(-1)  # (batch, seq)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        shifted = wide - largest[..., None]  # (batch, seq, vocab)
+        here = (own >= 0) & (own < logits.shape[-1])
+        chosen = shifted.gather(-1, torch.where(here, own, 0)[..., None]).squeeze(-1) * here  # (batch, seq)
+        exponentials = shifted.exp_()
+        sums = torch.stack([exponentials.sum(-1), chosen])  # (2, batch, seq)
+        dist.all_reduce(sums, group=group)
+        total, chosen = sums.unbind(0)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(exponentials.div_(total[..., None]), own, here)
+        return total.log() - chosen
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        probabilities, own, here = ctx.saved_tensors
+        out = probabilities * grad[..., None]  # (batch, seq, vocab)
+        out.scatter_add_(-1, torch.where(here, own, 0)[..., None], -(grad * here)[..., None])
+        return out.to(ctx.dtype), None, None
+
+
+def _all_reduce(x: Tensor, group: Any) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def _all_gather(x: Tensor, dim: int, group: Any) -> Tensor:
+    """Put the ranks' tensors together along a dimension."""
+    n = dist.get_world_size(group)
+    out = x.new_empty(n, *x.shape)
+    dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=group)
+    return torch.cat(out.unbind(0), dim)
+
+
+def _reduce_scatter(x: Tensor, dim: int, group: Any) -> Tensor:
+    """Sum the ranks' tensors and give this rank its part along a dimension."""
+    parts = torch.stack(x.chunk(dist.get_world_size(group), dim))  # (ranks, ...)
+    out = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group)
+    return out

@@ -68,8 +68,7 @@ def test_layer_1_knows_only_the_configuration():
         for path in FILES
         if LAYER[room(path)] == 1
         for name in imports(path)
-        if name.startswith(f"{PACKAGE}.")
-        and name.split(".")[1] not in {room(path), "config", "errors", "topology", "layout"}
+        if name.startswith(f"{PACKAGE}.") and name.split(".")[1] not in BELOW | {room(path)}
     ]
     assert wrong == []
 

@@ -14,7 +14,9 @@ from deepseek_exp.data import Tokenizer
 from deepseek_exp.errors import UserError
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer, init_weights
-from deepseek_exp.serve import Pretrained, from_pretrained, generate, load_module, save_module, unload_module
+from deepseek_exp.serve import from_pretrained, generate
+from deepseek_exp.serve.domain_packs import load_module, save_module, unload_module
+from deepseek_exp.serve.pretrained import Pretrained
 from tests.runs import ROOT
 from tests.test_config import composed
 

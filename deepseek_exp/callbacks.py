@@ -23,7 +23,7 @@ from deepseek_exp.errors import Problem, UserError
 from deepseek_exp.lit import LanguageModel
 from deepseek_exp.models.block import Block
 from deepseek_exp.moe import FeedForward, routing_metrics
-from deepseek_exp.parallel import manifest
+from deepseek_exp.parallel import manifest, member
 from deepseek_exp.planner import flops_per_token
 
 NAMES = ("loss", "nats", "bytes", "grad_norm")
@@ -120,7 +120,8 @@ class Metrics(Callback):
                 event.synchronize()
             scalars = dict(zip(names, values.tolist(), strict=True))
             loss, nats, n_bytes, grad_norm = (scalars.pop(n) for n in NAMES)
-            check_finite(loss, step, self.cfg)
+            check_finite("loss", loss, step, self.cfg)
+            check_finite("gradient's norm", grad_norm, step, self.cfg)
             self.last = {
                 "train/loss": loss,
                 "train/bits_per_byte": nats / math.log(2) / n_bytes,
@@ -145,14 +146,14 @@ def _of_parts(lit: LanguageModel, cfg: ExperimentConfig) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_finite(loss: float, step: int, cfg: ExperimentConfig) -> None:
-    """Refuse to go on from a loss that is infinite or no number.
+def check_finite(what: str, value: float, step: int, cfg: ExperimentConfig) -> None:
+    """Refuse to go on from a loss or a gradient that is infinite or no number.
 
     Raises:
         UserError: it is.
     """
-    if not math.isfinite(loss):
-        rule = f"made the loss {loss} at step {step}"
+    if not math.isfinite(value):
+        rule = f"made the {what} {value} at step {step}"
         raise UserError(Problem("optim.lr", cfg.optim.lr, rule, "lower optim.lr or lengthen optim.warmup_steps"))
 
 
@@ -235,8 +236,11 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the signals; a second one ends the process at once.
 
-        Lightning has noted the handlers before and puts them back when the training ends, however it ends.
+        Lightning has noted the handlers before and puts them back when the training ends, however it ends. A rank of
+        several is asked in another way (parallel/member.py), so that a SIGTERM can end it at once.
         """
+        if trainer.world_size > 1:
+            return
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._remember)
 
@@ -258,7 +262,8 @@ class Checkpoints(Callback):
             self._save_if(trainer, pl_module, due or trainer.should_stop)
 
     def _save_if(self, trainer: pl.Trainer, pl_module: pl.LightningModule, due: bool) -> None:
-        step, signum = trainer.global_step, pl_module.agree(self.signum or 0)
+        asked = member.STOP if member.stop_asked() else self.signum
+        step, signum = trainer.global_step, pl_module.agree(asked or 0)
         if due or signum:
             self._save(trainer, step)
         if signum and step < self.cfg.trainer.max_steps:
@@ -272,7 +277,7 @@ class Checkpoints(Callback):
 
     def _save(self, trainer: pl.Trainer, step: int) -> None:
         if self._loss is not None:
-            check_finite(self._loss.item(), step, self.cfg)
+            check_finite("loss", self._loss.item(), step, self.cfg)
         self.saved = self.run_dir / manifest.FOLDER / manifest.checkpoint_name(step)
         trainer.save_checkpoint(self.saved)
         if trainer.is_global_zero:

@@ -50,6 +50,14 @@ class ExportFormat(StrEnum):
     hf = "hf"
 
 
+class Launcher(StrEnum):
+    """What starts the ranks."""
+
+    local = "local"
+    torchrun = "torchrun"
+    slurm = "slurm"
+
+
 class Device(StrEnum):
     """Where to run."""
 
@@ -317,6 +325,24 @@ class ParallelConfig:
 
 
 @dataclass
+class LaunchConfig:
+    """How the ranks of a layout are started, where there are several."""
+
+    launcher: Launcher = key(
+        "local: on this machine, at once; torchrun: prints the command for each node; slurm: writes a batch script"
+    )
+    n_nodes: int = key("machines that share the ranks evenly", ge=1)
+    ranks_per_node: int = key("ranks of each machine; 0: auto, all ranks / n_nodes", ge=0)
+    master_addr: str | None = key("torchrun: machine where the ranks meet; null: this one (slurm: the job's first)")
+    master_port: int = key("torchrun, slurm: TCP port that they meet at", ge=1, le=65535)
+    socket_ifname: str | None = key("network interface for NCCL and Gloo, such as eth0; null: they choose")
+    account: str | None = key("slurm: account that pays; null: left out")
+    partition: str | None = key("slurm: partition; null: left out")
+    time_limit: str | None = key("slurm: longest duration, such as 12:00:00; null: left out")
+    submit: bool = key("slurm: hand the script to sbatch")
+
+
+@dataclass
 class ClusterConfig:
     """The machines that a plan is made for."""
 
@@ -391,6 +417,7 @@ class ExperimentConfig:
     trainer: TrainerConfig = MISSING
     parallel: ParallelConfig = MISSING
     cluster: ClusterConfig = MISSING
+    launch: LaunchConfig = MISSING
     tracking: TrackingConfig = MISSING
     sample: SampleConfig = MISSING
     export: ExportConfig = MISSING

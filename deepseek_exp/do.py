@@ -6,9 +6,10 @@ import dataclasses
 import json
 import os
 import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from deepseek_exp import compose, planner, validate
-from deepseek_exp.config import ROOT, Do, ExperimentConfig, ExportFormat
+from deepseek_exp.config import ROOT, Device, Do, ExperimentConfig, ExportFormat, Launcher
 from deepseek_exp.errors import ConfigError, DataError, Problem, UserError
-from deepseek_exp.parallel import manifest
+from deepseek_exp.layout import degrees
+from deepseek_exp.parallel import launch, manifest, member, nodes
 from deepseek_exp.sweep import SWEEP_FILE
-from deepseek_exp.tracking import TrackedRun
+from deepseek_exp.tracking import RunLog, TrackedRun
 
 if TYPE_CHECKING:
     from deepseek_exp.build import Parts
@@ -32,6 +34,9 @@ DIGESTS = "data.json"
 PART = "val/loss/"
 # the sections whose overrides are worth a place in the run's name
 NAMED = ("model", "data", "optim")
+JOB_FILE = "job.json"
+# what of the environment changes how ranks run
+ENVIRONMENT = ("NCCL_", "GLOO_", "TORCH_", "OMP_", "CUDA_VISIBLE_DEVICES")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,30 @@ class Job:
     run_dir: Path
     checkpoint: Path | None
     in_sweep: bool
+
+    @property
+    def n_ranks(self) -> int:
+        """Processes that train or evaluate it."""
+        return degrees(self.cfg).world_size
+
+    def save(self, run_id: str | None) -> Path:
+        """Write it for its ranks, with the MLflow run that records it (None: rank 0 starts one); gives the file."""
+        file = self.run_dir / member.FOLDER / JOB_FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(0o600)  # the store's URL may hold a password
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cfg"}
+        file.write_text(json.dumps({**fields, "run_id": run_id}, default=str))
+        return file
+
+    @classmethod
+    def load(cls, file: Path) -> tuple[Job, str | None]:
+        """Read what `save` wrote."""
+        fields = json.loads(file.read_text())
+        run_id, checkpoint = fields.pop("run_id"), fields["checkpoint"]
+        tree = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.create(fields["yaml"]))
+        fields["overrides"], fields["run_dir"] = tuple(fields["overrides"]), Path(fields["run_dir"])
+        fields["checkpoint"] = None if checkpoint is None else Path(checkpoint)
+        return cls(cfg=OmegaConf.to_object(tree), **fields), run_id
 
 
 def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_dir: Path | None) -> Job:
@@ -136,15 +165,80 @@ def run(job: Job) -> float | None:
         return say(planner.report(job.cfg))
     if job.cfg.do in (Do.sample, Do.export):
         return sample(job) if job.cfg.do is Do.sample else export(job)
-    action = train if job.cfg.do is Do.train else evaluate
-    return _tracked(job, action)
+    if job.cfg.launch.launcher is not Launcher.local:
+        return say(hand_out(job))
+    return _tracked(job, in_ranks if job.n_ranks > 1 else ACTIONS[job.cfg.do])
 
 
-def train(job: Job, tracked: TrackedRun, run_id: str) -> float:
+def in_ranks(job: Job, tracked: RunLog, run_id: str) -> float | None:
+    """Do it in several processes on this machine, which log into the run of this one."""
+    from deepseek_exp.callbacks import Stopped
+
+    command = [sys.executable, "-m", "deepseek_exp.rank", str(job.save(run_id))]
+    ended = launch.run(command, job.n_ranks, job.run_dir / member.FOLDER, _rank_variables(job, job.n_ranks))
+    if ended.stopped_at is not None:
+        raise Stopped(ended.signum, ended.stopped_at)
+    return ended.loss
+
+
+def run_rank(job_file: Path) -> member.Ended:
+    """Do one rank's part; all ranks do the same, and rank 0 is the one that records it."""
+    from deepseek_exp.callbacks import Stopped
+
+    job, run_id = Job.load(job_file)
+    action, first = ACTIONS[job.cfg.do], member.number() == 0
+    try:
+        if run_id is None and first:
+            return member.Ended(loss=_tracked(job, _telling_the_run_id(action)))
+        run_id = run_id or member.share(RUN_ID, None)
+        return member.Ended(loss=action(job, RunLog.attach(job.run_dir, records=first), run_id))
+    except Stopped as stopped:
+        return member.Ended(stopped_at=stopped.step)
+    except SystemExit as leaving:
+        if not isinstance(leaving.__cause__, Stopped):
+            raise
+        return member.Ended(stopped_at=leaving.__cause__.step)
+
+
+def hand_out(job: Job) -> str:
+    """Write what starts the job's ranks on other machines, and say how; submit it where that is asked for."""
+    cfg, file = job.cfg.launch, job.save(None)
+    variables = _rank_variables(job, nodes.ranks_per_node(cfg, job.n_ranks))
+    if cfg.launcher is Launcher.torchrun:
+        which = "this machine" if cfg.n_nodes == 1 else f"each of the {cfg.n_nodes} machines"
+        return f"run this on {which}:\n\n{nodes.torchrun_command(cfg, job.n_ranks, file, variables)}\n"
+    script = file.with_name("job.sbatch")
+    on_gpus = job.cfg.device is not Device.cpu
+    script.write_text(nodes.slurm_script(cfg, job.n_ranks, file, variables, on_gpus=on_gpus))
+    if not cfg.submit:
+        return f"wrote     {_shown(script)}\nsubmit it sbatch {_shown(script)}"
+    done = subprocess.run(["sbatch", str(script)], capture_output=True, text=True)
+    if done.returncode:
+        rule = f"failed: sbatch {_shown(script)} said {done.stderr.strip()!r}"
+        raise ConfigError(Problem("launch.submit", True, rule, "mend that, or set launch.submit=false"))
+    return f"wrote     {_shown(script)}\nsubmitted {done.stdout.strip()}"
+
+
+def _rank_variables(job: Job, ranks_here: int) -> dict[str, str]:
+    return launch.rank_variables(job.cfg.launch, job.cfg.trainer.n_threads, ranks_here)
+
+
+def _telling_the_run_id(action: Action) -> Action:
+    """Let the ranks that wait for the run's id have it before the action begins."""
+
+    def told(job: Job, tracked: RunLog, run_id: str) -> float | None:
+        return action(job, tracked, member.share(RUN_ID, run_id))
+
+    return told
+
+
+def train(job: Job, tracked: RunLog, run_id: str) -> float:
     """Train, from the start or from a checkpoint, and tell how it went."""
     from deepseek_exp import build
 
     started = time.monotonic()
+    if job.checkpoint is not None:
+        tracked.skip_known_after(manifest.read_manifest(job.checkpoint).step)
     # weights that Lightning takes from the checkpoint need not be read from anywhere else before
     cfg = job.cfg if job.checkpoint is None else dataclasses.replace(job.cfg, init_from=None)
     parts = build.build_parts(cfg, None)
@@ -154,14 +248,19 @@ def train(job: Job, tracked: TrackedRun, run_id: str) -> float:
     texts = {"config.yaml": job.yaml, "tokenizer.json": parts.data.tokenizer.json, DIGESTS: digests}
     trainer, checkpoints, metrics = build.build_trainer(job.cfg, parts, tracked, run_id, texts)
     say(_plan(job, parts, run_id))
+    if job.n_ranks > 1:
+        for path, content in planner.plan_artifacts(job.cfg).items():
+            tracked.log_text(content, path)
     trainer.fit(parts.lit, datamodule=parts.datamodule, ckpt_path=job.checkpoint)
-    text = _sample_text(job.cfg, parts.lit.model.to(parts.device), parts.data.tokenizer, room=True)
-    tracked.log_text(text, "sample.txt")
+    text = None
+    if job.n_ranks == 1:  # no rank of several has the whole model
+        text = _sample_text(job.cfg, parts.lit.model.to(parts.device), parts.data.tokenizer, room=True)
+        tracked.log_text(text, "sample.txt")
     say(_summary(job, parts, run_id, checkpoints.saved, metrics.last, text, time.monotonic() - started))
     return float(trainer.callback_metrics["val/loss"])
 
 
-def evaluate(job: Job, tracked: TrackedRun, run_id: str) -> float:
+def evaluate(job: Job, tracked: RunLog, run_id: str) -> float:
     """Measure the validation loss of a checkpoint, one of ours or the one that `init_from` names."""
     from deepseek_exp import build
 
@@ -174,6 +273,11 @@ def evaluate(job: Job, tracked: TrackedRun, run_id: str) -> float:
     trainer.validate(parts.lit, datamodule=parts.datamodule, verbose=False)
     say("\n".join(_validation_lines(trainer.callback_metrics)))
     return float(trainer.callback_metrics["val/loss"])
+
+
+Action = Callable[[Job, RunLog, str], float | None]
+ACTIONS: dict[Do, Action] = {Do.train: train, Do.eval: evaluate}
+RUN_ID = "deepseek_exp/run_id"
 
 
 def sample(job: Job) -> None:
@@ -215,7 +319,7 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _tracked(job: Job, action: Any) -> float:
+def _tracked(job: Job, action: Action) -> float | None:
     """Run an action with its MLflow run around it: started before the slow imports, ended whatever happens."""
     cfg = job.cfg
     resumed = job.checkpoint if cfg.do is Do.train else None
@@ -231,8 +335,6 @@ def _tracked(job: Job, action: Any) -> float:
         artifact_dir=Path(cfg.output_dir) / "artifacts",
         run_id=run_id,
     )
-    if resumed is not None:
-        tracked.skip_known_after(manifest.read_manifest(resumed).step)
     try:
         from deepseek_exp.callbacks import Stopped  # imports torch and Lightning while the store is opened
 
@@ -258,7 +360,7 @@ def _end(tracked: TrackedRun, status: Any, error: str | None) -> None:
         say(delivery.message)
 
 
-def _log_inputs(parts: Parts, tracked: TrackedRun) -> None:
+def _log_inputs(parts: Parts, tracked: RunLog) -> None:
     for entry in parts.data.inputs:
         profile = {k: v for k, v in entry.items() if k.startswith("n_")}
         tracked.log_dataset(entry["name"], entry["context"], entry["digest"], entry["source"], profile)
@@ -308,15 +410,12 @@ def _sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer
 
 
 def _plan(job: Job, parts: Parts, run_id: str) -> str:
-    from deepseek_exp.estimate import step_seconds
-
     cfg, data, m, t = job.cfg, parts.data, job.cfg.model, job.cfg.trainer
     steps = t.max_steps - (manifest.read_manifest(job.checkpoint).step if job.checkpoint else 0)
     tokens = steps * t.global_batch_seqs * cfg.data.seq_len
-    minutes = step_seconds(cfg, parts) * steps / 60
-    n_params = sum(p.numel() for p in parts.lit.model.parameters())
-    active = planner.parameters(m).active
-    meets = f" ({active:,} active)" if m.moe.n_routed_experts or m.d_ff_active else ""
+    counted = planner.parameters(m)
+    n_params = counted.total + counted.mtp
+    meets = f" ({counted.active:,} active)" if m.moe.n_routed_experts or m.d_ff_active else ""
     mask = f"window {m.window} + {m.n_global_tokens} global tokens" if m.window else "full causal attention"
     rows = {
         "run": f"{job.name}, MLflow run {run_id[:12]} in {cfg.tracking.uri}",
@@ -326,13 +425,28 @@ def _plan(job: Job, parts: Parts, run_id: str) -> str:
         "training": f"{steps:,} steps x {t.global_batch_seqs} sequences x {cfg.data.seq_len} tokens = {tokens:,} "
         f"tokens ({tokens / data.n_train_tokens:.2f} epochs), {t.precision.value}",
         "device": _device_name(parts),
-        "expected": f"about {minutes:.1f} minutes" if minutes >= 0.1 else "a few seconds",
+        **_how_it_runs(job, parts, steps),
     }
     if job.checkpoint is not None:
         rows["resumes"] = str(job.checkpoint)
     elif cfg.init_from is not None:
         rows["starts"] = f"from {cfg.init_from}"
     return "\n".join(f"{key:9} {value}" for key, value in rows.items())
+
+
+def _how_it_runs(job: Job, parts: Parts, steps: int) -> dict[str, str]:
+    """Say how the work is shared out; of one process, how long it will take."""
+    if job.n_ranks > 1:
+        d, cfg = degrees(job.cfg), job.cfg
+        ends = planner.stage_bounds(cfg, d.pp)
+        blocks = [min(b, cfg.model.n_layers) - a for a, b in zip([0, *ends], ends, strict=False)]
+        experts = f", experts shared out over {d.ep}" if d.ep > 1 else ""
+        stages = f", stages of {', '.join(map(str, blocks))} blocks" if d.pp > 1 else ""
+        return {"layout": f"{d.world_size} ranks: dp {d.dp} x tp {d.tp} x pp {d.pp}{experts}{stages}"}
+    from deepseek_exp.estimate import step_seconds
+
+    minutes = step_seconds(job.cfg, parts) * steps / 60
+    return {"expected": f"about {minutes:.1f} minutes" if minutes >= 0.1 else "a few seconds"}
 
 
 def _source(parts: Parts) -> str:
@@ -352,13 +466,15 @@ def _device_name(parts: Parts) -> str:
 
 
 def _summary(
-    job: Job, parts: Parts, run_id: str, saved: Path | None, last: Mapping[str, float], text: str, seconds: float
+    job: Job, parts: Parts, run_id: str, saved: Path | None, last: Mapping[str, float], text: str | None, seconds: float
 ) -> str:
     start = _command()
     lines = [f"\ndone in {seconds / 60:.1f} minutes", *_validation_lines(parts.lit.trainer.callback_metrics)]
     if last:
         lines.append(f"speed       {last['perf/tokens_per_second']:,.0f} tokens/s")
-    lines += [f"checkpoint  {_shown(saved or job.checkpoint)}", "sample      " + text.replace("\n", "\n            ")]
+    lines.append(f"checkpoint  {_shown(saved or job.checkpoint)}")
+    if text is not None:
+        lines.append("sample      " + text.replace("\n", "\n            "))
     if job.in_sweep:
         return "\n".join(lines) + "\n"
     steps, resume = 2 * job.cfg.trainer.max_steps, _resume(job, run_id)
@@ -371,7 +487,7 @@ def _summary(
     }
     if job.cfg.init_from is not None:
         commands.popitem()  # its model is given
-    width = max(map(len, commands))
+    width = max(len(command) for command in commands if len(command) <= 80)
     lines += ["\nnext:", *(f"  {command:{width}}  # {what}" for command, what in commands.items())]
     return "\n".join(lines)
 
@@ -392,6 +508,8 @@ def _validation_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 def _tags(job: Job) -> dict[str, str]:
     overrides, tags = " ".join(job.overrides), {"do": job.cfg.do.value, "run_dir": str(job.run_dir)}
+    every = os.environ if job.n_ranks == 1 else {**os.environ, **_rank_variables(job, job.n_ranks)}
+    tags |= {f"env.{name}": value for name, value in sorted(every.items()) if name.startswith(ENVIRONMENT)}
     if job.checkpoint is None:
         return {"overrides": overrides, **tags}
     which = "overrides_on_resume" if job.cfg.do is Do.train else "overrides"

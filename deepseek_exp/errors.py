@@ -61,3 +61,20 @@ class TrackingError(UserError):
 
 class DeviceError(UserError):
     """The device asked for is not there."""
+
+
+class RankError(UserError):
+    """One of the processes of a run died and took the others with it."""
+
+    def __init__(self, problem: Problem, log_end: str = "") -> None:
+        """Take what to say first, and the last lines of that process's log."""
+        super().__init__(problem)
+        self.log_end = log_end
+
+    def __str__(self) -> str:
+        """Put the log's end under the message."""
+        return "\n".join(filter(None, [super().__str__(), self.log_end]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive the trip between processes whole."""
+        return type(self), (self.problems[0], self.log_end)

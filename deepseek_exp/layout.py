@@ -10,6 +10,8 @@ from deepseek_exp.topology import AUTO, Degrees, divisors, resolve
 
 # their update of a number depends on that number alone, so that ZeRO may cut parameters anywhere
 ELEMENTWISE = ("AdamW", "Adam", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax")
+# what uses a checkpoint whole, in one process, however it was trained
+IN_ONE_PROCESS = (Do.sample, Do.export)
 
 
 def n_gpus(cluster: ClusterConfig) -> int:
@@ -32,6 +34,8 @@ def layout_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     """Find what is wrong with the layout that an experiment asks for."""
     p = exp.parallel
     asked = {"dp": p.dp, "tp": p.tp, "pp": p.pp}
+    if exp.do in IN_ONE_PROCESS:
+        return
     if p.auto:
         yield from _chosen(exp)
         return
@@ -53,15 +57,15 @@ def layout_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         return
     yield from illegal(exp, found)
     room = n_gpus(exp.cluster)
-    if found.world_size > room:
-        first = largest(found)
-        rule = f"makes {_product(found)} and the cluster has {room}"
+    if exp.do is Do.plan and found.world_size > room:
         fix = f"lower parallel.dp, parallel.tp or parallel.pp to {room} ranks or less, or take a larger cluster"
-        yield Problem(f"parallel.{first}", getattr(found, first), rule, fix)
-    if exp.do is not Do.plan and found.world_size > 1:
-        first = largest(found)
-        rule = f"makes {_product(found)}: such a layout can be planned, but do={exp.do.value} cannot use it yet"
-        yield Problem(f"parallel.{first}", getattr(found, first), rule, "use do=plan, or parallel=single")
+        yield too_many(found, f"the cluster has {room}", fix)
+
+
+def too_many(d: Degrees, there: str, fix: str) -> Problem:
+    """Word that a layout has more ranks than there is room for."""
+    first, product = largest(d), f"{d.world_size} ranks (dp={d.dp} x tp={d.tp} x pp={d.pp})"
+    return Problem(f"parallel.{first}", getattr(d, first), f"makes {product} and {there}", fix)
 
 
 def _chosen(exp: ExperimentConfig) -> Iterator[Problem]:
@@ -191,10 +195,6 @@ def _batch(d: Degrees, seqs: int, micro: int) -> Iterator[Problem]:
 def largest(d: Degrees) -> str:
     """Name the degree that cuts the most ways."""
     return max(("dp", "tp", "pp"), key=lambda name: int(getattr(d, name)))
-
-
-def _product(d: Degrees) -> str:
-    return f"{d.world_size} ranks (dp={d.dp} x tp={d.tp} x pp={d.pp})"
 
 
 def _listed(degrees: Iterable[int]) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import glob
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
@@ -22,6 +23,8 @@ from deepseek_exp.config import (
     Do,
     ExperimentConfig,
     GroupScore,
+    LaunchConfig,
+    Launcher,
     MixturePart,
     MoEConfig,
     Order,
@@ -29,7 +32,8 @@ from deepseek_exp.config import (
     Source,
 )
 from deepseek_exp.errors import Problem
-from deepseek_exp.layout import layout_problems
+from deepseek_exp.layout import IN_ONE_PROCESS, degrees, layout_problems, too_many
+from deepseek_exp.topology import divisors
 
 # whose classes a `_target_` may name: what a YAML file can import is limited to these
 ALLOWED_MODULES = ("torch.optim", "pytorch_lightning.callbacks", "deepseek_exp.callbacks")
@@ -340,19 +344,74 @@ def _targets(exp: ExperimentConfig) -> Iterator[Problem]:
 
 
 def _device(exp: ExperimentConfig) -> Iterator[Problem]:
-    if exp.device is Device.cuda and exp.do is not Do.plan and not _gpu_is_visible():
+    if exp.device is Device.cuda and exp.do is not Do.plan and not _n_gpus():
         rule = "needs a CUDA device and none is visible"
         yield Problem("device", exp.device.value, rule, "use device=cpu or device=auto")
 
 
-def _gpu_is_visible() -> bool:
-    """Ask the CUDA driver itself, which takes milliseconds; it heeds CUDA_VISIBLE_DEVICES."""
+def _launch(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find what keeps the ranks from being started, where ranks are."""
+    if exp.do is Do.plan or exp.do in IN_ONE_PROCESS:
+        return
+    yield from _unread_launch_keys(exp.launch)
+    if exp.launch.submit and shutil.which("sbatch") is None:
+        fix = "set launch.submit=false and submit the script where Slurm is, or put sbatch into PATH"
+        yield Problem("launch.submit", True, "needs sbatch, which is not in PATH", fix)
+    try:
+        layout = degrees(exp)
+    except ValueError:
+        return  # told by layout_problems
+    if exp.launch.launcher is Launcher.local:
+        n_gpus = 0 if exp.device is Device.cpu else _n_gpus()
+        if 0 < n_gpus < layout.world_size:
+            fix = f"lower parallel.dp, parallel.tp or parallel.pp to {n_gpus} ranks or less, or set device=cpu"
+            yield too_many(layout, f"this machine has {n_gpus} GPU{'s' * (n_gpus > 1)}", fix)
+        return
+    yield from _nodes(exp.launch, layout.world_size)
+
+
+def _unread_launch_keys(launch: LaunchConfig) -> Iterator[Problem]:
+    for name, (off, readers) in LAUNCH_KEYS.items():
+        value = getattr(launch, name)
+        if value != off and launch.launcher not in readers:
+            rule = f"is not read by launch.launcher='{launch.launcher.value}'"
+            fix = f"add launch={' or launch='.join(readers)}, or leave launch.{name} out"
+            yield Problem(f"launch.{name}", value, rule, fix)
+
+
+NODES = (Launcher.torchrun, Launcher.slurm)
+# what each key is when it says nothing, and who reads it
+LAUNCH_KEYS: dict[str, tuple[Any, tuple[Launcher, ...]]] = {
+    "n_nodes": (1, NODES),
+    "ranks_per_node": (0, NODES),
+    "master_addr": (None, (Launcher.torchrun,)),
+    "account": (None, (Launcher.slurm,)),
+    "partition": (None, (Launcher.slurm,)),
+    "time_limit": (None, (Launcher.slurm,)),
+    "submit": (False, (Launcher.slurm,)),
+}
+
+
+def _nodes(launch: LaunchConfig, n_ranks: int) -> Iterator[Problem]:
+    n, each = launch.n_nodes, launch.ranks_per_node
+    if n < 1 or each < 0:
+        return  # told by the ranges
+    if n_ranks % n:
+        rule, fix = f"does not share {n_ranks} ranks evenly", "use one of " + ", ".join(map(str, divisors(n_ranks)))
+        yield Problem("launch.n_nodes", n, rule, fix)
+    elif each not in (0, n_ranks // n):
+        rule = f"and launch.n_nodes={n} make {each * n} ranks, and parallel asks for {n_ranks}"
+        yield Problem("launch.ranks_per_node", each, rule, f"use launch.ranks_per_node={n_ranks // n}, or 0")
+
+
+def _n_gpus() -> int:
+    """Ask the CUDA driver itself for the GPUs there are, which takes milliseconds; it heeds CUDA_VISIBLE_DEVICES."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
+        return 0
     count = ctypes.c_int()
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
 
 RULES = (
@@ -369,6 +428,7 @@ RULES = (
     _targets,
     _device,
     layout_problems,
+    _launch,
 )
 
 

@@ -14,7 +14,7 @@ LAYER = {
     "parallel": 3, "compress": 3, "finetune": 3, "serve": 3,
     "optim": 4, "lit": 4, "lit_stage": 4, "callbacks": 4,
     "build": 5, "estimate": 5, "do": 5, "sweep": 5,
-    "run": 6,
+    "run": 6, "rank": 6,
 }  # fmt: skip
 NOT_SIDEWAYS = {1, 3}
 BELOW = {"config", "errors", "topology", "layout"}  # what layer 1 knows

@@ -14,7 +14,6 @@ from hydra import initialize_config_dir
 
 from deepseek_exp import compose, config, do, validate
 from deepseek_exp.errors import ConfigError
-from deepseek_exp.layout import layout_problems
 from tests.runs import ROOT
 
 MESSAGES = {
@@ -241,8 +240,16 @@ MESSAGES = {
     "(MLflow's file store is gone). "
     "Fix: set tracking.uri=sqlite:///outputs/mlflow.db or a server's http address.",
     "cluster=h100_2": "cluster='h100_2' is not an option of the group cluster. Fix: use cluster=h100_8.",
-    "parallel=3d": "parallel.dp=2 makes 8 ranks (dp=2 x tp=2 x pp=2): such a layout can be planned, but do=train "
-    "cannot use it yet. Fix: use do=plan, or parallel=single.",
+    "parallel=3d cluster=h100_1 device=cpu trainer.global_batch_seqs=9": "trainer.global_batch_seqs=9 is not a "
+    "multiple of trainer.micro_batch_seqs=1 x parallel.dp=2. Fix: use trainer.global_batch_seqs=10.",
+    "launch=torchrun launch.n_nodes=3 parallel=3d": "launch.n_nodes=3 does not share 8 ranks evenly. "
+    "Fix: use one of 1, 2, 4, 8.",
+    "launch=slurm launch.n_nodes=2 launch.ranks_per_node=8 parallel=3d": "launch.ranks_per_node=8 and "
+    "launch.n_nodes=2 make 16 ranks, and parallel asks for 8. Fix: use launch.ranks_per_node=4, or 0.",
+    "launch.n_nodes=2 parallel=3d device=cpu": "launch.n_nodes=2 is not read by launch.launcher='local'. "
+    "Fix: add launch=torchrun or launch=slurm, or leave launch.n_nodes out.",
+    "launch=torchrun launch.account=me": "launch.account='me' is not read by launch.launcher='torchrun'. "
+    "Fix: add launch=slurm, or leave launch.account out.",
     "parallel.tp=-1 do=plan": "parallel.tp=-1 must be at least 0. Fix: use 0 or more.",
     "parallel.tp=4 do=plan": "parallel.tp=4 does not divide model.n_heads=6. Fix: use parallel.tp of 1, 2.",
     "size=base model.n_kv_heads=2 model.n_heads=12 parallel.tp=3 do=plan": "parallel.tp=3 neither divides "
@@ -419,7 +426,7 @@ class TestInitFrom:
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(validate, "_gpu_is_visible", lambda: False)
+    monkeypatch.setattr(validate, "_n_gpus", lambda: 0)
     assert problems_of("device=cuda") == (
         "device='cuda' needs a CUDA device and none is visible. Fix: use device=cpu or device=auto."
     )
@@ -438,11 +445,7 @@ BIG = ("model=v4_distill", "size=7b", "cluster=h100_8", "trainer.micro_batch_seq
 
 
 class TestMemory:
-    """What does not fit the cluster is told when the job is made; whether several ranks can train is not asked here."""
-
-    @pytest.fixture(autouse=True)
-    def _any_layout(self, monkeypatch):
-        monkeypatch.setattr(validate, "RULES", [rule for rule in validate.RULES if rule is not layout_problems])
+    """What does not fit the cluster is told when the job is made."""
 
     def test_a_layout_is_told_with_one_that_fits(self):
         assert refused(*BIG, "parallel=ddp", "trainer.precision=bf16") == (
@@ -468,6 +471,26 @@ class TestMemory:
             "parallel.auto=true finds no layout that fits 8 ranks of 0.00 GB usable "
             "(cluster.memory_bytes=1, CPU process). Fix: take a smaller model, or GPUs with more memory."
         )
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(validate, "_n_gpus", lambda: 2)
+    assert problems_of("parallel=3d") == (
+        "parallel.dp=2 makes 8 ranks (dp=2 x tp=2 x pp=2) and this machine has 2 GPUs. Fix: lower parallel.dp, "
+        "parallel.tp or parallel.pp to 2 ranks or less, or set device=cpu."
+    )
+    # on a CPU there may be any number; other machines are not this one; one process needs one GPU
+    for more in (["device=cpu"], ["launch=torchrun"], ["launch=slurm", "launch.n_nodes=4"], ["do=plan"]):
+        compose.check_command_line(["parallel=3d", *more])
+    compose.check_command_line(["parallel=3d", "parallel.dp=1", "parallel.tp=1", "parallel.ep=1"])
+
+
+def test_slurm_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert problems_of("launch=slurm", "launch.submit=true") == (
+        "launch.submit=true needs sbatch, which is not in PATH. "
+        "Fix: set launch.submit=false and submit the script where Slurm is, or put sbatch into PATH."
+    )
 
 
 def test_all_problems_are_told_together():

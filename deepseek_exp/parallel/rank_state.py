@@ -94,7 +94,8 @@ def buffers(part: Part, groups: Groups) -> dict[str, Tensor]:
     """Give the persistent buffers that this rank saves: those of its stage, by one rank of it."""
     if groups.at.dp or groups.at.tp:
         return {}
-    return {name: value for name, value in part.model.state_dict().items() if not isinstance(value, nn.Parameter)}
+    parameters = {name for name, _ in part.model.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in part.model.state_dict().items() if name not in parameters}
 
 
 def whole(part: Part, optimizer: Any, *, is_tied: bool) -> Whole:

@@ -22,21 +22,27 @@ _READ_BYTES = 1 << 18
 
 
 class JournalWriter:
-    """Appends events; one process at a time may write a journal."""
+    """Appends events; one process at a time may hold a journal, and let another one write while it only waits."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, held_by_another: bool = False) -> None:
         """Open or create the journal; what a killed writer left of a last line is cut off.
 
+        Args:
+            path: the journal.
+            held_by_another: the process that holds the journal lets this one write.
+
         Raises:
-            BlockingIOError: another process is writing this journal.
+            BlockingIOError: another process holds this journal.
         """
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if held_by_another:
+            return
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._fd)
             raise BlockingIOError(f"{path} is being written by another process") from error
-        self._cut_torn_line(path)
+        self._cut_torn_line()
 
     def start(self) -> None:
         """Begin a life of the run; a resumed run has several."""
@@ -71,7 +77,8 @@ class JournalWriter:
         self._append("dataset", fields)
 
     def end(self, status: str, error: str | None) -> None:
-        """Record how the run ended."""
+        """Record how the run ended; a process that was let write may have been killed within a line."""
+        self._cut_torn_line()
         self._append("end", {"status": status, "error": error})
 
     def close(self) -> None:
@@ -86,7 +93,7 @@ class JournalWriter:
             os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
             raise OSError(errno.ENOSPC, "the journal of the run cannot grow (disk full?)")
 
-    def _cut_torn_line(self, path: Path) -> None:
+    def _cut_torn_line(self) -> None:
         size = os.fstat(self._fd).st_size
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
             torn = os.pread(self._fd, size, 0)
@@ -122,7 +129,7 @@ def read_events(path: Path, offset: int, max_bytes: int = _READ_BYTES) -> tuple[
 
 
 def is_being_written(path: Path) -> bool:
-    """Whether a living process has the journal open for writing."""
+    """Whether a living process holds the journal."""
     with path.open("r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

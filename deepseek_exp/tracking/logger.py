@@ -8,21 +8,21 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from deepseek_exp.tracking.run import TrackedRun
+from deepseek_exp.tracking.run import RunLog
 
 
 class JournalLogger(Logger):
-    """Takes what `self.log` and third-party callbacks log into a `TrackedRun`.
+    """Takes what `self.log` and third-party callbacks log into a `RunLog`.
 
     The caller of `TrackedRun.start` finishes the run: only it knows how the run ended.
     """
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, run: RunLog) -> None:
         super().__init__()
         self._run = run
 
     @property
-    def experiment(self) -> TrackedRun:
+    def experiment(self) -> RunLog:
         """The run that is logged to."""
         return self._run
 

@@ -36,15 +36,93 @@ class Delivery:
     message: str
 
 
-class TrackedRun:
-    """A run that is recorded. Logging writes a line to a file; it neither waits for MLflow nor fails with it."""
+class RunLog:
+    """What a training process logs. It writes a line to a file; it neither waits for MLflow nor fails with it."""
+
+    def __init__(self, run_dir: Path, journal: JournalWriter) -> None:
+        """For `attach` and `TrackedRun.start`, which see."""
+        self.run_dir = run_dir
+        self._journal = journal
+        self._known: set[tuple[str, int, float | str]] = set()
+
+    @classmethod
+    def attach(cls, run_dir: Path, *, records: bool) -> RunLog:
+        """Log into the run of another process, which started it, waits, and will finish it.
+
+        Args:
+            run_dir: the run's folder.
+            records: false: what is logged is thrown away, as several processes do the same and one records it.
+        """
+        run_dir = run_dir.resolve()
+        return cls(run_dir, JournalWriter(run_dir / JOURNAL if records else Path(os.devnull), held_by_another=True))
+
+    def skip_known_after(self, step: int) -> None:
+        """Let metrics not be logged again that the journal has, with the same value, for steps after this one.
+
+        Args:
+            step: the step that a resumed run goes on from: what it repeats after it was logged by its earlier life.
+        """
+        offset, events = 0, [{"kind": "begin"}]
+        while events:
+            events, offset = read_events(self.run_dir / JOURNAL, offset)
+            for event in events:
+                if event["kind"] == "metrics" and event["step"] > step:
+                    self._known.update((name, event["step"], value) for name, value in event["values"].items())
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record metrics of a step; their names are in `METRICS`.
+
+        Raises:
+            ValueError: a name is not in the table.
+        """
+        check_names(values)
+        self.log_foreign_metrics(values, step)
+
+    def log_foreign_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record metrics whose names third-party code chose."""
+        numbers = {name: float(value) for name, value in values.items()}
+        if self._known:
+            numbers = {k: v for k, v in numbers.items() if (k, step, encode_float(v)) not in self._known}
+        if numbers:
+            self._journal.metrics(numbers, step)
+
+    def log_params(self, values: dict[str, Any]) -> None:
+        """Record further parameters; trees become dotted names."""
+        self._journal.params(flatten(values))
+
+    def log_tags(self, values: dict[str, str]) -> None:
+        """Record tags; the tag `description` begins the run's description."""
+        self._journal.tags(values)
+
+    def log_text(self, text: str, artifact_path: str) -> None:
+        """Record a text as an artifact."""
+        self._journal.text(text, artifact_path)
+
+    def log_file(self, path: Path, artifact_folder: str | None = None) -> None:
+        """Record a file as an artifact; it must stay where it is until it was sent."""
+        self._journal.file(path.resolve(), artifact_folder)
+
+    def log_dataset(self, name: str, context: str, digest: str, source: str, profile: dict[str, Any]) -> None:
+        """Record a dataset that the run uses.
+
+        Args:
+            name: what it is called.
+            context: what it is used for, such as `training` or `validation`.
+            digest: hash of its content; MLflow keeps the first 36 characters.
+            source: path or address that it came from.
+            profile: its size in numbers.
+        """
+        fields = {"name": name, "context": context, "digest": digest, "source": source, "profile": profile}
+        self._journal.dataset(fields)
+
+
+class TrackedRun(RunLog):
+    """A run that is recorded, from its start to its end: a process of its own takes the journal to MLflow."""
 
     def __init__(self, run_dir: Path, spec: Spec, journal: JournalWriter) -> None:
         """For `start`, which see."""
-        self.run_dir = run_dir
+        super().__init__(run_dir, journal)
         self._spec = spec
-        self._journal = journal
-        self._known: set[tuple[str, int, float | str]] = set()
         self._process = _start_sender(run_dir)
 
     @classmethod
@@ -124,65 +202,6 @@ class TrackedRun:
         if "problem" in answer:
             raise TrackingError(Problem(**answer["problem"]))
         return str(answer["run_id"])
-
-    def skip_known_after(self, step: int) -> None:
-        """Let metrics not be logged again that the journal has, with the same value, for steps after this one.
-
-        Args:
-            step: the step that a resumed run goes on from: what it repeats after it was logged by its earlier life.
-        """
-        offset, events = 0, [{"kind": "begin"}]
-        while events:
-            events, offset = read_events(self.run_dir / JOURNAL, offset)
-            for event in events:
-                if event["kind"] == "metrics" and event["step"] > step:
-                    self._known.update((name, event["step"], value) for name, value in event["values"].items())
-
-    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record metrics of a step; their names are in `METRICS`.
-
-        Raises:
-            ValueError: a name is not in the table.
-        """
-        check_names(values)
-        self.log_foreign_metrics(values, step)
-
-    def log_foreign_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record metrics whose names third-party code chose."""
-        numbers = {name: float(value) for name, value in values.items()}
-        if self._known:
-            numbers = {k: v for k, v in numbers.items() if (k, step, encode_float(v)) not in self._known}
-        if numbers:
-            self._journal.metrics(numbers, step)
-
-    def log_params(self, values: dict[str, Any]) -> None:
-        """Record further parameters; trees become dotted names."""
-        self._journal.params(flatten(values))
-
-    def log_tags(self, values: dict[str, str]) -> None:
-        """Record tags; the tag `description` begins the run's description."""
-        self._journal.tags(values)
-
-    def log_text(self, text: str, artifact_path: str) -> None:
-        """Record a text as an artifact."""
-        self._journal.text(text, artifact_path)
-
-    def log_file(self, path: Path, artifact_folder: str | None = None) -> None:
-        """Record a file as an artifact; it must stay where it is until it was sent."""
-        self._journal.file(path.resolve(), artifact_folder)
-
-    def log_dataset(self, name: str, context: str, digest: str, source: str, profile: dict[str, Any]) -> None:
-        """Record a dataset that the run uses.
-
-        Args:
-            name: what it is called.
-            context: what it is used for, such as `training` or `validation`.
-            digest: hash of its content; MLflow keeps the first 36 characters.
-            source: path or address that it came from.
-            profile: its size in numbers.
-        """
-        fields = {"name": name, "context": context, "digest": digest, "source": source, "profile": profile}
-        self._journal.dataset(fields)
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"], error: str | None) -> Delivery:
         """End the run, and wait until everything is in the store, or nothing has arrived there for `drain_seconds`.

@@ -33,7 +33,7 @@ NICE = 19
 
 def send_live(run_dir: Path, parent_pid: int) -> int:
     """Send a run while its training process lives; the run id, or the problem, is answered on standard output."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     answers = _take_standard_output()
     with lock(run_dir / SENDER_LOCK, wait=True):

@@ -48,7 +48,8 @@ class TestSearch:
     @pytest.mark.parametrize("target", ["torch.optim.Adafactor", "torch.optim.LBFGS"])
     def test_zero_is_left_out_where_it_cannot_cut_the_optimizer(self, target):
         exp = experiment("cluster=h100_8", "optim=adafactor", f"optim.optimizer._target_={target}")
-        assert {p.layout.zero_stage for p in best_plans(exp, 100)} == {0}
+        found = {(p.layout.zero_stage, p.layout.degrees.world_size) for p in best_plans(exp, 100)}
+        assert found == {(0, 8)}
 
     def test_sequence_parallelism_is_as_configured_where_there_are_tensor_ranks(self):
         exp = experiment("cluster=h100_8", "parallel=auto", "parallel.sequence_parallel=true")

@@ -98,3 +98,16 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, before)
     writer.tags({"c": "3"})
     assert [event["values"] for event in read_events(path, 0)[0]] == [{"a": "1"}, {"c": "3"}]
+
+
+def test_a_process_that_is_let_write_may_be_killed_within_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    holder, writer = JournalWriter(path), JournalWriter(path, held_by_another=True)
+    holder.start()
+    writer.tags({"a": "b"})
+    with path.open("a") as file:
+        file.write('{"t":2,"ki')
+    holder.end("FAILED", "killed")
+    assert [event["kind"] for event in read_events(path, 0)[0]] == ["start", "tags", "end"]
+    writer.close()
+    assert is_being_written(path)

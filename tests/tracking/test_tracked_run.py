@@ -20,7 +20,7 @@ from mlflow.entities import Run
 
 from deepseek_exp.config import ROOT, TrackingConfig
 from deepseek_exp.errors import TrackingError
-from deepseek_exp.tracking import TrackedRun
+from deepseek_exp.tracking import RunLog, TrackedRun
 from deepseek_exp.tracking.journal import read_events
 from deepseek_exp.tracking.run import Delivery
 from tests.tracking.tracking_parts import history, make_config, start_run
@@ -177,6 +177,23 @@ def test_a_killed_training_process_loses_nothing(store: TrackingConfig, tmp_path
     assert run.info.status == "FAILED"
     assert "was killed" in run.data.tags["error"]
     assert history(client, run_id, "train/loss") == [(step, 1.0 / (step + 1)) for step in range(500)]
+
+
+def test_another_process_logs_into_the_run(store: TrackingConfig, tmp_path: Path, client: MlflowClient) -> None:
+    run = start_run(store, tmp_path / "run")
+    run_id = run.wait_ready(30)
+    RunLog.attach(tmp_path / "run", records=True).log_metrics({"train/loss": 1.0}, 1)
+    again = RunLog.attach(tmp_path / "run", records=True)  # repeats step 1 and goes on
+    again.skip_known_after(0)
+    silent = RunLog.attach(tmp_path / "run", records=False)
+    silent.skip_known_after(0)
+    for step in (1, 2):
+        again.log_metrics({"train/loss": 1.0}, step)
+        silent.log_metrics({"train/loss": 9.0}, step)
+    silent.log_text("nothing", "sample.txt")
+    assert run.finish("FINISHED", None).arrived
+    assert history(client, run_id, "train/loss") == [(1, 1.0), (2, 1.0)]
+    assert "sample.txt" not in [artifact.path for artifact in client.list_artifacts(run_id)]
 
 
 def test_two_runs_may_create_the_database_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""A rank and a parent for the tests: `python -m tests.parallel.launch_parts rank|parent FOLDER N_RANKS WHAT`.
+
+The ranks reduce a number over and over; WHAT says what happens in between.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from deepseek_exp.errors import DataError, Problem, UserError
+from deepseek_exp.parallel import launch, member
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def all_reduce(value: float) -> float:
+    import torch
+    from torch.distributed import all_reduce
+
+    total = torch.tensor([value])
+    all_reduce(total)
+    return float(total)
+
+
+def work(folder: Path, what: str) -> member.Ended:
+    import torch.distributed as dist
+    from torch.utils.data import DataLoader
+
+    rank = member.number()
+    say(f"rank {rank} has {os.environ['OMP_NUM_THREADS']} threads")
+    loader = iter(DataLoader(list(range(8)), num_workers=1))  # processes below a rank, which it must not leave behind
+    next(loader)
+    dist.init_process_group("gloo")
+    all_reduce(0)
+    (folder / f"{rank}.pid").write_text(str(os.getpid()))
+    if what == "end":
+        return member.Ended(loss=all_reduce(rank))
+    if what == "leave" and rank == 1:
+        os._exit(0)
+    if what == "raise" and rank == 1:
+        time.sleep(0.3)
+        raise ValueError("one\ntwo")
+    if what == "user_error" and rank == 1:
+        raise DataError(Problem("data.path", "x", "is gone", "bring it back"))
+    step = 0
+    while not all_reduce(member.stop_asked()):
+        step += 1
+        time.sleep(0.01)
+    (folder / f"{rank}.stopped").write_text(str(step))
+    return member.Ended(stopped_at=step)
+
+
+def parent(folder: Path, n_ranks: int, what: str) -> None:
+    command = [sys.executable, "-m", "tests.parallel.launch_parts", "rank", str(folder), str(n_ranks), what]
+    try:
+        ended = launch.run(command, n_ranks, folder / member.FOLDER, {"OMP_NUM_THREADS": "1"})
+    except UserError as error:
+        say(f"{type(error).__name__}: {error}")
+        sys.exit(1)
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    assert handlers == [signal.SIG_DFL, signal.default_int_handler]
+    say(str(ended))
+
+
+if __name__ == "__main__":
+    folder, n_ranks, what = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    if sys.argv[1] == "parent":
+        parent(folder, n_ranks, what)
+    else:
+        member.enter(folder / member.FOLDER)
+        sys.exit(member.report(folder / member.FOLDER, lambda: work(folder, what)))

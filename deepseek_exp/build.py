@@ -112,7 +112,7 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
     set_up_torch(cfg)
     data = prepare(cfg.data)
     model = build_model(cfg, device, weights)
-    lit = LanguageModel(cfg, model, data.tokenizer.token_bytes, data.unigram_bits)
+    lit = LanguageModel(cfg, model, data.tokenizer.token_bytes, data.unigram_bits).to(device)
     return Parts(device, data, _build_datamodule(cfg, data, device, None), lit)
 
 
@@ -174,7 +174,8 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
         buffer.data = buffer.data.to(device)  # balance biases and counts keep their type
     if cfg.trainer.compile:
         model.compile()
-        model.forward_ahead = torch.compile(model.forward_ahead)  # type: ignore[method-assign]
+        if cfg.model.n_mtp_layers:  # which training then goes through
+            model.forward_ahead = torch.compile(model.forward_ahead)  # type: ignore[method-assign]
     return model
 
 

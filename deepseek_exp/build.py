@@ -27,8 +27,8 @@ from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, load_weights
 from deepseek_exp.parallel.groups import Groups, connect, local_rank
 from deepseek_exp.parallel.rank_state import load_part
 from deepseek_exp.parallel.shards import open_state
-from deepseek_exp.parallel.stage import cut_model, set_weights
-from deepseek_exp.parallel.strategy import DeepSpeed3DStrategy, Stage
+from deepseek_exp.parallel.stage import Stage, cut_model, set_weights
+from deepseek_exp.parallel.strategy import DeepSpeed3DStrategy
 from deepseek_exp.parallel.tensor import parallel_ops
 from deepseek_exp.planner import parameters
 from deepseek_exp.serve import load_release
@@ -136,6 +136,8 @@ def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
         load_part(part, open_state(weights))
     else:
         set_weights(part, lambda name, shape: initial_weight(name, shape, cfg.model, cfg.seed))
+    for p in part.model.parameters():
+        p.data = p.data.to(DTYPES[cfg.trainer.precision])
     lit = StageModel(cfg, part, groups, data.tokenizer.token_bytes, data.unigram_bits)
     return Parts(device, data, _build_datamodule(cfg, data, device, groups), lit)
 

@@ -113,8 +113,8 @@ class StageModel(LanguageModel):
         return values | {"parallel/bubble_fraction": bubble_fraction(d.pp, n_micro_batches)}
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Make the optimizer; ZeRO gives it fp32 masters to work on."""
-        return build_optimizer(self.cfg.optim, self.model, masters=False)
+        """Make the optimizer; ZeRO gives it fp32 masters to work on where the weights are bf16."""
+        return build_optimizer(self.cfg.optim, self.model, masters=self.cfg.parallel.zero_stage == 0)
 
     def _share(self, sums: Tensor) -> Tensor:
         """Sum the last stages' values over dp, and with them the counts of all mixtures of experts, in one exchange."""

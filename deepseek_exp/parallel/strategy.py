@@ -225,7 +225,9 @@ class DeepSpeed3DStrategy(DDPStrategy):
             "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
         }
         if exp.trainer.precision is Precision.bf16:
-            config["bf16"] = {"enabled": True}
+            # DeepSpeed drops what has gradients when the backward pass comes to the stage's output, which the head and
+            # the loss lie behind: their gradients have to be added up as they are made
+            config["bf16"] = {"enabled": True, "immediate_grad_update": True}
             config["data_types"] = {"grad_accum_dtype": "fp32"}  # the default adds gradients up in bf16
         return config
 

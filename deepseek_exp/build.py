@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 
 from deepseek_exp.callbacks import Checkpoints, Metrics, Progress
-from deepseek_exp.config import ActivationCheckpointing, Device, Do, ExperimentConfig, Precision
+from deepseek_exp.config import ActivationCheckpointing, Device, ExperimentConfig, Precision
 from deepseek_exp.data import PreparedData, TokenDataModule, prepare
 from deepseek_exp.errors import DeviceError, Problem
 from deepseek_exp.kernels import TORCH
@@ -83,7 +83,7 @@ def check_memory(cfg: ExperimentConfig, device: torch.device) -> None:
     n_params = counted.total + counted.mtp
     extra = 16 if cfg.trainer.precision is Precision.bf16 else 12
     width = DTYPES[cfg.trainer.precision].itemsize
-    needed = n_params * (width + (extra if cfg.do is Do.train else 0))
+    needed = n_params * (width + (extra if cfg.do.trains else 0))
     free = free_memory(device)
     if needed > free:
         rule = f"needs {needed / 1e9:,.1f} GB for its {n_params:,} parameters"
@@ -227,7 +227,7 @@ def build_trainer(
         callbacks=[metrics, *third_party, Progress(cfg, metrics), checkpoints],
         plugins=[folder_io],
         max_epochs=-1,
-        max_steps=t.max_steps,
+        max_steps=cfg.last_step,
         val_check_interval=t.eval_every_steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,

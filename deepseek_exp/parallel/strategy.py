@@ -226,7 +226,8 @@ class DeepSpeed3DStrategy(DDPStrategy):
         }
         if exp.trainer.precision is Precision.bf16:
             config["bf16"] = {"enabled": True}
-            config["data_types"] = {"grad_accum_dtype": "fp32"}  # the default adds gradients up in bf16
+            # the defaults add gradients up in bf16, over micro batches and over ranks
+            config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
         return config
 
 

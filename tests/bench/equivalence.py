@@ -68,6 +68,7 @@ class Row:
 
 UNTIED, TIED, FULL = "model.tie_embeddings=false", "model.tie_embeddings=true", "trainer.activation_checkpointing=full"
 SEQUENCE, BF = ("parallel.sequence_parallel=true",), "trainer.precision=bf16"
+EXPERTS = ("dp2ep2", "pp2dp2", "tp2dp2ep2", "pp2tp2dp2ep2")
 CUT = ("tp2", "tp4", "tp2dp2", "pp2tp2", "tp2dp2ep2", "pp2tp2dp2")
 ROWS = {
     "v1 tied": Row(("model=v1_dense",)),
@@ -76,7 +77,7 @@ ROWS = {
     "v2.5": Row(("model=v2_5_sparse",)),
     "v3": Row(("model=v3_moe",)),
     "v3 tied": Row(("model=v3_moe", TIED), ("pp2", "tp2", "pp4", "pp2tp2dp2ep2")),
-    "v3 capacity": Row(("model=v3_moe", "model.moe.capacity_factor=1.1", "model.moe.balance=aux_loss")),
+    "v3 capacity": Row(("model=v3_moe", "model.moe.capacity_factor=1.1", "model.moe.balance=aux_loss"), EXPERTS),
     "v4": Row(("model=v4_distill",)),
     "v5": Row(("model=v5_domain_moe",)),
     "v5 labels": Row(("model=v5_domain_moe",), labelled=True),
@@ -89,8 +90,8 @@ ROWS = {
     "v5 sequence": Row(("model=v5_domain_moe",), CUT, SEQUENCE, labelled=True),
     "v1 recomputed": Row(("model=v1_dense", FULL), ("pp2", "tp2", *LARGEST)),
     "v3 recomputed": Row(("model=v3_moe", FULL), ("pp2", "tp2", "dp2ep2", *LARGEST)),
-    "v1 bf16": Row(("model=v1_dense", BF), bounds=BF16),
-    "v3 bf16": Row(("model=v3_moe", BF), bounds=BF16),
+    "v1 bf16": Row(("model=v1_dense", BF), ("pp2", "tp2", "dp2", "pp2tp2dp2"), bounds=BF16),
+    "v3 bf16": Row(("model=v3_moe", BF), ("pp2", "tp2", "dp2", "dp2ep2", *LARGEST), bounds=BF16),
 }
 
 

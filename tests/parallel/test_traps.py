@@ -15,7 +15,7 @@ import torch
 
 from deepseek_exp.errors import UserError
 from deepseek_exp.parallel.tensor import Rule, match_plan, tensor_plan
-from tests.parallel.layouts import Watch, difference, labelled_texts, layout
+from tests.parallel.layouts import SHORT, Watch, difference, labelled_texts, layout
 from tests.test_config import composed
 
 FEW = ("trainer.max_steps=4", "trainer.eval_every_steps=4", "trainer.checkpoint_every_steps=4", "model.n_layers=4")
@@ -49,7 +49,7 @@ def test_clipping_in_a_pipeline_needs_zero_1(layouts, alone):
     """Without ZeRO DeepSpeed counts a table that the first and the last stage have twice."""
     model = ("model=v1_dense", *FEW)
     with pytest.raises(UserError, match=r"parallel\.zero_stage=0 cannot be used with parallel\.pp=2 "):
-        composed("size=tiny", *model, *layout(pp=2)[:-1], "parallel.zero_stage=0")
+        composed(*SHORT, *model, *layout(pp=2)[:-1], "parallel.zero_stage=0")
     one, many = alone(*model), layouts.run(2, *model, *layout(pp=2), watch=NormsWithoutZero)
     for norms in many.said:
         assert norms[0] > 1.01 * one.trace("optim/grad_norm")[0]
@@ -122,50 +122,61 @@ def test_activations_and_their_gradients_are_not_partitioned_over_experts(layout
 
 
 class Gradient(Watch):
-    """Notes one matrix's gradient before the first step, in one process or in parts."""
+    """Notes one matrix's gradient before the first step, in one process or in parts; in one also its sum in bf16."""
 
     NAME = "blocks.0.feed_forward.w_down.weight"
 
     def before_fit(self, parts, trainer):
+        self.found, self.p = [], dict(parts.lit.model.named_parameters())[self.NAME]
+        if hasattr(parts.lit, "groups"):
+            self.watch_stage(trainer.strategy)
+        else:
+            self.watch_one()
+
+    def watch_one(self):
         from deepseek_exp import lit
 
-        self.found, p = None, dict(parts.lit.model.named_parameters())[self.NAME]
-        if not hasattr(parts.lit, "groups"):
-            clip = lit.clip_gradients
+        narrow, clip = torch.zeros_like(self.p), lit.clip_gradients
 
-            def clipped(optimizer, clip_norm):
-                place = [q is p for q in optimizer.params].index(True)
-                self.found = self.found or optimizer.masters[place].grad.flatten().tolist()
-                return clip(optimizer, clip_norm)
+        def add(p):
+            narrow.add_(p.grad)
 
-            lit.clip_gradients = clipped
-            return
-        setup = trainer.strategy.setup
+        self.p.register_post_accumulate_grad_hook(add)
+
+        def clipped(optimizer, clip_norm):
+            place = [q is self.p for q in optimizer.params].index(True)
+            self.found = [optimizer.masters[place].grad.flatten().tolist(), narrow.flatten().tolist()]
+            return clip(optimizer, clip_norm)
+
+        lit.clip_gradients = clipped
+
+    def watch_stage(self, strategy):
+        setup = strategy.setup
 
         def noted(trainer):
             setup(trainer)
-            optimizer = trainer.strategy.engine.optimizer
-            step = optimizer.step
+            step = strategy.engine.optimizer.step
 
             def stepped(*args, **kwargs):
-                self.found = self.found or p._hp_grad.flatten().tolist()
+                self.found = self.p._hp_grad.tolist()
                 return step(*args, **kwargs)
 
-            optimizer.step = stepped
+            strategy.engine.optimizer.step = stepped
 
-        trainer.strategy.setup = noted
+        strategy.setup = noted
 
     def result(self):
         return self.found
 
 
 def test_bf16_gradients_add_up_in_fp32(layouts):
-    """Of 64 micro batches: a sum in bf16, whose unit in the last place is 2^-8, would be off by a percent or so."""
+    """Over micro batches, of which one process has 128 and each of two ranks 64, and over ranks."""
     model = ("model=v1_dense", "trainer.precision=bf16", "trainer.global_batch_seqs=128", "trainer.max_steps=1")
     model += ("optim.warmup_steps=0", "trainer.eval_every_steps=1")
-    one = torch.tensor(layouts.run(1, *model, watch=Gradient).said[0])
+    one, in_bf16 = torch.tensor(layouts.run(1, *model, watch=Gradient).said[0])
     for said in layouts.run(2, *model, *layout(dp=2), watch=Gradient).said:
         assert (torch.tensor(said) - one).norm() / one.norm() < 1e-5
+    assert (in_bf16 - one).norm() / one.norm() > 5e-3  # what a sum in bf16 would be off by
 
 
 class Buffers(Watch):

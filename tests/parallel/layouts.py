@@ -75,12 +75,15 @@ class Nudged(Watch):
     How far that leads is what no layout need be nearer than; in fp32 the norm of one process is off by 1e-6.
     """
 
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
     def before_fit(self, parts: Any, trainer: Any) -> None:
         import torch
 
         from deepseek_exp import lit
 
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for p in parts.lit.parameters():
                 p.mul_(1 + torch.randint(-1, 2, p.shape, generator=generator) * torch.finfo(p.dtype).eps)
@@ -210,6 +213,7 @@ class Layouts:
         n_ranks: int,
         *overrides: str,
         watch: type[Watch] = Watch,
+        watch_args: tuple[Any, ...] = (),
         resume: Ran | None = None,
         hang_seconds: float = HANG_SECONDS,
     ) -> Ran:
@@ -219,6 +223,7 @@ class Layouts:
             n_ranks: processes; 1 is one that knows of no others.
             overrides: of the configuration, after SHORT.
             watch: what to do inside of each rank.
+            watch_args: what it is made with.
             resume: go on from the last checkpoint of this run.
             hang_seconds: the ranks are ended when they take longer.
 
@@ -231,6 +236,7 @@ class Layouts:
         cache = f"data.cache_dir={self.folder / 'cache'}"
         job = {"n_ranks": n_ranks, "overrides": [*SHORT, cache, *overrides], "folder": str(folder)}
         job |= {"watch": f"{watch.__module__}:{watch.__qualname__}", "hang_seconds": hang_seconds}
+        job["watch_args"] = watch_args
         job["resume"] = str(resume.folder) if resume is not None else None
         print(json.dumps(job), file=self.process.stdin, flush=True)
         ended = json.loads(self.process.stdout.readline() or '{"rank": 0, "how": "never began"}')
@@ -266,7 +272,7 @@ def train(job: Mapping[str, Any]) -> dict[str, Any]:
     from tests.test_config import composed
 
     module, _, name = job["watch"].partition(":")
-    watch: Watch = getattr(importlib.import_module(module), name)()
+    watch: Watch = getattr(importlib.import_module(module), name)(*job["watch_args"])
     cfg = watch.before_build(composed(*job["overrides"]))
     log = Log(Path(job["folder"]))
     parts = build.build_parts(cfg)

@@ -2,10 +2,10 @@
 
     python tests/bench/equivalence.py [--rows v1,v3] [--layouts pp2,tp2] [--keep FOLDER]
 
-20 steps on the CPU with clipping that bites, micro batches of one sequence, 4 layers. The column "nudged" is the largest
-of four of one process that round otherwise (tests/parallel/layouts.py, `Nudged`); a layout may differ by twice as much,
-or by the fixed bounds where these are larger. Exit code 1: it differs by more, or a run died. A row or layout is meant
-by its whole name or its beginning up to a blank. Results: README.md beside this file.
+20 steps on the CPU with clipping that bites, micro batches of one sequence, 4 layers. The column "nudged" is the
+largest of four trainings of one process that round otherwise (tests/parallel/layouts.py, `Nudged`); a layout may differ
+by twice as much, or by the fixed bounds where these are larger. Exit code 1: it differs by more, or a run died.
+A row or layout is meant by its whole name or its beginning up to a blank. Results: README.md beside this file.
 """
 
 from __future__ import annotations

@@ -154,5 +154,5 @@ class Hangs(Watch):
 
 
 def test_ranks_that_hang_are_ended(layouts):
-    with pytest.raises(RankDied, match=r"(?s)rank 0 of 2 did not end within 15 s: .*most recent call first"):
-        layouts.run(2, "trainer.max_steps=1", "optim.warmup_steps=0", *layout(dp=2), watch=Hangs, hang_seconds=15)
+    with pytest.raises(RankDied, match=r"(?s)rank 0 of 2 did not end within 5 s: .*most recent call first"):
+        layouts.run(2, "trainer.max_steps=1", "optim.warmup_steps=0", *layout(dp=2), watch=Hangs, hang_seconds=5)

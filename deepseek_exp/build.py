@@ -27,7 +27,7 @@ from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, load_weights
 from deepseek_exp.parallel.groups import Groups, connect, local_rank
 from deepseek_exp.parallel.rank_state import load_part
 from deepseek_exp.parallel.shards import open_state
-from deepseek_exp.parallel.stage import Stage, cut_model, set_weights
+from deepseek_exp.parallel.stage import Stage, copy_part, cut_model, set_weights
 from deepseek_exp.parallel.strategy import DeepSpeed3DStrategy
 from deepseek_exp.parallel.tensor import parallel_ops
 from deepseek_exp.planner import parameters
@@ -134,6 +134,10 @@ def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
     part = cut_model(cfg, whole, groups)
     if weights is not None:
         load_part(part, open_state(weights))
+    elif cfg.init_from is not None:
+        release = Transformer(cfg.model, TORCH)
+        load_release(release, cfg.model, Path(cfg.init_from))
+        copy_part(part, release)
     else:
         set_weights(part, lambda name, shape: initial_weight(name, shape, cfg.model, cfg.seed))
     for p in part.model.parameters():

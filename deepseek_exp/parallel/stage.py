@@ -179,6 +179,15 @@ def set_weights(part: Part, weight_of: Callable[[str, tuple[int, ...]], Tensor])
             parameters[placed.name].copy_(cut(weight_of(placed.name, placed.shape), placed.cuts))
 
 
+def copy_part(part: Part, whole: nn.Module) -> None:
+    """Fill this rank's parameters and buffers from a whole model that is at hand."""
+    parameters = dict(whole.named_parameters())
+    set_weights(part, lambda name, shape: parameters[name])
+    buffers = dict(whole.named_buffers())
+    for name, buffer in part.model.named_buffers():
+        buffer.copy_(buffers[name])
+
+
 def _drop_other_stages(model: Transformer, blocks: range, groups: Groups, cfg: ModelConfig) -> None:
     for i in range(cfg.n_layers):
         if i not in blocks:

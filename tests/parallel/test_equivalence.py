@@ -1,0 +1,158 @@
+"""Every layout trains what one process trains: what tells most of the whole matrix, tests/bench/equivalence.py."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from itertools import chain
+
+import pytest
+
+from tests.parallel.layouts import RankDied, Watch, difference, labelled_texts, layout
+
+STEPS = 8
+FEW = (f"trainer.max_steps={STEPS}", "trainer.eval_every_steps=4", "model.n_layers=4")
+SEQUENCE = "parallel.sequence_parallel=true"
+FULL = "trainer.activation_checkpointing=full"
+# what is trained, in which layout, and what one process does not know of
+CASES = {
+    "v1 pp2 tp2": (["model=v1_dense"], {"pp": 2, "tp": 2}, []),
+    "v1 tp2 dp2, sequences cut": (["model=v1_dense"], {"tp": 2, "dp": 2}, [SEQUENCE]),
+    "v2.5 tp2": (["model=v2_5_sparse"], {"tp": 2}, []),
+    "v2 dp2 ep2, rows dropped": (["model=v2_moe"], {"dp": 2, "ep": 2}, []),
+    "v3 dp4 ep2": (["model=v3_moe"], {"dp": 4, "ep": 2}, []),
+    "v3 pp2 dp2 ep2, recomputed": (["model=v3_moe", FULL], {"pp": 2, "dp": 2, "ep": 2}, []),
+    "v3 tied pp2 tp2 dp2 ep2": (
+        ["model=v3_moe", "model.tie_embeddings=true"],
+        {"pp": 2, "tp": 2, "dp": 2, "ep": 2},
+        [],
+    ),
+    "v4 tp4, one key head": (["model=v4_distill", "model.n_kv_heads=1", "model.qkv_bias=true"], {"tp": 4}, []),
+}
+
+
+def n_ranks(degrees: dict[str, int]) -> int:
+    return math.prod(n for axis, n in degrees.items() if axis != "ep")
+
+
+def assert_same(one, many):
+    """The bounds leave room for rounding, which grows from step to step; a bug is off by far more."""
+    found = difference(one, many)
+    assert found.loss <= 2e-6 and found.grad_norm <= 1e-5 and found.weight <= 1e-5 and found.routing <= 1e-9, found
+
+
+@pytest.mark.parametrize(("model", "degrees", "only_parts"), CASES.values(), ids=CASES)
+def test_a_layout_trains_what_one_process_trains(layouts, alone, model, degrees, only_parts):
+    one = alone(*FEW, *model)
+    many = layouts.run(n_ranks(degrees), *FEW, *model, *only_parts, *layout(**degrees))
+    assert min(one.trace("optim/grad_norm")) > 0.5  # clipped
+    assert len(set(one.trace("optim/lr"))) > STEPS / 2
+    assert_same(one, many)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    return ("model=v5_domain_moe", *labelled_texts(tmp_path_factory.mktemp("texts")))
+
+
+def test_labels_reach_every_stage(layouts, alone, labelled):
+    one, many = alone(*FEW, *labelled), layouts.run(4, *FEW, *labelled, *layout(pp=4))
+    assert len(set(one.trace("moe/domain_accuracy"))) > 1
+    assert {f"val/loss/{name}" for name in ("general", "finance", "medical", "law")} <= one.metrics[STEPS].keys()
+    assert_same(one, many)
+
+
+def test_micro_batches_of_ranks_are_those_of_one_process(layouts, alone):
+    model = ("model=v3_moe", "trainer.micro_batch_seqs=2")
+    assert_same(alone(*FEW, *model), layouts.run(2, *FEW, *model, *layout(dp=2)))
+
+
+class Order(Watch):
+    """Notes the sequences of each step."""
+
+    def before_fit(self, parts, trainer):
+        self.steps, step = [], parts.lit.training_step
+
+        def noted(batch, batch_idx):
+            self.steps.append([hashlib.sha256(row.numpy().tobytes()).hexdigest()[:12] for row in batch.tokens])
+            return step(batch, batch_idx)
+
+        parts.lit.training_step = noted
+
+    def result(self):
+        return self.steps
+
+
+def test_each_step_has_the_same_sequences_in_the_same_order(layouts):
+    """And the same tokens in all ranks of one place on dp, which work on one model together."""
+    few = ("model=v1_dense", "trainer.max_steps=4", "trainer.eval_every_steps=4")
+    one = layouts.run(1, *few, watch=Order).said[0]
+    assert len(one) == 4 and len(set(chain(*one))) == 4 * 8
+    by_two = layouts.run(4, *few, *layout(tp=2, dp=2), watch=Order).said  # ranks in the order dp, tp
+    assert by_two[0] == by_two[1] and by_two[2] == by_two[3]
+    by_four = layouts.run(4, *few, *layout(dp=4), watch=Order).said
+    for shares in (by_two[::2], by_four):
+        assert [list(chain(*step)) for step in zip(*shares, strict=True)] == one
+
+
+class Counted(Watch):
+    """Counts the rows of a validation that count, and those that fill up."""
+
+    def before_fit(self, parts, trainer):
+        self.rows, step = [], parts.lit.validation_step
+
+        def noted(batch, batch_idx):
+            self.rows.append([batch.n_counted, len(batch.tokens) - batch.n_counted])
+            return step(batch, batch_idx)
+
+        parts.lit.validation_step = noted
+
+    def result(self):
+        return self.rows
+
+
+@pytest.mark.parametrize("degrees", [{"dp": 4}, {"pp": 2, "dp": 2}], ids=str)
+def test_rows_that_fill_up_do_not_count(layouts, alone, degrees):
+    few = ("model=v1_dense", "trainer.max_steps=1", "optim.warmup_steps=0", "trainer.eval_every_steps=1")
+    few += ("trainer.eval_batches=0", "trainer.micro_batch_seqs=2", "data.max_bytes=83000")
+    one, many = alone(*few), layouts.run(4, *few, *layout(**degrees), watch=Counted)
+    first = many.said[: degrees["dp"]]  # of the first stage
+    counted, filled = (sum(rows[i] for rank in first for rows in rank) for i in (0, 1))
+    assert filled and len({len(rank) for rank in many.said}) == 1
+    assert counted % (2 * degrees["dp"]) and counted + filled == 2 * degrees["dp"] * len(first[0])
+    assert many.trace("val/loss") == pytest.approx(one.trace("val/loss"), abs=1e-7)
+    assert many.trace("val/bits_per_byte") == pytest.approx(one.trace("val/bits_per_byte"), abs=1e-7)
+
+
+def test_validation_leaves_training_alone(layouts):
+    model = ("model=v3_moe", "trainer.max_steps=6", "model.n_layers=4")
+    often, once = (layouts.run(4, *model, f"trainer.eval_every_steps={n}", *layout(pp=2, dp=2, ep=2)) for n in (1, 6))
+    assert len(often.trace("val/loss")) == 6 and len(once.trace("val/loss")) == 1
+    for name in ("train/loss", "train/mtp_loss", "optim/grad_norm", "moe/load_cv", "moe/balance_loss"):
+        assert often.trace(name) == once.trace(name), name
+    before, after = once.weights(), often.weights()
+    assert all(before[name].equal(after[name]) for name in before)
+
+
+class Dies(Watch):
+    def before_fit(self, parts, trainer):
+        if parts.lit.groups.rank == 1:
+            raise ValueError("died on purpose")
+
+
+def test_a_rank_that_dies_is_told_and_the_next_run_works(layouts):
+    few = ("trainer.max_steps=1", "optim.warmup_steps=0", *layout(dp=2))
+    with pytest.raises(RankDied, match=r"(?s)rank \d of 2 ended with 1: .*rank-1.log.*ValueError: died on purpose"):
+        layouts.run(2, *few, watch=Dies)
+    assert len(layouts.run(2, *few).trace("train/loss")) == 1
+
+
+class Hangs(Watch):
+    def before_fit(self, parts, trainer):
+        if parts.lit.groups.rank == 1:
+            parts.lit.groups.barrier()
+
+
+def test_ranks_that_hang_are_ended(layouts):
+    with pytest.raises(RankDied, match=r"(?s)rank 0 of 2 did not end within 5 s: .*most recent call first"):
+        layouts.run(2, "trainer.max_steps=1", "optim.warmup_steps=0", *layout(dp=2), watch=Hangs, hang_seconds=5)

@@ -1,0 +1,250 @@
+"""What goes wrong in silence with pipelines, experts and tensors in parts: each has a guard, and here its test.
+
+Some are guarded by what test_equivalence.py compares too; here the numbers are chosen so that a missing guard shows at
+once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+
+import pytest
+import torch
+
+from deepseek_exp.errors import UserError
+from deepseek_exp.parallel.tensor import Rule, match_plan, tensor_plan
+from tests.parallel.layouts import SHORT, Watch, difference, labelled_texts, layout
+from tests.test_config import composed
+
+FEW = ("trainer.max_steps=4", "trainer.eval_every_steps=4", "trainer.checkpoint_every_steps=4", "model.n_layers=4")
+
+
+def assert_same(one, many):
+    found = difference(one, many)
+    assert found.loss <= 2e-6 and found.grad_norm <= 1e-5 and found.weight <= 1e-5 and found.routing <= 1e-9, found
+
+
+class NormsWithoutZero(Watch):
+    """Takes the rule out that pp needs ZeRO 1, and notes the norms that gradients are clipped by."""
+
+    def before_build(self, cfg):
+        import deepspeed.runtime.engine as engine
+
+        self.norms, clip = [], engine.clip_grad_norm_
+
+        def noted(*args, **kwargs):
+            self.norms.append(float(clip(*args, **kwargs)))
+
+        engine.clip_grad_norm_ = noted
+        engine.DeepSpeedEngine.get_global_grad_norm = lambda engine: self.norms[-1]
+        return dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, zero_stage=0))
+
+    def result(self):
+        return self.norms
+
+
+def test_clipping_in_a_pipeline_needs_zero_1(layouts, alone):
+    """Without ZeRO DeepSpeed counts a table that the first and the last stage have twice."""
+    model = ("model=v1_dense", *FEW)
+    with pytest.raises(UserError, match=r"parallel\.zero_stage=0 cannot be used with parallel\.pp=2 "):
+        composed(*SHORT, *model, *layout(pp=2)[:-1], "parallel.zero_stage=0")
+    one, many = alone(*model), layouts.run(2, *model, *layout(pp=2), watch=NormsWithoutZero)
+    for norms in many.said:
+        assert norms[0] > 1.01 * one.trace("optim/grad_norm")[0]
+    assert_same(one, layouts.run(2, *model, *layout(pp=2)))
+
+
+class Sent(Watch):
+    """Notes what goes from a stage to the next."""
+
+    def before_fit(self, parts, trainer):
+        from deepspeed.runtime.pipe import engine
+
+        self.sent, send = set(), engine.p2p.send
+
+        def noted(tensor, stage):
+            self.sent.add((str(tensor.dtype), tensor.ndim))
+            return send(tensor, stage)
+
+        engine.p2p.send = noted
+
+    def result(self):
+        return sorted(self.sent)
+
+
+def test_labels_do_not_travel_through_the_pipeline(layouts, alone, tmp_path):
+    model = ("model=v5_domain_moe", "model.moe.domain_loss_weight=1", *FEW, *labelled_texts(tmp_path))
+    many = layouts.run(4, *model, *layout(pp=4), watch=Sent)
+    assert len(many.said) == 4
+    for sent in many.said:  # beside activations and gradients, (batch, seq, d_model), DeepSpeed says what it sends
+        assert ["torch.float32", 3] in sent and "torch.int64" not in dict(sent), sent
+    assert_same(alone(*model), many)
+
+
+class Held(Watch):
+    """Notes what a rank holds of the row-parallel matrices when training begins."""
+
+    def before_fit(self, parts, trainer):
+        from pytorch_lightning.callbacks import Callback
+
+        class Note(Callback):
+            def on_train_start(callback, trainer, module):
+                named = module.model.named_parameters()
+                self.held = {n: p.tolist() for n, p in named if n.endswith(("wo.weight", "w_down.weight"))}
+
+        trainer.callbacks.append(Note())
+
+    def result(self):
+        return self.held
+
+
+def test_row_parallel_matrices_are_cut_along_their_inputs(layouts, alone):
+    """A checkpoint of tp=1, which knows of no cut, loaded by tp=2."""
+    model = ("model=v4_distill", *FEW)
+    first = layouts.run(2, *model, *layout(dp=2))
+    further = (*model, "trainer.max_steps=5", *layout(tp=2))
+    whole, again = first.weights(), layouts.run(2, *further, resume=first, watch=Held)
+    assert len(again.said[0]) == 8
+    for rank, held in enumerate(again.said):
+        for name, values in held.items():
+            half = whole[name].shape[1] // 2
+            assert torch.equal(torch.tensor(values), whole[name][:, rank * half : (rank + 1) * half]), name
+    one = layouts.run(1, *model, "trainer.max_steps=5", *layout(), resume=alone(*model))
+    assert_same(one, again)
+
+
+def test_activations_and_their_gradients_are_not_partitioned_over_experts(layouts, alone):
+    """DeepSpeed's model axis holds other sequences here, not copies of the same."""
+    model = ("model=v2_moe", *FEW)
+    assert_same(alone(*model), layouts.run(4, *model, *layout(pp=2, dp=2, ep=2)))
+
+
+class Gradient(Watch):
+    """Notes one matrix's gradient before the first step, in one process or in parts; in one also its sum in bf16."""
+
+    NAME = "blocks.0.feed_forward.w_down.weight"
+
+    def before_fit(self, parts, trainer):
+        self.found, self.p = [], dict(parts.lit.model.named_parameters())[self.NAME]
+        if hasattr(parts.lit, "groups"):
+            self.watch_stage(trainer.strategy)
+        else:
+            self.watch_one()
+
+    def watch_one(self):
+        from deepseek_exp import lit
+
+        narrow, clip = torch.zeros_like(self.p), lit.clip_gradients
+
+        def add(p):
+            narrow.add_(p.grad)
+
+        self.p.register_post_accumulate_grad_hook(add)
+
+        def clipped(optimizer, clip_norm):
+            place = [q is self.p for q in optimizer.params].index(True)
+            self.found = [optimizer.masters[place].grad.flatten().tolist(), narrow.flatten().tolist()]
+            return clip(optimizer, clip_norm)
+
+        lit.clip_gradients = clipped
+
+    def watch_stage(self, strategy):
+        setup = strategy.setup
+
+        def noted(trainer):
+            setup(trainer)
+            step = strategy.engine.optimizer.step
+
+            def stepped(*args, **kwargs):
+                self.found = self.p._hp_grad.tolist()
+                return step(*args, **kwargs)
+
+            strategy.engine.optimizer.step = stepped
+
+        strategy.setup = noted
+
+    def result(self):
+        return self.found
+
+
+def test_bf16_gradients_add_up_in_fp32(layouts):
+    """Over micro batches, of which one process has 128 and each of two ranks 64, and over ranks."""
+    model = ("model=v1_dense", "trainer.precision=bf16", "trainer.global_batch_seqs=128", "trainer.max_steps=1")
+    model += ("optim.warmup_steps=0", "trainer.eval_every_steps=1")
+    one, in_bf16 = torch.tensor(layouts.run(1, *model, watch=Gradient).said[0])
+    for said in layouts.run(2, *model, *layout(dp=2), watch=Gradient).said:
+        assert (torch.tensor(said) - one).norm() / one.norm() < 1e-5
+    assert (in_bf16 - one).norm() / one.norm() > 5e-3  # what a sum in bf16 would be off by
+
+
+class Buffers(Watch):
+    """Notes the types of a model's buffers and how even the routing is."""
+
+    def before_fit(self, parts, trainer):
+        self.lit = parts.lit
+
+    def result(self):
+        kinds = {name: str(b.dtype) for name, b in self.lit.named_buffers()}
+        return kinds, str(next(self.lit.model.parameters()).dtype)
+
+
+def test_buffers_keep_their_type_under_bf16(layouts):
+    """A load in bf16 stops counting at 256, and steps of a bias of 0.001 are lost."""
+    few = ("trainer.max_steps=1", "optim.warmup_steps=0", "trainer.eval_every_steps=1", "trainer.precision=bf16")
+    one = layouts.run(1, "model=v3_moe", *few, watch=Buffers).said[0]
+    kinds = one[0]
+    assert {kind for name, kind in kinds.items() if name.endswith("counts")} == {"torch.float64"}
+    assert {kind for name, kind in kinds.items() if name.endswith("router.bias")} == {"torch.float32"}
+    many = layouts.run(2, "model=v3_moe", *few, *layout(tp=2), watch=Buffers).said
+    assert many == [one, one] and one[1] == "torch.bfloat16"
+
+
+class Copies(Watch):
+    """Notes what ranks of one stage should have alike: balance biases, and parameters that are not cut."""
+
+    def before_fit(self, parts, trainer):
+        self.lit = parts.lit
+
+    def result(self):
+        model, placements = self.lit.model, self.lit.part.placements
+        parameters = dict(model.named_parameters())
+        alike = {p.name: parameters[p.name].detach() for p in placements if not p.cuts}
+        biases = {name: b for name, b in model.named_buffers() if name.endswith("router.bias")}
+        assert alike and biases
+        digests = {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in (alike | biases).items()}
+        return digests, {name: b.tolist() for name, b in biases.items()}
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 2, "dp": 2, "ep": 2}, {"pp": 2, "dp": 2}, {"tp": 4}], ids=str)
+def test_copies_stay_equal(layouts, alone, degrees):
+    """Routers, latents and norms on all ranks that have them, though each saw a part of their gradient."""
+    model = ("model=v3_moe", "model.moe.bias_update_rate=0.01", *FEW)
+    one, many = alone(*model), layouts.run(4, *model, *layout(**degrees), watch=Copies)
+    n = 4 // degrees.get("pp", 1)
+    for stage in (many.said[i : i + n] for i in range(0, 4, n)):
+        assert all(said == stage[0] for said in stage)
+    weights = one.weights()
+    for name, bias in many.said[0][1].items():
+        assert any(bias) and (weights[name] - torch.tensor(bias)).abs().max() == 0
+    assert_same(one, many)
+
+
+@pytest.mark.parametrize(
+    "degrees", [{"tp": 2}, {"dp": 2}, {"dp": 2, "ep": 2}, {"pp": 2, "tp": 2, "dp": 2, "ep": 2}], ids=str
+)
+def test_losses_of_the_routing_weigh_the_same(layouts, alone, degrees):
+    """They are tied to the layers' outputs, so that every layout has to scale them itself."""
+    model = ("model=v2_moe", "model.moe.aux_loss_weight=1", "model.moe.sequence_loss_weight=1", *FEW)
+    n_ranks = math.prod(n for axis, n in degrees.items() if axis != "ep")
+    assert_same(alone(*model), layouts.run(n_ranks, *model, *layout(**degrees)))
+
+
+def test_a_tensor_plan_that_matches_nothing_is_an_error():
+    plan = tensor_plan(composed("size=tiny").model)
+    names = ["embedding.weight", *(f"blocks.0.{name}.weight" for name in ("attention.wq", "attention.wk"))]
+    with pytest.raises(ValueError, match=r"the tensor-parallel plan's pattern '.*wo.*' matches none of 3 parameters"):
+        match_plan(plan, names)
+    with pytest.raises(ValueError, match=r"matches 'embedding\.weight' twice"):
+        match_plan({r"embedding\.weight": Rule(0), r"embedding\..*": Rule(1)}, names)

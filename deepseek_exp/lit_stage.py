@@ -65,9 +65,10 @@ class StageModel(LanguageModel):
             A scalar, in training divided by ep (see strategy.py).
         """
         tokens = batch.tokens
+        logits = self.model.head(h)  # first, as in `Transformer.forward_ahead`, so that gradients add up in one order
         is_ahead = self.model.training and self.cfg.model.n_mtp_layers
         ahead = self.model.ahead(h, tokens, self.domain(batch.part)) if is_ahead else []
-        nll, further = self.cross_entropies(self.model.head(h), ahead, tokens)
+        nll, further = self.cross_entropies(logits, ahead, tokens)
         if not self.model.training:
             self._add_to(nll)
             return nll.mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -114,8 +114,18 @@ def lr_factor(step: int, warmup_steps: int, max_steps: int, min_ratio: float) ->
 def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:
     """Scale all gradients together so that their global norm is at most `clip_norm`; 0 leaves them.
 
+    Squares are summed in float64: on a CPU the norm of 4 million fp32 numbers is off by 7e-5 otherwise (PyTorch 2.13).
+
     Returns:
         The norm before clipping, a scalar tensor.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(params, clip_norm if clip_norm else math.inf)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = gradient_norm(gradients)
+    if clip_norm:
+        torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0).float())
+    return norm
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Give the norm of tensors together, a float64 scalar."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]))

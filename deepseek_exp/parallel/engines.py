@@ -147,7 +147,7 @@ class DataParallelEngine:
                 torch._foreach_div_(gradients, self.groups.degrees.n_data)
             norm = self._norm()
             if self.clip_norm:
-                torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+                torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0).float())
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -165,8 +165,8 @@ class DataParallelEngine:
 
     def _norm(self) -> Tensor:
         counted = [self._gradient(p) for p in self.parameters if p.model_parallel]
-        norms = torch.stack([*torch._foreach_norm(counted), torch.zeros((), device=self.groups.device)])
-        square = norms.square().sum()
+        zero = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        square = sum((torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in counted), zero)
         if self.groups.axis[Axis.model] is not None:
             dist.all_reduce(square, group=self.groups.axis[Axis.model])
         return square.sqrt()

@@ -5,7 +5,7 @@
 20 steps on the CPU with clipping that bites, micro batches of one sequence, 4 layers. The column "nudged" is the
 largest of four trainings of one process that round otherwise (tests/parallel/layouts.py, `Nudged`); a layout may differ
 by twice as much, or by the fixed bounds where these are larger. Exit code 1: it differs by more, or a run died.
-A row or layout is meant by its whole name or its beginning up to a blank. Results: README.md beside this file.
+A row or layout is meant by its whole name or its first word. Results: README.md beside this file.
 """
 
 from __future__ import annotations
@@ -96,9 +96,10 @@ ROWS = {
 
 
 def meant(known: dict, asked: str) -> list[str]:
-    """Pick the names that an argument means, all of them when it is empty."""
-    wanted = asked.split(",")
-    return [name for name in known if not asked or name in wanted or name.split(" ")[0] in wanted]
+    """Pick the names that an argument means, by the whole name or its first word; all of them when it is empty."""
+    words = asked.split(",")
+    first = {name: name.split()[0] for name in known}
+    return [n for n in known if not asked or n in words or (first[n] in words and first[n] not in known)]
 
 
 def is_legal(overrides: tuple[str, ...]) -> bool:

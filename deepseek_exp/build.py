@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 
 from deepseek_exp.callbacks import Checkpoints, Metrics, Progress
-from deepseek_exp.config import ActivationCheckpointing, Device, Do, ExperimentConfig, Precision
+from deepseek_exp.config import ActivationCheckpointing, Device, ExperimentConfig, Precision
 from deepseek_exp.data import PreparedData, TokenDataModule, prepare
 from deepseek_exp.errors import DeviceError, Problem
 from deepseek_exp.kernels import TORCH
@@ -27,7 +27,7 @@ from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, load_weights
 from deepseek_exp.parallel.groups import Groups, connect, local_rank
 from deepseek_exp.parallel.rank_state import load_part
 from deepseek_exp.parallel.shards import open_state
-from deepseek_exp.parallel.stage import cut_model, set_weights
+from deepseek_exp.parallel.stage import Stage, copy_part, cut_model, set_weights
 from deepseek_exp.parallel.strategy import DeepSpeed3DStrategy
 from deepseek_exp.parallel.tensor import parallel_ops
 from deepseek_exp.planner import parameters
@@ -83,7 +83,7 @@ def check_memory(cfg: ExperimentConfig, device: torch.device) -> None:
     n_params = counted.total + counted.mtp
     extra = 16 if cfg.trainer.precision is Precision.bf16 else 12
     width = DTYPES[cfg.trainer.precision].itemsize
-    needed = n_params * (width + (extra if cfg.do is Do.train else 0))
+    needed = n_params * (width + (extra if cfg.do.trains else 0))
     free = free_memory(device)
     if needed > free:
         rule = f"needs {needed / 1e9:,.1f} GB for its {n_params:,} parameters"
@@ -112,7 +112,7 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
     set_up_torch(cfg)
     data = prepare(cfg.data)
     model = build_model(cfg, device, weights)
-    lit = LanguageModel(cfg, model, data.tokenizer.token_bytes, data.unigram_bits)
+    lit = LanguageModel(cfg, model, data.tokenizer.token_bytes, data.unigram_bits).to(device)
     return Parts(device, data, _build_datamodule(cfg, data, device, None), lit)
 
 
@@ -134,8 +134,14 @@ def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
     part = cut_model(cfg, whole, groups)
     if weights is not None:
         load_part(part, open_state(weights))
+    elif cfg.init_from is not None:
+        release = Transformer(cfg.model, TORCH)
+        load_release(release, cfg.model, Path(cfg.init_from))
+        copy_part(part, release)
     else:
         set_weights(part, lambda name, shape: initial_weight(name, shape, cfg.model, cfg.seed))
+    for p in part.model.parameters():
+        p.data = p.data.to(DTYPES[cfg.trainer.precision])
     lit = StageModel(cfg, part, groups, data.tokenizer.token_bytes, data.unigram_bits)
     return Parts(device, data, _build_datamodule(cfg, data, device, groups), lit)
 
@@ -174,7 +180,8 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
         buffer.data = buffer.data.to(device)  # balance biases and counts keep their type
     if cfg.trainer.compile:
         model.compile()
-        model.forward_ahead = torch.compile(model.forward_ahead)  # type: ignore[method-assign]
+        if cfg.model.n_mtp_layers:  # which training then goes through
+            model.forward_ahead = torch.compile(model.forward_ahead)  # type: ignore[method-assign]
     return model
 
 
@@ -212,7 +219,8 @@ def build_trainer(
     folder_io, groups, strategy = FolderCheckpointIO(texts, run_id), None, "auto"
     if isinstance(parts.lit, StageModel):
         groups = parts.lit.groups
-        strategy = DeepSpeed3DStrategy(cfg, groups, parts.lit.part, parts.lit.stage_loss, folder_io)
+        stage = Stage(parts.lit.part, groups, parts.lit.domain, parts.lit.stage_loss)
+        strategy = DeepSpeed3DStrategy(cfg, groups, parts.lit.part, stage, folder_io)
     third_party = [instantiate(node, _recursive_=False, _convert_="all") for node in t.callbacks.values()]
     trainer = pl.Trainer(
         accelerator="gpu" if parts.device.type == "cuda" else "cpu",
@@ -223,7 +231,7 @@ def build_trainer(
         callbacks=[metrics, *third_party, Progress(cfg, metrics), checkpoints],
         plugins=[folder_io],
         max_epochs=-1,
-        max_steps=t.max_steps,
+        max_steps=cfg.last_step,
         val_check_interval=t.eval_every_steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,

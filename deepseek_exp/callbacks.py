@@ -64,7 +64,7 @@ class Metrics(Callback):
     ) -> None:
         """Queue this step's scalars when they are due, and log those that have arrived."""
         step = trainer.global_step
-        if step % self.cfg.trainer.log_every_steps == 0 or step == 1 or step >= self.cfg.trainer.max_steps:
+        if step % self.cfg.trainer.log_every_steps == 0 or step == 1 or step >= self.cfg.last_step:
             now, (then, before) = time.perf_counter(), self._since
             seconds = (now - then) / max(1, step - before)
             self._since = (now, step)
@@ -88,7 +88,8 @@ class Metrics(Callback):
         then, before = self._since
         self._since = (then + time.perf_counter() - self._paused, before)
         if trainer.state.fn == "fit":
-            trainer.logger.log_metrics(_of_parts(pl_module, self.cfg), trainer.global_step)
+            values = _of_parts(pl_module, self.cfg) | pl_module.layout_metrics()
+            trainer.logger.log_metrics(values, trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what is queued."""
@@ -178,7 +179,7 @@ class Progress(Callback):
     LINE_SECONDS = 20.0
 
     def __init__(self, cfg: ExperimentConfig, metrics: Metrics) -> None:
-        self.max_steps, self.metrics = cfg.trainer.max_steps, metrics
+        self.last_step, self.metrics = cfg.last_step, metrics
         self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -186,7 +187,7 @@ class Progress(Callback):
         tty = sys.stderr.isatty()
         line = None if tty else "{desc}step {n}/{total}, {elapsed} gone, {remaining} left{postfix}\n"
         self.bar = tqdm(
-            total=self.max_steps,
+            total=self.last_step,
             initial=trainer.global_step,
             unit="step",
             dynamic_ncols=True,
@@ -239,10 +240,8 @@ class Checkpoints(Callback):
         Lightning has noted the handlers before and puts them back when the training ends, however it ends. A rank of
         several is asked in another way (parallel/member.py), so that a SIGTERM can end it at once.
         """
-        if trainer.world_size > 1:
-            return
         for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._remember)
+            signal.signal(signum, self._remember if trainer.world_size == 1 else signal.SIG_DFL)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -250,7 +249,7 @@ class Checkpoints(Callback):
         """Save a step that is due and not validated; mark the last step as the last."""
         step, t = trainer.global_step, self.cfg.trainer
         self._loss = outputs["loss"]
-        if step >= t.max_steps:
+        if step >= self.cfg.last_step:
             trainer.should_stop = True  # makes Lightning validate after this step, whatever the interval
         elif step % t.eval_every_steps:
             self._save_if(trainer, pl_module, step % t.checkpoint_every_steps == 0)
@@ -266,7 +265,7 @@ class Checkpoints(Callback):
         step, signum = trainer.global_step, pl_module.agree(asked or 0)
         if due or signum:
             self._save(trainer, step)
-        if signum and step < self.cfg.trainer.max_steps:
+        if signum and step < self.cfg.last_step:
             raise Stopped(signum, step)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
@@ -278,6 +277,8 @@ class Checkpoints(Callback):
     def _save(self, trainer: pl.Trainer, step: int) -> None:
         if self._loss is not None:
             check_finite("loss", self._loss.item(), step, self.cfg)
+        if not self.cfg.trainer.keep_checkpoints:
+            return
         self.saved = self.run_dir / manifest.FOLDER / manifest.checkpoint_name(step)
         trainer.save_checkpoint(self.saved)
         if trainer.is_global_zero:

@@ -56,15 +56,21 @@ def check_command_line(argv: Sequence[str]) -> None:
                 cfg, more = start_from(cfg, overrides)
                 found += more
             # what goes on from a checkpoint is checked once its own configuration lies underneath
-            from_scratch = cfg.get("do") in (Do.train, Do.plan) or cfg.get("init_from") is not None
-            later = cfg.get("resume") is not None or not from_scratch
-            problems |= {str(p): p for p in found + _check(cfg, found, rules=not later)}
+            problems |= {str(p): p for p in found + _check(cfg, found, rules=not takes_checkpoint(cfg))}
     resumes = [o.lstrip("+") for o in args.overrides if o.lstrip("+").startswith("resume=")]
     if args.multirun and any(o != "resume=null" for o in resumes):
         fix = "resume one run at a time, without -m"
         problems["resume"] = Problem("resume", "a sweep", "cannot be combined with -m", fix)
     if problems:
         raise ConfigError(*problems.values())
+
+
+def takes_checkpoint(cfg: DictConfig) -> bool:
+    """Say whether a composed tree is to be laid over that of a checkpoint."""
+    if cfg.get("do") == Do.verify:  # which starts anew
+        return False
+    from_scratch = cfg.get("do") in (Do.train, Do.plan) or cfg.get("init_from") is not None
+    return cfg.get("resume") is not None or not from_scratch
 
 
 def to_experiment(cfg: DictConfig) -> ExperimentConfig:

@@ -42,6 +42,12 @@ class Do(StrEnum):
     sample = "sample"
     export = "export"
     plan = "plan"
+    verify = "verify"
+
+    @property
+    def trains(self) -> bool:
+        """It does optimizer steps."""
+        return self in (Do.train, Do.verify)
 
 
 class ExportFormat(StrEnum):
@@ -303,7 +309,7 @@ class TrainerConfig:
     eval_every_steps: int = key("steps between validations; the last step always validates", ge=1)
     eval_batches: int = key("micro batches of one validation; 0: the whole validation set", ge=0)
     checkpoint_every_steps: int = key("steps between checkpoints; the last step always saves", ge=1)
-    keep_checkpoints: int = key("newest checkpoints that stay, beside the best one", ge=1)
+    keep_checkpoints: int = key("newest checkpoints that stay, beside the best one; 0: none is saved", ge=0)
     callbacks: dict[str, Any] = key("further Lightning callbacks: name -> `_target_` and arguments")
 
 
@@ -396,12 +402,29 @@ class ExportConfig:
 
 
 @dataclass
+class VerifyConfig:
+    """How far a layout may differ from one process; parallel=single is to repeat itself bit for bit instead."""
+
+    steps: int = key("optimizer steps that are compared, with the schedule of trainer.max_steps", ge=1)
+    loss_tolerance: float | None = key(
+        "largest difference of a training or validation loss, nats per token; null: by trainer.precision", ge=0
+    )
+    grad_norm_tolerance: float | None = key(
+        "largest difference of a gradient norm, relative; null: by trainer.precision", ge=0
+    )
+    weight_tolerance: float | None = key(
+        "largest difference of an element of the final weights, absolute; null: by trainer.precision", ge=0
+    )
+
+
+@dataclass
 class ExperimentConfig:
     """One experiment, completely."""
 
     do: Do = key(
         "train, eval (validation loss of a checkpoint), sample (text from a checkpoint), export (a checkpoint for "
-        "other programs) or plan (legality, memory, speed and price, without running anything)"
+        "other programs), plan (legality, memory, speed and price, without running anything) or verify (whether the "
+        "layout computes what one process does)"
     )
     device: Device = key("auto takes a GPU when there is one")
     seed: int = key("seed of weights, data order and sampling", ge=0, lt=2**63)
@@ -421,6 +444,12 @@ class ExperimentConfig:
     tracking: TrackingConfig = MISSING
     sample: SampleConfig = MISSING
     export: ExportConfig = MISSING
+    verify: VerifyConfig = MISSING
+
+    @property
+    def last_step(self) -> int:
+        """The optimizer step that training ends with; the learning rate follows trainer.max_steps all the same."""
+        return self.verify.steps if self.do is Do.verify else self.trainer.max_steps
 
 
 def lr_from_batch(base: float, batch: int) -> float:

@@ -1,4 +1,4 @@
-"""What `do` means: train, evaluate, sample, export or plan, and what the person in front of it is told."""
+"""What `do` means: train, evaluate, sample, export, plan or verify, and what the person in front of it is told."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from deepseek_exp import compose, planner, validate
 from deepseek_exp.config import ROOT, Device, Do, ExperimentConfig, ExportFormat, Launcher
-from deepseek_exp.errors import ConfigError, DataError, Problem, UserError
+from deepseek_exp.errors import ConfigError, DataError, Problem, UserError, VerifyError
 from deepseek_exp.layout import degrees
 from deepseek_exp.parallel import launch, manifest, member, nodes
 from deepseek_exp.sweep import SWEEP_FILE
 from deepseek_exp.tracking import RunLog, TrackedRun
 
 if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
     from deepseek_exp.build import Parts
+    from deepseek_exp.callbacks import Checkpoints, Metrics
     from deepseek_exp.data import Tokenizer
     from deepseek_exp.models import Transformer
 
@@ -104,7 +107,7 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
         composed, problems = compose.start_from(composed, overrides)
         if problems:
             raise ConfigError(*problems)
-    elif composed.resume is not None or composed.do not in (Do.train, Do.plan):
+    elif compose.takes_checkpoint(composed):
         checkpoint, passed_over = manifest.locate(composed.resume or "last", Path(composed.output_dir))
         for sentence in passed_over:
             say(sentence)
@@ -133,7 +136,7 @@ def _laid_out(composed: DictConfig) -> ExperimentConfig:
             OmegaConf.update(composed, key, value)
         say(sentence)
         cfg = compose.to_experiment(composed)
-    problem = planner.misfit(cfg) if cfg.do in (Do.train, Do.eval) else None
+    problem = planner.misfit(cfg) if cfg.do in ACTIONS else None
     if problem is not None:
         raise ConfigError(problem)
     return cfg
@@ -167,6 +170,8 @@ def run(job: Job) -> float | None:
         return sample(job) if job.cfg.do is Do.sample else export(job)
     if job.cfg.launch.launcher is not Launcher.local:
         return say(hand_out(job))
+    if job.cfg.do is Do.verify:
+        return _tracked(job, verify)
     return _tracked(job, in_ranks if job.n_ranks > 1 else ACTIONS[job.cfg.do])
 
 
@@ -234,19 +239,10 @@ def _telling_the_run_id(action: Action) -> Action:
 
 def train(job: Job, tracked: RunLog, run_id: str) -> float:
     """Train, from the start or from a checkpoint, and tell how it went."""
-    from deepseek_exp import build
-
     started = time.monotonic()
     if job.checkpoint is not None:
         tracked.skip_known_after(manifest.read_manifest(job.checkpoint).step)
-    # weights that Lightning takes from the checkpoint need not be read from anywhere else before
-    cfg = job.cfg if job.checkpoint is None else dataclasses.replace(job.cfg, init_from=None)
-    parts = build.build_parts(cfg, None)
-    _check_data(job, parts)
-    _log_inputs(parts, tracked)
-    digests = json.dumps(parts.data.digests())
-    texts = {"config.yaml": job.yaml, "tokenizer.json": parts.data.tokenizer.json, DIGESTS: digests}
-    trainer, checkpoints, metrics = build.build_trainer(job.cfg, parts, tracked, run_id, texts)
+    parts, (trainer, checkpoints, metrics) = _ready_to_train(job, tracked, run_id)
     say(_plan(job, parts, run_id))
     if job.n_ranks > 1:
         for path, content in planner.plan_artifacts(job.cfg).items():
@@ -258,6 +254,77 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
         tracked.log_text(text, "sample.txt")
     say(_summary(job, parts, run_id, checkpoints.saved, metrics.last, text, time.monotonic() - started))
     return float(trainer.callback_metrics["val/loss"])
+
+
+def train_briefly(job: Job, tracked: RunLog, run_id: str) -> float:
+    """Train as `train` does, one of the two times that are compared, and tell no more than the progress."""
+    parts, (trainer, _, _) = _ready_to_train(job, tracked, run_id)
+    trainer.fit(parts.lit, datamodule=parts.datamodule)
+    return float(trainer.callback_metrics["val/loss"])
+
+
+def _ready_to_train(job: Job, tracked: RunLog, run_id: str) -> tuple[Parts, tuple[Trainer, Checkpoints, Metrics]]:
+    from deepseek_exp import build
+
+    # weights that Lightning takes from the checkpoint need not be read from anywhere else before
+    cfg = job.cfg if job.checkpoint is None else dataclasses.replace(job.cfg, init_from=None)
+    parts = build.build_parts(cfg, None)
+    _check_data(job, parts)
+    _log_inputs(parts, tracked)
+    digests = json.dumps(parts.data.digests())
+    texts = {"config.yaml": job.yaml, "tokenizer.json": parts.data.tokenizer.json, DIGESTS: digests}
+    return parts, build.build_trainer(job.cfg, parts, tracked, run_id, texts)
+
+
+def verify(job: Job, tracked: RunLog, run_id: str) -> None:
+    """Train some steps in one process and in the layout asked for, and compare the two.
+
+    Raises:
+        VerifyError: they differ by more than the bounds.
+    """
+    from deepseek_exp import certificate
+
+    n_steps = job.cfg.verify.steps
+    one, other = _alone(job), _compared(job, f"ranks-{job.n_ranks}" if job.n_ranks > 1 else "again")
+    for run in (one, other):
+        ranks = f"{run.n_ranks} ranks" if run.n_ranks > 1 else "one process"
+        say(f"{ranks}, {n_steps} steps, in {_shown(run.run_dir)}")
+        in_ranks(run, tracked, run_id)
+    found = certificate.compare(job.cfg, one.run_dir, other.run_dir)
+    for row in found.rows:
+        for step, difference in row.by_step(n_steps).items():
+            tracked.log_metrics({row.metric: difference}, step)
+    for file, content in {"certificate.md": found.markdown, "certificate.json": found.json}.items():
+        (job.run_dir / file).write_text(content + "\n")
+        tracked.log_text(content, file)
+    say(f"\n{found.markdown}")
+    if not found.holds:
+        raise VerifyError(_not_verified(job, found.first_difference))
+
+
+def _alone(job: Job) -> Job:
+    """Make the run of one process that a layout is compared with."""
+    one = {"auto": False, "dp": 1, "tp": 1, "pp": 1, "ep": 1, "zero_stage": 0, "sequence_parallel": False}
+    return _compared(job, "one", parallel=one)
+
+
+def _compared(job: Job, folder: str, **sections: Any) -> Job:
+    """Make one of the two runs that are compared: it logs each step, and saves the last."""
+    n_steps = job.cfg.verify.steps
+    trainer = {"log_every_steps": 1, "eval_every_steps": n_steps, "checkpoint_every_steps": n_steps}
+    tree = OmegaConf.merge(OmegaConf.create(job.yaml), {"trainer": trainer, **sections})
+    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig), tree))
+    return dataclasses.replace(job, cfg=cfg, yaml=OmegaConf.to_yaml(tree), run_dir=job.run_dir / folder)
+
+
+def _not_verified(job: Job, first_difference: str) -> Problem:
+    d, fix = degrees(job.cfg), f"read {_shown(job.run_dir / 'certificate.md')}"
+    rule = f"does not compute what one process does: {first_difference}"
+    if job.n_ranks > 1:
+        fix += ", and train with another layout until that is mended"
+    elif not job.cfg.trainer.deterministic:
+        fix += ", and set trainer.deterministic=true"
+    return Problem("parallel", f"dp {d.dp} x tp {d.tp} x pp {d.pp}", rule, fix)
 
 
 def evaluate(job: Job, tracked: RunLog, run_id: str) -> float:
@@ -276,7 +343,8 @@ def evaluate(job: Job, tracked: RunLog, run_id: str) -> float:
 
 
 Action = Callable[[Job, RunLog, str], float | None]
-ACTIONS: dict[Do, Action] = {Do.train: train, Do.eval: evaluate}
+# what the ranks do, where there are several
+ACTIONS: dict[Do, Action] = {Do.train: train, Do.eval: evaluate, Do.verify: train_briefly}
 RUN_ID = "deepseek_exp/run_id"
 
 
@@ -343,7 +411,9 @@ def _tracked(job: Job, action: Action) -> float | None:
             loss = action(job, tracked, run_id)
         except Stopped as stopped:
             _end(tracked, "KILLED", str(stopped))
-            say(f"{stopped}; the checkpoint is saved. Go on with: {_command()} {_resume(job, run_id)}")
+            saved = f"; the checkpoint is saved. Go on with: {_command()} {_resume(job, run_id)}"
+            kept = cfg.do is Do.train and cfg.trainer.keep_checkpoints
+            say(f"{stopped}{saved if kept else ''}")
             raise SystemExit(128 + stopped.signum) from stopped
     except BaseException as error:
         if isinstance(error, SystemExit) and isinstance(error.__cause__, Stopped):
@@ -477,6 +547,8 @@ def _summary(
         lines.append("sample      " + text.replace("\n", "\n            "))
     if job.in_sweep:
         return "\n".join(lines) + "\n"
+    if not job.cfg.trainer.keep_checkpoints:
+        return "\n".join(lines)
     steps, resume = 2 * job.cfg.trainer.max_steps, _resume(job, run_id)
     own = "".join(f"{shlex.quote(o)} " for o in job.overrides if not o.startswith(("resume=", "optim.lr=")))
     commands = {
@@ -531,7 +603,8 @@ def _name(
             own.append(f"{key.rsplit('.', 1)[-1]}={value}")
     if cfg.init_from is not None:
         size = Path(cfg.init_from).resolve().name
-    return " ".join([cfg.model.version, size, cfg.data.source.value, *own])
+    verb = ["verify"] if cfg.do is Do.verify else []
+    return " ".join([*verb, cfg.model.version, size, cfg.data.source.value, *own])
 
 
 def _folder_name(name: str) -> str:

@@ -59,6 +59,10 @@ class TrackingError(UserError):
     """The MLflow server named by the configuration cannot be used."""
 
 
+class VerifyError(UserError):
+    """A layout does not compute what one process does."""
+
+
 class DeviceError(UserError):
     """The device asked for is not there."""
 

@@ -247,6 +247,10 @@ class LanguageModel(pl.LightningModule):
         """Average the elements of tensors, those of all ranks; None: there is none."""
         return torch.cat([v.detach().float().flatten() for v in values]).mean().item() if values else None
 
+    def layout_metrics(self) -> dict[str, float]:
+        """Measure the stages of a pipeline."""
+        return {}
+
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Make the optimizer, over fp32 masters of bf16 weights."""
         return build_optimizer(self.cfg.optim, self.model)

@@ -5,6 +5,7 @@ Shapes: sequences, seq (targets), d_model.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from deepseek_exp.lit import LanguageModel
 from deepseek_exp.optim import build_optimizer
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.parallel.stage import Part
+from deepseek_exp.planner.speed import bubble_fraction
 
 
 class StageModel(LanguageModel):
@@ -52,19 +54,19 @@ class StageModel(LanguageModel):
         self._add_to = lambda nll: add(nll, batch) if self.is_counting else None
         self.trainer.strategy.evaluate(batch)
 
-    def stage_loss(self, h: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+    def stage_loss(self, h: Tensor, batch: Batch) -> Tensor:
         """Give the loss of what the last block gives, and count it.
 
         Args:
             h: (sequences, seq, d_model).
-            labels: tokens (sequences, seq + 1) and part (sequences,).
+            batch: the micro batch.
 
         Returns:
             A scalar, in training divided by ep (see strategy.py).
         """
-        tokens, part = labels
+        tokens = batch.tokens
         is_ahead = self.model.training and self.cfg.model.n_mtp_layers
-        ahead = self.model.ahead(h, tokens, self.domain(part)) if is_ahead else []
+        ahead = self.model.ahead(h, tokens, self.domain(batch.part)) if is_ahead else []
         nll, further = self.cross_entropies(self.model.head(h), ahead, tokens)
         if not self.model.training:
             self._add_to(nll)
@@ -100,9 +102,19 @@ class StageModel(LanguageModel):
         total, n = map(sum, zip(*self.groups.gather((flat.sum().item(), len(flat))), strict=True))
         return total / n if n else None
 
+    def layout_metrics(self) -> dict[str, float]:
+        """Give the peak memory of each stage's fullest rank, and the pipeline's bubble."""
+        peaks: dict[int, int] = {}
+        for stage, peak in self.groups.gather((self.groups.at.pp, _peak_memory(self.groups.device))):
+            peaks[stage] = max(peak, peaks.get(stage, 0))
+        d, t = self.groups.degrees, self.cfg.trainer
+        n_micro_batches = t.global_batch_seqs // (t.micro_batch_seqs * d.dp)
+        values = {f"parallel/peak_memory_bytes/{stage}": float(peak) for stage, peak in sorted(peaks.items())}
+        return values | {"parallel/bubble_fraction": bubble_fraction(d.pp, n_micro_batches)}
+
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Make the optimizer; ZeRO gives it fp32 masters to work on."""
-        return build_optimizer(self.cfg.optim, self.model, masters=False)
+        """Make the optimizer; ZeRO gives it fp32 masters to work on where the weights are bf16."""
+        return build_optimizer(self.cfg.optim, self.model, masters=self.cfg.parallel.zero_stage == 0)
 
     def _share(self, sums: Tensor) -> Tensor:
         """Sum the last stages' values over dp, and with them the counts of all mixtures of experts, in one exchange."""
@@ -119,3 +131,9 @@ class StageModel(LanguageModel):
             for layer, row in zip(self.moe_layers, self.counts[first:], strict=False):
                 layer.counts.copy_(row)
         return everything[: len(sums)]
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,8 +15,11 @@ def main() -> int:
 
     def work() -> member.Ended:
         from deepseek_exp import do
+        from deepseek_exp.parallel.groups import disconnect
 
-        return do.run_rank(job_file)
+        ended = do.run_rank(job_file)
+        disconnect()
+        return ended
 
     return member.report(job_file.parent, work)
 

@@ -370,6 +370,21 @@ def _launch(exp: ExperimentConfig) -> Iterator[Problem]:
     yield from _nodes(exp.launch, layout.world_size)
 
 
+def _verify(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find what keeps a layout from being compared with one process."""
+    if exp.do is not Do.verify:
+        return
+    if exp.verify.steps > exp.trainer.max_steps:
+        rule = f"is more than trainer.max_steps={exp.trainer.max_steps}"
+        yield Problem("verify.steps", exp.verify.steps, rule, f"use {exp.trainer.max_steps} or less")
+    if exp.resume is not None:
+        rule = "is not read by do=verify, whose two runs start anew"
+        yield Problem("resume", exp.resume, rule, "leave resume out")
+    if exp.launch.launcher is not Launcher.local:
+        rule = "cannot be used with do=verify, whose two runs follow each other on this machine"
+        yield Problem("launch.launcher", exp.launch.launcher.value, rule, "use launch=local")
+
+
 def _unread_launch_keys(launch: LaunchConfig) -> Iterator[Problem]:
     for name, (off, readers) in LAUNCH_KEYS.items():
         value = getattr(launch, name)
@@ -429,6 +444,7 @@ RULES = (
     _device,
     layout_problems,
     _launch,
+    _verify,
 )
 
 

@@ -38,10 +38,10 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *overrides: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run `python run.py` in a folder to its end."""
     process = start(folder, *overrides)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

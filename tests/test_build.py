@@ -1,4 +1,4 @@
-"""What is refused before anything is built."""
+"""What is refused before anything is built, and what is compiled."""
 
 from __future__ import annotations
 
@@ -37,3 +37,10 @@ def test_before_a_model_is_sampled_from(monkeypatch, tmp_path):
     cfg = composed("size=tiny", "do=sample", "device=cpu")
     with pytest.raises(DeviceError, match=r"needs 0.0 GB for its 125,256 parameters and cpu has 0.0 GB free"):
         do.run(do.Job(cfg, yaml="", name="", overrides=(), run_dir=tmp_path, checkpoint=None, in_sweep=False))
+
+
+@pytest.mark.parametrize(("n_mtp_layers", "compiled"), [(0, False), (1, True)])
+def test_the_pass_that_looks_ahead_is_compiled_where_there_is_one(n_mtp_layers, compiled):
+    cfg = composed("model=v3_moe", "size=tiny", "trainer.compile=true", f"model.n_mtp_layers={n_mtp_layers}")
+    model = build.build_model(cfg, CPU, None)
+    assert (model._compiled_call_impl is not None, "forward_ahead" in vars(model)) == (True, compiled)

@@ -49,7 +49,7 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 
 def test_the_files_are_found():
-    assert len(FILES) == 42
+    assert len(FILES) == 43
     assert len(RECIPES) == 10
 
 

@@ -33,7 +33,7 @@ MESSAGES = {
     "equal_flops/v2_moe, equal_flops/v3_moe, equal_flops/v5_domain_moe, scaled_lr, shakespeare.",
     "hydra/launcher=basicc": "hydra/launcher='basicc' is not an option of the group hydra/launcher. "
     "Fix: use hydra/launcher=basic.",
-    "do=trian": "do='trian' is not one of train, eval, sample, export, plan. Fix: use do=train.",
+    "do=trian": "do='trian' is not one of train, eval, sample, export, plan, verify. Fix: use do=train.",
     "device=tpu": "device='tpu' is not one of auto, cpu, cuda. Fix: use device=cpu.",
     "optim.lr=abc": "optim.lr='abc' is not a number. Fix: give a number, for example optim.lr=0.003.",
     "seed=x": "seed='x' is not a whole number. Fix: give a whole number, for example seed=1234.",
@@ -317,6 +317,15 @@ MESSAGES = {
     "cannot be used with model.n_mtp_layers=1, whose inputs are shorter sequences. "
     "Fix: set parallel.sequence_parallel=false, or model.n_mtp_layers=0.",
     "cluster.overlap=2": "cluster.overlap=2.0 must be at most 1. Fix: use 1 or less.",
+    "do=verify verify.steps=501": "verify.steps=501 is more than trainer.max_steps=500. Fix: use 500 or less.",
+    "do=verify verify.steps=0": "verify.steps=0 must be at least 1. Fix: use 1 or more.",
+    "do=verify verify.loss_tolerance=-1": "verify.loss_tolerance=-1.0 must be at least 0. Fix: use 0 or more.",
+    "do=verify resume=last": "resume='last' is not read by do=verify, whose two runs start anew. "
+    "Fix: leave resume out.",
+    "do=verify launch=slurm": "launch.launcher='slurm' cannot be used with do=verify, whose two runs follow each other "
+    "on this machine. Fix: use launch=local.",
+    "do=verify parallel=3d parallel.tp=4 device=cpu": "parallel.tp=4 does not divide model.n_heads=6. "
+    "Fix: use parallel.tp of 1, 2.",
     "-m resume=last": "resume='a sweep' cannot be combined with -m. Fix: resume one run at a time, without -m.",
 }
 

@@ -78,7 +78,7 @@ class FolderCheckpointIO(CheckpointIO):
             ValueError: the folder does not hold these shards.
         """
         there = sorted(path.name for path in folder.iterdir())
-        if there != sorted(shards) or there != [shard_name(rank) for rank in range(len(shards))]:
+        if there != [shard_name(rank) for rank in range(len(shards))]:
             raise ValueError(f"{folder} holds {there}, and the ranks wrote {sorted(shards)}")
         rest = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
         said = {**dataclasses.asdict(whole), "dtype": NAMES[whole.dtype], "n_shards": len(shards)}

@@ -101,11 +101,12 @@ def connect(device: torch.device) -> None:
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None, timeout=PATIENCE)
 
 
+def disconnect() -> None:
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def local_rank() -> int:
     """Give this process's place on its host."""
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def in_rank() -> bool:
-    """Say whether this process is one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -100,7 +100,8 @@ def threads(n_threads: int, n_ranks: int) -> int:
 
 def rank_variables(launch: LaunchConfig, n_threads: int, ranks_here: int) -> dict[str, str]:
     """Give the environment variables that the configuration asks for in each rank."""
-    found = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     if n_threads or "OMP_NUM_THREADS" not in os.environ:
         found["OMP_NUM_THREADS"] = str(threads(n_threads, ranks_here))
     if launch.socket_ifname is not None:
@@ -119,7 +120,7 @@ def _handing_on_signals(ranks: list[_Rank]) -> Iterator[list[int]]:
             signal.raise_signal(signum)
         asked.append(signum)
         for rank in ranks:
-            rank.process.send_signal(STOP)  # to the rank alone: its loader processes would die of it
+            rank.process.send_signal(STOP)  # to the rank alone: its children may die of it
 
     before = {signum: signal.signal(signum, hand_on) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:

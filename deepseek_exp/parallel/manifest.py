@@ -11,13 +11,13 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deepseek_exp.disk import fsync_path
 from deepseek_exp.errors import CheckpointError, Problem
 
 FORMAT = 2  # 1 knew no shards
@@ -75,13 +75,13 @@ def seal(
     manifest = Manifest(step=step, run_id=run_id, saved_at=time.time(), val_loss=val_loss, files=files)
     (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
     for path in [*folder.iterdir(), folder]:
-        _fsync(path)
+        fsync_path(path)
     replaced = target.with_name(f".{target.name}{REPLACED}")
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     folder.rename(target)
-    _fsync(target.parent)
+    fsync_path(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -247,11 +247,3 @@ def _digest(path: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

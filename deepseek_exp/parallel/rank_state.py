@@ -1,8 +1,9 @@
 """What one rank saves of a model and its optimizer, and how it takes that back from a checkpoint of any layout.
 
-ZeRO lays the local parameters of a group out in one row, cuts the row into equal partitions and gives each
-data-parallel rank one, in fp32, with the optimizer's moments. DeepSpeed notes at each parameter which part of it the
-partition of this rank holds, and where there.
+ZeRO 1 and 2 lay the local parameters of a group out in one row, cut the row into equal partitions and give each
+data-parallel rank one, in fp32, with the optimizer's moments; ZeRO 3 cuts each parameter, and its weights too.
+DeepSpeed notes at each parameter which part of it this rank holds, and where. Without ZeRO the optimizer holds all of
+it, or of a bf16 parameter its fp32 master.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepseek_exp.errors import CheckpointError, Problem
@@ -43,8 +45,14 @@ def load_part(part: Part, state: State) -> None:
         rule = f"holds no {missing[0]}, one of {len(missing)} parameters that this model has and it lacks"
         raise CheckpointError(Problem("resume", str(state.folder), rule, "name a checkpoint of the same model"))
     with torch.no_grad():
-        for placed in part.placements:
-            parameters[placed.name].copy_(state.read(placed.name, WEIGHT, placed.cuts))
+        for placed, p in _parameters(part):
+            value = state.read(placed.name, WEIGHT, placed.cuts)
+            if hasattr(p, "ds_tensor"):  # ZeRO 3 keeps a part of it on each rank
+                start = p.ds_tensor.ds_numel * dist.get_rank()
+                own = value.flatten()[start : start + p.ds_tensor.ds_numel]
+                p.ds_tensor[: len(own)] = own
+            if p.numel() == value.numel():  # ZeRO 3 keeps small ones whole beside
+                p.copy_(value)
         for name, buffer in part.model.named_buffers():
             if name in state.buffers:
                 buffer.copy_(state.buffer(name))
@@ -61,7 +69,7 @@ def load_optimizer(part: Part, optimizer: Any, state: State) -> None:
     base = getattr(optimizer, "optimizer", optimizer)
     with torch.no_grad():
         for placed, p in _parameters(part):
-            fragment = _fragment(p, base)
+            fragment = _fragment(p, optimizer)
             if fragment is None:
                 continue
             for kind in state.kinds(placed.name):
@@ -76,11 +84,11 @@ def pieces(part: Part, groups: Groups, optimizer: Any) -> Iterator[Piece]:
     """Give what this rank saves: of equal copies one rank does."""
     base = getattr(optimizer, "optimizer", optimizer)
     for placed, p in _parameters(part):
-        fragment = _fragment(p, base)
+        fragment = _fragment(p, optimizer)
         if fragment is None or not placed.counted or placed.is_copy:
             continue
-        if fragment.owner is p and groups.at.data:
-            continue  # no ZeRO: each data-parallel rank has all of it
+        if groups.at.data and not _is_shared(p):
+            continue  # each data-parallel rank has all of it
         n = fragment.weight.numel()
         moments = {
             kind: value.flatten()[fragment.first : fragment.first + n]
@@ -112,8 +120,8 @@ def whole(part: Part, optimizer: Any, *, is_tied: bool) -> Whole:
     for group in base.param_groups:
         kept = {key: value for key, value in group.items() if key != "params"}
         groups.append({**kept, "param_names": names[group["decays"]]})
-    owner = base.param_groups[0]["params"][0]
-    scalars = {kind: float(v) for kind, v in base.state[owner].items() if isinstance(v, Tensor) and not v.ndim}
+    state = next(iter(base.state.values()), {})
+    scalars = {kind: float(v) for kind, v in state.items() if isinstance(v, Tensor) and not v.ndim}
     dtype = next(part.model.parameters()).dtype
     return Whole(dtype, groups, scalars, {"head.weight": "embedding.weight"} if is_tied else {})
 
@@ -124,16 +132,32 @@ def _parameters(part: Part) -> Iterator[tuple[Placement, nn.Parameter]]:
         yield placed, parameters[placed.name]
 
 
-def _fragment(p: nn.Parameter, base: torch.optim.Optimizer) -> Fragment | None:
+def _is_shared(p: nn.Parameter) -> bool:
+    """Say whether ZeRO shares a parameter's optimizer state out."""
+    return hasattr(p, "_hp_mapping") or hasattr(p, "ds_tensor")
+
+
+def _fragment(p: nn.Parameter, optimizer: Any) -> Fragment | None:
     """Find what this rank's optimizer holds of a parameter; None: nothing."""
-    if not hasattr(p, "_hp_mapping"):  # no ZeRO
-        return Fragment(0, p.data.view(-1), p, 0)
+    if hasattr(p, "ds_tensor"):  # ZeRO 3
+        group, first, size = optimizer.grad_position[optimizer.get_param_id(p)]
+        owner, start = optimizer.fp32_partitioned_groups_flat[group], size * dist.get_rank()
+        n = min(size, p.ds_numel - start)
+        return Fragment(start, owner[first : first + n], owner, first) if n > 0 else None
+    if not _is_shared(p):
+        owner = _masters(optimizer).get(p, p)
+        return Fragment(0, owner.data.view(-1), owner, 0)
     mapping = p._hp_mapping
     if mapping is None:
         return None
-    (owner,) = base.param_groups[mapping.param_group_index]["params"]
+    (owner,) = optimizer.optimizer.param_groups[mapping.param_group_index]["params"]
     start, first = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
     return Fragment(start, mapping.hp_fragment, owner, first)
+
+
+def _masters(optimizer: Any) -> dict[Any, Tensor]:
+    """Give the fp32 master of each bf16 parameter."""
+    return dict(zip(optimizer.params, optimizer.masters, strict=True)) if hasattr(optimizer, "masters") else {}
 
 
 def _moment(base: torch.optim.Optimizer, fragment: Fragment, kind: str) -> Tensor:

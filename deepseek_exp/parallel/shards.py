@@ -89,7 +89,7 @@ def save_shard(
     Args:
         folder: of all ranks.
         rank: no other writes under this number.
-        pieces: of parameters; ones without elements are left out.
+        pieces: of parameters; they may be empty.
         buffers: persistent buffers, whole, under their names in the whole model.
 
     Returns:
@@ -99,8 +99,6 @@ def save_shard(
     described: list[dict[str, Any]] = []
     for piece in pieces:
         (size,) = {value.shape for value in piece.values.values()}  # (n,)
-        if not size.numel():
-            continue
         tensors |= {f"{len(described)}.{kind}": value for kind, value in piece.values.items()}
         cuts = [(cut.dim, cut.ways, cut.index) for cut in piece.cuts]
         stop = piece.start + size.numel()

@@ -7,7 +7,7 @@ under their own full names, so that weights can be drawn, saved and loaded by na
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_exp.config import ExperimentConfig, ModelConfig
+from deepseek_exp.data import Batch
 from deepseek_exp.models import Transformer
 from deepseek_exp.moe import MoE
 from deepseek_exp.parallel.expert import AllToAllDispatcher
@@ -24,6 +25,8 @@ from deepseek_exp.parallel.tensor import apply_tensor_parallel, is_partial, matc
 from deepseek_exp.planner.layers import stage_bounds
 from deepseek_exp.topology import Axis
 
+# what the blocks give, and the micro batch -> its loss
+LossOf = Callable[[Tensor, Batch], Tensor]
 EXPERTS = r".*feed_forward\.experts\.w_\w+"
 TABLE = "embedding.weight"
 
@@ -70,6 +73,47 @@ class Part:
     n_moe_layers: int
     first_moe_layer: int
     counts_width: int
+
+
+class Stage(nn.Module):
+    """The layers of one rank as one layer of DeepSpeed's pipeline.
+
+    Every stage has the micro batches at hand and takes from them in the order they come by, so that one tensor alone
+    travels between stages. The loss is made in here, since DeepSpeed, in bf16, drops the gradients of what lies behind
+    its module's output.
+
+    Attributes:
+        batches: the micro batches that are still to come.
+    """
+
+    def __init__(
+        self, part: Part, groups: Groups, domain_of: Callable[[Tensor], Tensor | None], loss_of: LossOf
+    ) -> None:
+        """Put together what a rank runs.
+
+        Args:
+            part: what it holds of the model.
+            groups: its groups.
+            domain_of: gives the domain of each sequence by its part of the data.
+            loss_of: used on the last stage.
+        """
+        super().__init__()
+        self.model, self.blocks = part.model, part.blocks
+        self.is_first, self.is_last = groups.is_first, groups.is_last
+        self.domain_of, self.loss_of = domain_of, loss_of
+        self.batches: Iterator[Batch] = iter(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take tokens (batch, seq), or what the stage before gives, (batch, seq, d_model), to the next stage's input.
+
+        Returns:
+            (batch, seq, d_model), from the last stage the loss, a scalar.
+        """
+        batch = next(self.batches)
+        x = self.model.embedding(x) if self.is_first else x
+        for i in self.blocks:
+            x = self.model.blocks[i](x, None, None, self.domain_of(batch.part))
+        return self.loss_of(x, batch) if self.is_last else x
 
 
 def cut_model(exp: ExperimentConfig, whole: Transformer, groups: Groups) -> Part:
@@ -133,6 +177,15 @@ def set_weights(part: Part, weight_of: Callable[[str, tuple[int, ...]], Tensor])
     with torch.no_grad():
         for placed in part.placements:
             parameters[placed.name].copy_(cut(weight_of(placed.name, placed.shape), placed.cuts))
+
+
+def copy_part(part: Part, whole: nn.Module) -> None:
+    """Fill this rank's parameters and buffers from a whole model that is at hand."""
+    parameters = dict(whole.named_parameters())
+    set_weights(part, lambda name, shape: parameters[name])
+    buffers = dict(whole.named_buffers())
+    for name, buffer in part.model.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 def _drop_other_stages(model: Transformer, blocks: range, groups: Groups, cfg: ModelConfig) -> None:

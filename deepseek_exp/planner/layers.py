@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -184,17 +185,19 @@ def balance(costs: tuple[float, ...], n: int) -> list[int]:
     """
     if n > len(costs):
         raise ValueError(f"{len(costs)} layers cannot make {n} stages")
-    low, high = max(costs), sum(costs)
+    low, high, ends = max(costs), sum(costs), _fill(costs, n, math.inf)
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (low, middle) if _fill(costs, n, middle) is not None else (middle, high)
-    ends = _fill(costs, n, high * (1 + 1e-12))
-    assert ends is not None
+        tried = _fill(costs, n, middle)
+        if len(tried) == n:
+            high, ends = middle, tried
+        else:
+            low = middle
     return ends
 
 
-def _fill(costs: Sequence[float], n: int, most: float) -> list[int] | None:
-    """Cut from the end into n runs of at most `most` each; None: it takes more runs."""
+def _fill(costs: Sequence[float], n: int, most: float) -> list[int]:
+    """Cut from the end into n runs of at most `most` each, or into more where n do not do."""
     ends, total = [len(costs)], 0.0
     for i in range(len(costs) - 1, -1, -1):
         room = total + costs[i] <= most
@@ -203,7 +206,7 @@ def _fill(costs: Sequence[float], n: int, most: float) -> list[int] | None:
             ends.append(i + 1)
             total = 0.0
         total += costs[i]
-    return ends[::-1] if len(ends) == n else None
+    return ends[::-1]
 
 
 def _total(layers: Sequence[Layers]) -> Layers:

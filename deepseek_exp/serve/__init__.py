@@ -1,18 +1,8 @@
 """Use of trained models: text from them, domain packs, and checkpoints that others read."""
 
-from deepseek_exp.serve.domain_packs import load_module, save_module, unload_module
 from deepseek_exp.serve.export import export_hf
 from deepseek_exp.serve.generate import generate
 from deepseek_exp.serve.hf_weights import load_release
-from deepseek_exp.serve.pretrained import Pretrained, from_pretrained
+from deepseek_exp.serve.pretrained import from_pretrained
 
-__all__ = [
-    "Pretrained",
-    "export_hf",
-    "from_pretrained",
-    "generate",
-    "load_module",
-    "load_release",
-    "save_module",
-    "unload_module",
-]
+__all__ = ["export_hf", "from_pretrained", "generate", "load_release"]

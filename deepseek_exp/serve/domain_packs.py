@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deepseek_exp.disk import fsync_path
 from deepseek_exp.errors import Problem, UserError
 from deepseek_exp.models import Transformer
 from deepseek_exp.moe import MoE
@@ -26,6 +27,8 @@ from deepseek_exp.moe import MoE
 def save_module(model: Transformer, domain: str, path: Path | str) -> None:
     """Write the pack of a loaded domain.
 
+    The file is written under another name and renamed when all is on disk: it is whole, or as it was before.
+
     Raises:
         UserError: the model has no such domain, or it is not loaded.
     """
@@ -33,7 +36,14 @@ def save_module(model: Transformer, domain: str, path: Path | str) -> None:
     layers = _layers(model).items()
     tensors = {f"{name}.{key}": t for name, layer in layers for key, t in layer.domain_state(index).items()}
     metadata = {"domain": domain, "version": model.cfg.version}
-    save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, path, metadata=metadata)
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, part, metadata=metadata)
+        fsync_path(part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def unload_module(model: Transformer, domain: str) -> None:

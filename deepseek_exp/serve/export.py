@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deepseek_exp.config import ModelConfig
 from deepseek_exp.data import Tokenizer
+from deepseek_exp.disk import fsync_path
 from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.huggingface import stored_weights, write_config
 from deepseek_exp.huggingface.files import CONFIG, TOKENIZER
@@ -57,7 +58,7 @@ def export_hf(
         hf_weights.save(m, checkpoint, part, shard_bytes=shard_bytes)
         names = sorted(path.name for path in part.iterdir())
         for path in [*part.iterdir(), part]:
-            _to_disk(path)
+            fsync_path(path)
         if target.exists():
             target.rmdir()
         part.rename(target)
@@ -75,11 +76,3 @@ def _tokenizer_config(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, objec
         "model_max_length": max_seq_len,
         "clean_up_tokenization_spaces": False,
     }
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

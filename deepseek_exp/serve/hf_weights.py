@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from deepseek_exp.config import AttentionKind, ModelConfig, Score
 from deepseek_exp.errors import CheckpointError, Problem
-from deepseek_exp.huggingface import Stored, read_release, stored_weights
+from deepseek_exp.huggingface import read_release, stored_weights
+from deepseek_exp.huggingface.files import Stored
 
 SHARD_BYTES = 5 * 10**9
 EMBEDDING, HEAD = "embedding.weight", "head.weight"

@@ -36,15 +36,15 @@ class Pretrained:
     folder: Path
 
     def save_module(self, domain: str, path: str | Path) -> None:
-        """Write a domain's experts to a file; see `serve.save_module`."""
+        """Write a domain's experts to a file; see `domain_packs.save_module`."""
         save_module(self.model, domain, path)
 
     def unload_module(self, domain: str) -> None:
-        """Take a domain's experts out of memory; see `serve.unload_module`."""
+        """Take a domain's experts out of memory; see `domain_packs.unload_module`."""
         unload_module(self.model, domain)
 
     def load_module(self, source: str | Path, max_resident_bytes: int | None = None) -> str:
-        """Load a domain's experts, named as one of the checkpoint's or by a pack's path; see `serve.load_module`."""
+        """Load a domain's experts, by the checkpoint's name for it or a pack's path; see `domain_packs.load_module`."""
         if source in self.model.cfg.moe.domains:
             return load_module(self.model, self.folder / SINGLE, str(source), max_resident_bytes)
         return load_module(self.model, source, max_resident_bytes=max_resident_bytes)

@@ -36,6 +36,12 @@ METRICS: dict[str, Metric] = {
     "perf/step_seconds": Metric("seconds", "wall time of one optimizer step"),
     "perf/peak_memory_bytes": Metric("bytes", "largest memory that was in use on the device so far"),
     "perf/flops_per_token": Metric("FLOPs per token", "forward and backward, by the parameters that a token meets"),
+    "parallel/peak_memory_bytes/<stage>": Metric(
+        "bytes", "largest memory in use so far on a rank of a pipeline stage; of a CPU the process's resident memory"
+    ),
+    "parallel/bubble_fraction": Metric(
+        "0..1", "(p - 1) / (m + p - 1) of p stages and m micro batches: the time that a stage waits for others"
+    ),
     "optim/lr": Metric("1", "learning rate of the step"),
     "optim/grad_norm": Metric("1", "global gradient norm before clipping"),
     "data/position": Metric("sequences", "training sequences consumed so far"),
@@ -53,6 +59,11 @@ METRICS: dict[str, Metric] = {
     "moe/domain_loss": Metric("nats per token", "weighted loss of the domain classifiers, sum over layers"),
     "moe/domain_accuracy": Metric("0..1", "labelled tokens whose domain the classifiers tell, mean over layers"),
     "moe/use/<domain>": Metric("0..1", "share of the token slots that go to the experts of one domain"),
+    "verify/loss_difference": Metric("nats per token", "training loss of the layout against that of one process"),
+    "verify/grad_norm_difference": Metric("1", "gradient norm of the layout against that of one process, relative"),
+    "verify/val_loss_difference": Metric("nats per token", "validation loss of the layout against that of one process"),
+    "verify/weight_difference": Metric("1", "largest difference of an element of the final weights, absolute"),
+    "verify/buffer_difference": Metric("1", "the same of the buffers, such as the biases that balance experts"),
     "sweep/best_val_loss": Metric("nats per token", "lowest final val/loss among the runs of a sweep"),
 }
 

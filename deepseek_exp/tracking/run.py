@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from deepseek_exp.config import ROOT, TrackingConfig
 from deepseek_exp.errors import Problem, TrackingError
-from deepseek_exp.tracking.journal import JournalWriter, encode_float, read_events
+from deepseek_exp.tracking.journal import Event, JournalWriter, encode_float, read_events
 from deepseek_exp.tracking.metrics import check_names
 from deepseek_exp.tracking.params import flatten
 from deepseek_exp.tracking.rundir import JOURNAL, LOG, Progress, Spec
@@ -62,12 +62,14 @@ class RunLog:
         Args:
             step: the step that a resumed run goes on from: what it repeats after it was logged by its earlier life.
         """
-        offset, events = 0, [{"kind": "begin"}]
-        while events:
-            events, offset = read_events(self.run_dir / JOURNAL, offset)
-            for event in events:
-                if event["kind"] == "metrics" and event["step"] > step:
-                    self._known.update((name, event["step"], value) for name, value in event["values"].items())
+        for event in _metric_events(self.run_dir / JOURNAL):
+            if event["step"] > step:
+                self._known.update((name, event["step"], value) for name, value in event["values"].items())
+
+    def logged(self, name: str) -> dict[int, float]:
+        """Give what was logged of a metric: step -> the last value."""
+        events = _metric_events(self.run_dir / JOURNAL)
+        return {e["step"]: float(e["values"][name]) for e in events if name in e["values"]}
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics of a step; their names are in `METRICS`.
@@ -246,6 +248,13 @@ class TrackedRun(RunLog):
         if progress.refused:
             parts.append("The store refused for good: " + "; ".join(progress.refused))
         return Delivery(sent and not progress.refused, progress.run_id, "\n".join(parts))
+
+
+def _metric_events(journal: Path) -> Iterator[Event]:
+    offset, events = 0, [{"kind": "begin"}]
+    while events:
+        events, offset = read_events(journal, offset)
+        yield from (event for event in events if event["kind"] == "metrics")
 
 
 def _check_owner(run_dir: Path, run_id: str | None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,17 +43,22 @@ def work(folder: Path, what: str) -> member.Ended:
     (folder / f"{rank}.pid").write_text(str(os.getpid()))
     if what == "end":
         return member.Ended(loss=all_reduce(rank))
-    if what == "leave" and rank == 1:
-        os._exit(0)
+    if what == "leave":
+        if rank == 1:
+            os._exit(0)
+        time.sleep(600)  # does not notice
     if what == "raise" and rank == 1:
         time.sleep(0.3)
         raise ValueError("one\ntwo")
     if what == "user_error" and rank == 1:
         raise DataError(Problem("data.path", "x", "is gone", "bring it back"))
+    words = [sys.executable, "-c", "import time; time.sleep(600)", str(folder), "rank"]
+    child = subprocess.Popen(words) if what == "go on with a child" else None
     step = 0
     while not all_reduce(member.stop_asked()):
         step += 1
         time.sleep(0.01)
+    assert child is None or child.poll() is None
     (folder / f"{rank}.stopped").write_text(str(step))
     return member.Ended(stopped_at=step)
 
@@ -74,5 +80,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "parent":
         parent(folder, n_ranks, what)
     else:
+        (folder / member.FOLDER).mkdir(exist_ok=True)
         member.enter(folder / member.FOLDER)
         sys.exit(member.report(folder / member.FOLDER, lambda: work(folder, what)))

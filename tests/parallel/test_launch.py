@@ -15,14 +15,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deepseek_exp.parallel import launch
+from deepseek_exp.config import LaunchConfig, Launcher
+from deepseek_exp.parallel import launch, member, nodes
 from tests.runs import ROOT
 
 N_RANKS = 3
 
 
-def start(folder: Path, what: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.parallel.launch_parts", "parent", str(folder), str(N_RANKS), what]
+def start(folder: Path, what: str, launcher: list[str] | None = None) -> subprocess.Popen[str]:
+    """Start ranks by our launcher, or by another."""
+    ours = [sys.executable, "-m", "tests.parallel.launch_parts", "parent"]
+    command = [*(launcher or ours), str(folder), str(N_RANKS), what]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -40,7 +43,8 @@ def family(folder: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if str(folder) in process.cmdline() and "rank" in process.cmdline():
+            words = process.cmdline()
+            if str(folder) in words and {"rank", "deepseek_exp.rank"} & set(words):
                 found.append(process)
         except psutil.Error:
             pass
@@ -87,7 +91,7 @@ def test_an_error_of_the_user_reads_as_in_one_process(tmp_path):
 
 
 def test_a_rank_that_is_killed_is_told_first_and_ends_the_others(tmp_path):
-    parent, rank = start(tmp_path, "go on"), random.randrange(N_RANKS)
+    parent, rank = start(tmp_path, "go on with a child"), random.randrange(N_RANKS)
     wait_for(lambda: work_has_begun(tmp_path), 60)
     os.kill(pids(tmp_path)[rank], signal.SIGKILL)
     assert wait_for(lambda: family(tmp_path) == [], 10) < 5
@@ -101,6 +105,9 @@ def test_a_rank_that_is_killed_is_told_first_and_ends_the_others(tmp_path):
 
 
 def test_a_rank_that_leaves_without_a_result_ends_the_others(tmp_path):
+    ranks = tmp_path / member.FOLDER
+    ranks.mkdir()
+    member.outcome_path(ranks, 1).write_text('{"error": null}')  # of an earlier life of the run
     out, _ = start(tmp_path, "leave").communicate(timeout=60)
     assert "RankError: rank=1 of 3 left with exit code 0 and no result." in out
     assert family(tmp_path) == []
@@ -128,7 +135,7 @@ def test_a_killed_parent_leaves_no_orphans(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_parent_stops_all_ranks_after_one_step(tmp_path, signum):
-    parent = start(tmp_path, "go on")
+    parent = start(tmp_path, "go on with a child")
     wait_for(lambda: work_has_begun(tmp_path), 60)
     parent.send_signal(signum)
     out, err = parent.communicate(timeout=20)
@@ -159,6 +166,76 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     wait_for(lambda: family(tmp_path) == [], 10)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(N_RANKS), "--standalone",
+            "--signals-to-handle", nodes.SIGNALS, "-m", "tests.parallel.launch_parts", "rank"]  # fmt: skip
+
+
+def test_torchrun_stops_the_same_ranks_by_sigusr1(tmp_path):
+    torchrun = start(tmp_path, "go on", TORCHRUN)
+    wait_for(lambda: work_has_begun(tmp_path), 60)
+    torchrun.send_signal(signal.SIGUSR1)
+    torchrun.communicate(timeout=30)
+    assert len({(tmp_path / f"{rank}.stopped").read_text() for rank in range(N_RANKS)}) == 1
+
+
+def test_torchrun_tells_the_same_error(tmp_path):
+    out, err = start(tmp_path, "raise", TORCHRUN).communicate(timeout=60)
+    assert out == "rank 0 has 1 threads\n" and "ValueError: one" in err
+    assert family(tmp_path) == []
+
+
+def test_torchrun_takes_its_ranks_along(tmp_path):
+    torchrun = start(tmp_path, "go on", TORCHRUN)
+    wait_for(lambda: work_has_begun(tmp_path), 60)
+    torchrun.kill()
+    wait_for(lambda: family(tmp_path) == [], 10)
+    torchrun.communicate()
+
+
 def test_threads_are_shared_out(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     assert (launch.threads(0, 8), launch.threads(0, 64), launch.threads(3, 8)) == (2, 1, 3)
+
+
+LAUNCH = LaunchConfig(
+    launcher=Launcher.torchrun, n_nodes=4, ranks_per_node=0, master_addr="192.168.1.1", master_port=29500,
+    socket_ifname="eth0", account="me", partition=None, time_limit="12:00:00", submit=False,
+)  # fmt: skip
+
+
+def test_the_command_for_4_nodes_of_8_ranks(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    env = launch.rank_variables(LAUNCH, 2, 8)
+    command = nodes.torchrun_command(LAUNCH, 32, Path("outputs/runs/a b/ranks/job.json"), env)
+    assert command == (
+        f"cd {tmp_path} && PYTHONPATH={ROOT} OMP_NUM_THREADS=2 NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0 "
+        f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 {sys.executable} -m torch.distributed.run --nnodes 4 --nproc-per-node 8 "
+        "--max-restarts 0 --rdzv-backend c10d --rdzv-endpoint 192.168.1.1:29500 --rdzv-id 'a b' --signals-to-handle "
+        "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m deepseek_exp.rank 'outputs/runs/a b/ranks/job.json'"
+    )
+
+
+def test_the_script_for_4_nodes_of_8_ranks(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    script = nodes.slurm_script(LAUNCH, 32, Path("outputs/runs/a/ranks/job.json"), {"A": "b c"}, on_gpus=True)
+    assert script.splitlines() == [
+        "#!/bin/bash",
+        "#SBATCH --job-name=a",
+        "#SBATCH --nodes=4",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --exclusive",
+        "#SBATCH --account=me",
+        "#SBATCH --time=12:00:00",
+        f"#SBATCH --output={tmp_path}/outputs/runs/a/ranks/slurm_%j.log",
+        "#SBATCH --signal=USR1@600",
+        "set -euo pipefail",
+        f"cd {tmp_path}",
+        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "export A='b c' TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600",
+        f"srun --kill-on-bad-exit=1 --cpu-bind=none {sys.executable} -m torch.distributed.run --nnodes 4 "
+        '--nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d --rdzv-endpoint "$head:29500" '
+        '--rdzv-id "$SLURM_JOB_ID" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 '
+        "-m deepseek_exp.rank outputs/runs/a/ranks/job.json",
+    ]

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from deepseek_exp.parallel import manifest
 from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, begin, in_one_file, load_weights
 from deepseek_exp.parallel.files import MODEL, write_tensors
 from deepseek_exp.parallel.shards import Cut, Piece, Whole, box_of, open_state, save_shard, shard_name
+from tests import runs
 from tests.models.test_transformer import build, some_tokens
 from tests.parallel.test_checkpoint import assert_equal
 from tests.test_config import composed
@@ -456,6 +458,44 @@ def save_forever(run_dir: Path, step: int, ready) -> None:
         step += 1
 
 
+def to_shards(path: Path) -> None:
+    """Write a checkpoint of one process anew as many ranks would have."""
+    rng, one = random.Random(0), open_state(path)
+    texts = {name: (path / name).read_text() for name in ("config.yaml", "tokenizer.json", "data.json")}
+    ranks = pieces_of(of_state(one, rng), Layout(2, 4, 2, 2), rng)
+    whole = Whole(one.dtype, one.param_groups, one.scalars, one.aliases)
+    buffers = {name: one.buffer(name) for name in one.buffers}
+    folder, records = begin(path), {}
+    for rank, pieces in ranks.items():
+        records |= save_shard(folder, rank, pieces, buffers if rank == 0 else {})
+    io = FolderCheckpointIO(texts, manifest.read_manifest(path).run_id)
+    io.finish(folder, path, one.rest, whole, records)
+
+
+def test_run_py_goes_on_from_shards_as_if_they_were_one_file(tmp_path):
+    done = runs.run(tmp_path, *runs.QUICK, "model=v3_moe", "trainer.precision=bf16", "trainer.keep_checkpoints=9")
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = runs.run_dirs(tmp_path)
+    path, last, want = place(run_dir, 8), place(run_dir, 12), runs.weights(run_dir, 12)
+    used = {}
+    for form in ("one", "many"):
+        where = ("do=export", f"resume={path}", f"export.path={form}")
+        exported, sampled = (runs.run(tmp_path, *words) for words in (where, ("do=sample", f"resume={path}")))
+        assert exported.returncode == sampled.returncode == 0, exported.stderr + sampled.stderr
+        used[form] = load_file(tmp_path / form / MODEL), sampled.stdout
+        if form == "one":
+            to_shards(path)
+    assert not (path / MODEL).exists()
+    assert_equal(in_order(used["many"]), in_order(used["one"]))
+    measured = runs.run(tmp_path, "do=eval", f"resume={path}")
+    assert measured.returncode == 0, measured.stderr
+    shutil.rmtree(last)
+    again = runs.run(tmp_path, f"resume={path}")
+    assert again.returncode == 0, again.stderr
+    assert set(runs.trace(run_dir, "train/loss")) == set(range(1, 13))  # and the same again from step 9 on
+    assert_equal(in_order(runs.weights(run_dir, 12)), in_order(want))
+
+
 def test_tensors_are_written_one_by_one(tmp_path):
     tensors = {
         "bool": torch.tensor([True, False, True]),
@@ -471,6 +511,11 @@ def test_tensors_are_written_one_by_one(tmp_path):
     loaded = load_file(tmp_path / "x")
     assert set(loaded) == set(tensors) == set(asked) and all(same(loaded[n], tensors[n]) for n in tensors)
     assert record == manifest._digest(tmp_path / "x")
+    content = (tmp_path / "x").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert header.pop("__metadata__") == {"a": "b"} and length % 8 == 0
+    assert all(entry["data_offsets"][0] % tensors[n].itemsize == 0 for n, entry in header.items())
 
 
 def test_the_description_is_plain(tmp_path):

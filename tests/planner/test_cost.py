@@ -13,7 +13,7 @@ import torch
 from deepseek_exp.config import AttentionKind, ModelConfig
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
-from deepseek_exp.planner import Parameters, cache_bytes_per_token, flops_per_token, parameters
+from deepseek_exp.planner.cost import Parameters, cache_bytes_per_token, flops_per_token, parameters
 from tests.runs import ROOT
 from tests.test_config import MODELS, SIZES, composed
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from deepseek_exp.config import ModelConfig
 from deepseek_exp.data import Tokenizer
-from deepseek_exp.huggingface import Release, read_release
+from deepseek_exp.huggingface.read import Release, read_release
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
 from deepseek_exp.serve import hf_weights

@@ -14,7 +14,9 @@ from deepseek_exp.data import Tokenizer
 from deepseek_exp.errors import UserError
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer, init_weights
-from deepseek_exp.serve import Pretrained, from_pretrained, generate, load_module, save_module, unload_module
+from deepseek_exp.serve import from_pretrained, generate
+from deepseek_exp.serve.domain_packs import load_module, save_module, unload_module
+from deepseek_exp.serve.pretrained import Pretrained
 from tests.runs import ROOT
 from tests.test_config import composed
 
@@ -99,6 +101,21 @@ def test_errors(tmp_path):
     assert torch.equal(logits(model, "medical"), before)
     with pytest.raises(UserError, match="it has none"):
         unload_module(Transformer(composed("size=tiny").model, TORCH), "law")
+
+
+def test_a_pack_is_whole_or_as_it_was_before(tmp_path, monkeypatch):
+    model, path = build(), tmp_path / "law"
+    save_module(model, "law", path)
+    before = path.read_bytes()
+
+    def full(tensors, path, metadata):
+        path.write_bytes(before[:100])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("deepseek_exp.serve.domain_packs.save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_module(model, "law", path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
 
 
 def test_a_file_that_is_no_pack(tmp_path):

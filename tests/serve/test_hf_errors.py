@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_exp import compose
 from deepseek_exp.errors import CheckpointError, ConfigError, UserError
-from deepseek_exp.huggingface import family_of, read_release
+from deepseek_exp.huggingface import read_release
+from deepseek_exp.huggingface.write import family_of
 from deepseek_exp.serve import export_hf, from_pretrained
 from tests.serve.releases import load_ours, some_tokenizer, their_model, write_checkpoint
 from tests.test_config import composed

@@ -17,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 
 from deepseek_exp.errors import TrackingError
-from deepseek_exp.tracking import Delivery
+from deepseek_exp.tracking.run import Delivery
 from deepseek_exp.tracking.rundir import Progress
 from tests.tracking.tracking_parts import history, make_config, start_run
 

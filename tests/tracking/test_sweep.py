@@ -12,7 +12,8 @@ from mlflow import MlflowClient
 
 from deepseek_exp.config import TrackingConfig
 from deepseek_exp.errors import TrackingError
-from deepseek_exp.tracking import SweepRow, finish_sweep, render_table, start_sweep, sweep_table
+from deepseek_exp.tracking import finish_sweep, render_table, start_sweep, sweep_table
+from deepseek_exp.tracking.sweep import SweepRow
 
 
 @dataclass

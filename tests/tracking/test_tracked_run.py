@@ -20,8 +20,9 @@ from mlflow.entities import Run
 
 from deepseek_exp.config import ROOT, TrackingConfig
 from deepseek_exp.errors import TrackingError
-from deepseek_exp.tracking import Delivery, RunLog, TrackedRun
+from deepseek_exp.tracking import RunLog, TrackedRun
 from deepseek_exp.tracking.journal import read_events
+from deepseek_exp.tracking.run import Delivery
 from tests.tracking.tracking_parts import history, make_config, start_run
 
 GetRun = Callable[[str], Run]

@@ -11,6 +11,7 @@ import ctypes
 import faulthandler
 import importlib
 import json
+import math
 import os
 import signal
 import socket
@@ -42,7 +43,8 @@ SHORT = (
     "optim.warmup_steps=3",
     "optim.clip_norm=0.5",
 )
-MACHINE = ("perf/step_seconds", "perf/tokens_per_second", "perf/peak_memory_bytes")  # not of the training itself
+# not of the training itself, but of the machine and of the layout
+APART = ("perf/step_seconds", "perf/tokens_per_second", "perf/peak_memory_bytes", "parallel/")
 HANG_SECONDS = 120.0
 # what a rank needs, some of it late: DeepSpeed imports half of torch when it makes an engine
 IMPORTED = (
@@ -166,11 +168,16 @@ def _pairs(a: Ran, b: Ran, name: str) -> Iterator[tuple[float, float]]:
     return zip(a.trace(name), b.trace(name), strict=True)
 
 
-def layout(pp: int = 1, tp: int = 1, dp: int = 1, ep: int = 1) -> tuple[str, ...]:
+def layout(pp: int = 1, tp: int = 1, dp: int = 1, ep: int = 1, zero_stage: int = 1) -> tuple[str, ...]:
     """Give the overrides of a layout."""
-    stage = int(pp * tp * dp > 1)
+    stage = zero_stage if pp * tp * dp > 1 else 0
     degrees = {"pp": pp, "tp": tp, "dp": dp, "ep": ep, "zero_stage": stage}
     return tuple(f"parallel.{name}={degree}" for name, degree in degrees.items())
+
+
+def n_ranks(degrees: Mapping[str, int]) -> int:
+    """Give the ranks of a layout's degrees."""
+    return math.prod(degrees.get(axis, 1) for axis in ("pp", "tp", "dp"))
 
 
 def labelled_texts(folder: Path) -> tuple[str, ...]:
@@ -261,7 +268,7 @@ class Log:
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def log_foreign_metrics(self, values: Mapping[str, Any], step: int) -> None:
-        kept = {name: float(value) for name, value in values.items() if name not in MACHINE}
+        kept = {name: float(value) for name, value in values.items() if not name.startswith(APART)}
         self.metrics.setdefault(step, {}).update(kept)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from itertools import chain
 
 import pytest
 
-from tests.parallel.layouts import RankDied, Watch, difference, labelled_texts, layout
+from tests.parallel.layouts import RankDied, Watch, difference, labelled_texts, layout, n_ranks
 
 STEPS = 8
 FEW = (f"trainer.max_steps={STEPS}", "trainer.eval_every_steps=4", "model.n_layers=4")
@@ -27,12 +26,10 @@ CASES = {
         {"pp": 2, "tp": 2, "dp": 2, "ep": 2},
         [],
     ),
+    "v1 dp2, no ZeRO": (["model=v1_dense"], {"dp": 2, "zero_stage": 0}, []),
+    "v3 dp2, ZeRO 3": (["model=v3_moe"], {"dp": 2, "zero_stage": 3}, []),
     "v4 tp4, one key head": (["model=v4_distill", "model.n_kv_heads=1", "model.qkv_bias=true"], {"tp": 4}, []),
 }
-
-
-def n_ranks(degrees: dict[str, int]) -> int:
-    return math.prod(n for axis, n in degrees.items() if axis != "ep")
 
 
 def assert_same(one, many):

@@ -6,16 +6,14 @@ once.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import math
 
 import pytest
 import torch
 
 from deepseek_exp.errors import UserError
 from deepseek_exp.parallel.tensor import Rule, match_plan, tensor_plan
-from tests.parallel.layouts import SHORT, Watch, difference, labelled_texts, layout
+from tests.parallel.layouts import SHORT, Watch, difference, labelled_texts, layout, n_ranks
 from tests.test_config import composed
 
 FEW = ("trainer.max_steps=4", "trainer.eval_every_steps=4", "trainer.checkpoint_every_steps=4", "model.n_layers=4")
@@ -27,19 +25,22 @@ def assert_same(one, many):
 
 
 class NormsWithoutZero(Watch):
-    """Takes the rule out that pp needs ZeRO 1, and notes the norms that gradients are clipped by."""
+    """Has DeepSpeed's pipeline work without ZeRO, and notes the norms that it clips gradients by."""
 
     def before_build(self, cfg):
-        import deepspeed.runtime.engine as engine
+        from deepspeed.runtime import engine
 
-        self.norms, clip = [], engine.clip_grad_norm_
+        from deepseek_exp.parallel import engines
+
+        self.norms, clip, config = [], engine.clip_grad_norm_, engines.deepspeed_config
 
         def noted(*args, **kwargs):
             self.norms.append(float(clip(*args, **kwargs)))
 
         engine.clip_grad_norm_ = noted
         engine.DeepSpeedEngine.get_global_grad_norm = lambda engine: self.norms[-1]
-        return dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, zero_stage=0))
+        engines.deepspeed_config = lambda exp, groups, zero_stage: config(exp, groups, 0)
+        return cfg
 
     def result(self):
         return self.norms
@@ -49,7 +50,7 @@ def test_clipping_in_a_pipeline_needs_zero_1(layouts, alone):
     """Without ZeRO DeepSpeed counts a table that the first and the last stage have twice."""
     model = ("model=v1_dense", *FEW)
     with pytest.raises(UserError, match=r"parallel\.zero_stage=0 cannot be used with parallel\.pp=2 "):
-        composed(*SHORT, *model, *layout(pp=2)[:-1], "parallel.zero_stage=0")
+        composed(*SHORT, *model, *layout(pp=2, zero_stage=0))
     one, many = alone(*model), layouts.run(2, *model, *layout(pp=2), watch=NormsWithoutZero)
     for norms in many.said:
         assert norms[0] > 1.01 * one.trace("optim/grad_norm")[0]
@@ -237,8 +238,7 @@ def test_copies_stay_equal(layouts, alone, degrees):
 def test_losses_of_the_routing_weigh_the_same(layouts, alone, degrees):
     """They are tied to the layers' outputs, so that every layout has to scale them itself."""
     model = ("model=v2_moe", "model.moe.aux_loss_weight=1", "model.moe.sequence_loss_weight=1", *FEW)
-    n_ranks = math.prod(n for axis, n in degrees.items() if axis != "ep")
-    assert_same(alone(*model), layouts.run(n_ranks, *model, *layout(**degrees)))
+    assert_same(alone(*model), layouts.run(n_ranks(degrees), *model, *layout(**degrees)))
 
 
 def test_a_tensor_plan_that_matches_nothing_is_an_error():

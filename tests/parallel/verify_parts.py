@@ -26,9 +26,9 @@ START: Any = launch.run
 if __name__ == "__main__":
     if sys.argv[1] == RANK:
         from deepseek_exp import rank
-        from deepseek_exp.parallel import strategy
+        from deepseek_exp.parallel import engines
 
-        strategy.gradient_sums = lambda part, groups: []
+        engines.gradient_sums = lambda part, groups: []
         sys.argv[1:] = sys.argv[2:]
         sys.exit(rank.main())
     launch.run = start_broken

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from deepseek_exp import compose, config, do
 from deepseek_exp.errors import ConfigError, UserError
+from deepseek_exp.job import make_job
 from deepseek_exp.sweep import FAILED_FILE
 
 
@@ -24,7 +25,7 @@ def run_job(cfg: DictConfig) -> float | None:
     context = HydraConfig.get()
     sweep_dir = Path(context.runtime.output_dir) if context.mode.name == "MULTIRUN" else None
     try:
-        return do.run(do.make_job(cfg, context.overrides.task, context.runtime.choices["size"], sweep_dir))
+        return do.run(make_job(cfg, context.overrides.task, context.runtime.choices["size"], sweep_dir))
     except Exception as error:
         if sweep_dir is not None:
             if not isinstance(error, UserError):

@@ -1,27 +1,26 @@
-"""What `do` means: train, evaluate, sample, export, plan or verify, and what the person in front of it is told."""
+"""What `do` means: train, evaluate, sample, export, plan or verify."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from deepseek_exp import compose, planner, validate
+from deepseek_exp import planner
 from deepseek_exp.config import ROOT, Device, Do, ExperimentConfig, ExportFormat, Launcher
 from deepseek_exp.errors import ConfigError, DataError, Problem, UserError, VerifyError
+from deepseek_exp.job import Job
 from deepseek_exp.layout import degrees
 from deepseek_exp.parallel import launch, manifest, member, nodes
-from deepseek_exp.sweep import SWEEP_FILE
+from deepseek_exp.telling import command, plan_text, resume_words, say, shown, summary, validation_lines
 from deepseek_exp.tracking import RunLog, TrackedRun
 
 if TYPE_CHECKING:
@@ -34,132 +33,8 @@ if TYPE_CHECKING:
 
 READY_SECONDS = 60.0
 DIGESTS = "data.json"
-PART = "val/loss/"
-# the sections whose overrides are worth a place in the run's name
-NAMED = ("model", "data", "optim")
-JOB_FILE = "job.json"
 # what of the environment changes how ranks run
 ENVIRONMENT = ("NCCL_", "GLOO_", "TORCH_", "OMP_", "CUDA_VISIBLE_DEVICES")
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One experiment, ready to start.
-
-    Attributes:
-        cfg: the checked configuration.
-        yaml: the same, resolved, as text.
-        name: what the run is called.
-        overrides: what the command line changed.
-        run_dir: the run's folder.
-        checkpoint: folder to go on from or to use, whole.
-        in_sweep: it is one of several.
-    """
-
-    cfg: ExperimentConfig
-    yaml: str
-    name: str
-    overrides: tuple[str, ...]
-    run_dir: Path
-    checkpoint: Path | None
-    in_sweep: bool
-
-    @property
-    def n_ranks(self) -> int:
-        """Processes that train or evaluate it."""
-        return degrees(self.cfg).world_size
-
-    def save(self, run_id: str | None) -> Path:
-        """Write it for its ranks, with the MLflow run that records it (None: rank 0 starts one); gives the file."""
-        file = self.run_dir / member.FOLDER / JOB_FILE
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(0o600)  # the store's URL may hold a password
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cfg"}
-        file.write_text(json.dumps({**fields, "run_id": run_id}, default=str))
-        return file
-
-    @classmethod
-    def load(cls, file: Path) -> tuple[Job, str | None]:
-        """Read what `save` wrote."""
-        fields = json.loads(file.read_text())
-        run_id, checkpoint = fields.pop("run_id"), fields["checkpoint"]
-        tree = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.create(fields["yaml"]))
-        fields["overrides"], fields["run_dir"] = tuple(fields["overrides"]), Path(fields["run_dir"])
-        fields["checkpoint"] = None if checkpoint is None else Path(checkpoint)
-        return cls(cfg=OmegaConf.to_object(tree), **fields), run_id
-
-
-def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_dir: Path | None) -> Job:
-    """Settle what is run and where; imports neither torch nor MLflow.
-
-    Args:
-        composed: the tree as Hydra composed it.
-        overrides: the command line's overrides.
-        size: the option of the group `size`.
-        sweep_dir: the job's folder within a sweep.
-
-    Raises:
-        ConfigError: a rule is broken, or the checkpoint is of another experiment.
-        CheckpointError: the checkpoint is missing or damaged.
-    """
-    checkpoint = None
-    if composed.init_from is not None:
-        composed, problems = compose.start_from(composed, overrides)
-        if problems:
-            raise ConfigError(*problems)
-    elif compose.takes_checkpoint(composed):
-        checkpoint, passed_over = manifest.locate(composed.resume or "last", Path(composed.output_dir))
-        for sentence in passed_over:
-            say(sentence)
-        composed = _on_top_of(checkpoint, overrides)
-    sweep = json.loads((sweep_dir.parent / SWEEP_FILE).read_text()) if sweep_dir is not None else None
-    if sweep is not None:
-        composed.tracking.parent_run_id, composed.tracking.run_name = sweep["run_id"], None
-    cfg = _laid_out(composed)
-    if cfg.do is Do.train and checkpoint is not None:
-        _check_steps_left(cfg, checkpoint)
-    name = cfg.tracking.run_name or _name(cfg, overrides, size, checkpoint, sweep["keys"] if sweep else None)
-    if cfg.do is Do.train and checkpoint is not None:
-        run_dir = manifest.run_dir_of(checkpoint)
-    else:
-        run_dir = sweep_dir or Path(cfg.output_dir) / "runs" / _folder_name(name)
-    yaml = OmegaConf.to_yaml(composed, resolve=True)
-    return Job(cfg, yaml, name, tuple(overrides), run_dir, checkpoint, sweep_dir is not None)
-
-
-def _laid_out(composed: DictConfig) -> ExperimentConfig:
-    """Settle the layout: parallel=auto becomes numbers in the tree, and what cannot fit is refused."""
-    cfg = compose.to_experiment(composed)
-    if cfg.parallel.auto:
-        chosen, sentence = planner.choose(cfg)
-        for key, value in chosen.items():
-            OmegaConf.update(composed, key, value)
-        say(sentence)
-        cfg = compose.to_experiment(composed)
-    problem = planner.misfit(cfg) if cfg.do in ACTIONS else None
-    if problem is not None:
-        raise ConfigError(problem)
-    return cfg
-
-
-def _on_top_of(checkpoint: Path, overrides: Sequence[str]) -> DictConfig:
-    """Lay the command line over a checkpoint's configuration."""
-    saved = OmegaConf.to_container(OmegaConf.load(checkpoint / "config.yaml"))
-    merged = compose.merge_saved(saved, overrides)
-    before, now = (compose.to_experiment(c) for c in (compose.merge_saved(saved, []), merged))
-    fixed = validate.resume_problems(before, now)
-    if fixed:
-        raise ConfigError(*fixed)
-    if now.do is not Do.train:  # a run of its own, not the one that trained
-        merged.tracking.parent_run_id = merged.tracking.run_name = None
-    return merged
-
-
-def _check_steps_left(cfg: ExperimentConfig, checkpoint: Path) -> None:
-    step, steps = manifest.read_manifest(checkpoint).step, cfg.trainer.max_steps
-    if step >= steps:
-        rule, fix = f"is reached: {checkpoint} is at step {step}", f"set trainer.max_steps={2 * step} to go on"
-        raise ConfigError(Problem("trainer.max_steps", steps, rule, fix))
 
 
 def run(job: Job) -> float | None:
@@ -216,12 +91,12 @@ def hand_out(job: Job) -> str:
     on_gpus = job.cfg.device is not Device.cpu
     script.write_text(nodes.slurm_script(cfg, job.n_ranks, file, variables, on_gpus=on_gpus))
     if not cfg.submit:
-        return f"wrote     {_shown(script)}\nsubmit it sbatch {_shown(script)}"
+        return f"wrote     {shown(script)}\nsubmit it sbatch {shown(script)}"
     done = subprocess.run(["sbatch", str(script)], capture_output=True, text=True)
     if done.returncode:
-        rule = f"failed: sbatch {_shown(script)} said {done.stderr.strip()!r}"
+        rule = f"failed: sbatch {shown(script)} said {done.stderr.strip()!r}"
         raise ConfigError(Problem("launch.submit", True, rule, "mend that, or set launch.submit=false"))
-    return f"wrote     {_shown(script)}\nsubmitted {done.stdout.strip()}"
+    return f"wrote     {shown(script)}\nsubmitted {done.stdout.strip()}"
 
 
 def _rank_variables(job: Job, ranks_here: int) -> dict[str, str]:
@@ -243,7 +118,7 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
     if job.checkpoint is not None:
         tracked.skip_known_after(manifest.read_manifest(job.checkpoint).step)
     parts, (trainer, checkpoints, metrics) = _ready_to_train(job, tracked, run_id)
-    say(_plan(job, parts, run_id))
+    say(plan_text(job, parts, run_id))
     if job.n_ranks > 1:
         for path, content in planner.plan_artifacts(job.cfg).items():
             tracked.log_text(content, path)
@@ -252,7 +127,7 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
     if job.n_ranks == 1:  # no rank of several has the whole model
         text = _sample_text(job.cfg, parts.lit.model.to(parts.device), parts.data.tokenizer, room=True)
         tracked.log_text(text, "sample.txt")
-    say(_summary(job, parts, run_id, checkpoints.saved, metrics.last, text, time.monotonic() - started))
+    say(summary(job, parts, run_id, checkpoints.saved, metrics.last, text, time.monotonic() - started))
     return float(trainer.callback_metrics["val/loss"])
 
 
@@ -288,7 +163,7 @@ def verify(job: Job, tracked: RunLog, run_id: str) -> None:
     one, other = _alone(job), _compared(job, f"ranks-{job.n_ranks}" if job.n_ranks > 1 else "again")
     for run in (one, other):
         ranks = f"{run.n_ranks} ranks" if run.n_ranks > 1 else "one process"
-        say(f"{ranks}, {n_steps} steps, in {_shown(run.run_dir)}")
+        say(f"{ranks}, {n_steps} steps, in {shown(run.run_dir)}")
         in_ranks(run, tracked, run_id)
     found = certificate.compare(job.cfg, one.run_dir, other.run_dir)
     for row in found.rows:
@@ -311,14 +186,14 @@ def _alone(job: Job) -> Job:
 def _compared(job: Job, folder: str, **sections: Any) -> Job:
     """Make one of the two runs that are compared: it logs each step, and saves the last."""
     n_steps = job.cfg.verify.steps
-    trainer = {"log_every_steps": 1, "eval_every_steps": n_steps, "checkpoint_every_steps": n_steps}
-    tree = OmegaConf.merge(OmegaConf.create(job.yaml), {"trainer": trainer, **sections})
+    every = {"log_every_steps": 1, "eval_every_steps": n_steps, "checkpoint_every_steps": n_steps}
+    tree = OmegaConf.merge(OmegaConf.create(job.yaml), {"trainer": {**every, "keep_checkpoints": 1}, **sections})
     cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig), tree))
     return dataclasses.replace(job, cfg=cfg, yaml=OmegaConf.to_yaml(tree), run_dir=job.run_dir / folder)
 
 
 def _not_verified(job: Job, first_difference: str) -> Problem:
-    d, fix = degrees(job.cfg), f"read {_shown(job.run_dir / 'certificate.md')}"
+    d, fix = degrees(job.cfg), f"read {shown(job.run_dir / 'certificate.md')}"
     rule = f"does not compute what one process does: {first_difference}"
     if job.n_ranks > 1:
         fix += ", and train with another layout until that is mended"
@@ -338,7 +213,7 @@ def evaluate(job: Job, tracked: RunLog, run_id: str) -> float:
     trainer, _, _ = build.build_trainer(job.cfg, parts, tracked, run_id, {})
     say(f"evaluating {job.checkpoint or job.cfg.init_from} on {parts.data.n_valid_tokens:,} tokens")
     trainer.validate(parts.lit, datamodule=parts.datamodule, verbose=False)
-    say("\n".join(_validation_lines(trainer.callback_metrics)))
+    say("\n".join(validation_lines(trainer.callback_metrics)))
     return float(trainer.callback_metrics["val/loss"])
 
 
@@ -376,15 +251,9 @@ def export(job: Job) -> None:
     with in_one_file(job.checkpoint, target) as checkpoint:
         names = writers[wanted.format](job.cfg.model, checkpoint, target)
     size = sum((target / name).stat().st_size for name in names)
-    say(f"wrote     {_shown(target)}, {size / 1e6:,.1f} MB: {', '.join(names)}")
-    say(f"from      {_shown(job.checkpoint)}, a {job.cfg.model.version}")
-    say(f'load it   transformers.AutoModelForCausalLM.from_pretrained("{_shown(target)}")')
-
-
-def say(text: str) -> None:
-    """Tell the person in front of it."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    say(f"wrote     {shown(target)}, {size / 1e6:,.1f} MB: {', '.join(names)}")
+    say(f"from      {shown(job.checkpoint)}, a {job.cfg.model.version}")
+    say(f'load it   transformers.AutoModelForCausalLM.from_pretrained("{shown(target)}")')
 
 
 def _tracked(job: Job, action: Action) -> float | None:
@@ -411,7 +280,7 @@ def _tracked(job: Job, action: Action) -> float | None:
             loss = action(job, tracked, run_id)
         except Stopped as stopped:
             _end(tracked, "KILLED", str(stopped))
-            saved = f"; the checkpoint is saved. Go on with: {_command()} {_resume(job, run_id)}"
+            saved = f"; the checkpoint is saved. Go on with: {command()} {resume_words(job, run_id)}"
             kept = cfg.do is Do.train and cfg.trainer.keep_checkpoints
             say(f"{stopped}{saved if kept else ''}")
             raise SystemExit(128 + stopped.signum) from stopped
@@ -479,105 +348,6 @@ def _sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer
     return s.prompt + tokenizer.decode(tokens)
 
 
-def _plan(job: Job, parts: Parts, run_id: str) -> str:
-    cfg, data, m, t = job.cfg, parts.data, job.cfg.model, job.cfg.trainer
-    steps = t.max_steps - (manifest.read_manifest(job.checkpoint).step if job.checkpoint else 0)
-    tokens = steps * t.global_batch_seqs * cfg.data.seq_len
-    counted = planner.parameters(m)
-    n_params = counted.total + counted.mtp
-    meets = f" ({counted.active:,} active)" if m.moe.n_routed_experts or m.d_ff_active else ""
-    mask = f"window {m.window} + {m.n_global_tokens} global tokens" if m.window else "full causal attention"
-    rows = {
-        "run": f"{job.name}, MLflow run {run_id[:12]} in {cfg.tracking.uri}",
-        "model": f"{m.version}, {n_params:,} parameters{meets}: {m.n_layers} layers, d_model {m.d_model}, {mask}",
-        "data": f"{_source(parts)}, {data.n_train_tokens:,} tokens (valid {data.n_valid_tokens:,}), "
-        f"vocabulary {data.tokenizer.vocab_size:,}",
-        "training": f"{steps:,} steps x {t.global_batch_seqs} sequences x {cfg.data.seq_len} tokens = {tokens:,} "
-        f"tokens ({tokens / data.n_train_tokens:.2f} epochs), {t.precision.value}",
-        "device": _device_name(parts),
-        **_how_it_runs(job, parts, steps),
-    }
-    if job.checkpoint is not None:
-        rows["resumes"] = str(job.checkpoint)
-    elif cfg.init_from is not None:
-        rows["starts"] = f"from {cfg.init_from}"
-    return "\n".join(f"{key:9} {value}" for key, value in rows.items())
-
-
-def _how_it_runs(job: Job, parts: Parts, steps: int) -> dict[str, str]:
-    """Say how the work is shared out; of one process, how long it will take."""
-    if job.n_ranks > 1:
-        d, cfg = degrees(job.cfg), job.cfg
-        ends = planner.stage_bounds(cfg, d.pp)
-        blocks = [min(b, cfg.model.n_layers) - a for a, b in zip([0, *ends], ends, strict=False)]
-        experts = f", experts shared out over {d.ep}" if d.ep > 1 else ""
-        stages = f", stages of {', '.join(map(str, blocks))} blocks" if d.pp > 1 else ""
-        return {"layout": f"{d.world_size} ranks: dp {d.dp} x tp {d.tp} x pp {d.pp}{experts}{stages}"}
-    from deepseek_exp.estimate import step_seconds
-
-    minutes = step_seconds(job.cfg, parts) * steps / 60
-    return {"expected": f"about {minutes:.1f} minutes" if minutes >= 0.1 else "a few seconds"}
-
-
-def _source(parts: Parts) -> str:
-    """Name the text: its source, and of a mixture the parts with their shares."""
-    cfg, data = parts.lit.cfg.data, parts.data
-    total = sum(part.weight for part in data.parts)
-    shares = ", ".join(f"{part.name} {part.weight / total:.1%}" for part in data.parts if part.name)
-    return f"{cfg.source.value} of {shares}" if shares else cfg.source.value
-
-
-def _device_name(parts: Parts) -> str:
-    import torch
-
-    if parts.device.type == "cuda":
-        return f"cuda, {torch.cuda.get_device_name(parts.device)}"
-    return f"cpu, {torch.get_num_threads()} threads"
-
-
-def _summary(
-    job: Job, parts: Parts, run_id: str, saved: Path | None, last: Mapping[str, float], text: str | None, seconds: float
-) -> str:
-    start = _command()
-    lines = [f"\ndone in {seconds / 60:.1f} minutes", *_validation_lines(parts.lit.trainer.callback_metrics)]
-    if last:
-        lines.append(f"speed       {last['perf/tokens_per_second']:,.0f} tokens/s")
-    lines.append(f"checkpoint  {_shown(saved or job.checkpoint)}")
-    if text is not None:
-        lines.append("sample      " + text.replace("\n", "\n            "))
-    if job.in_sweep:
-        return "\n".join(lines) + "\n"
-    if not job.cfg.trainer.keep_checkpoints:
-        return "\n".join(lines)
-    steps, resume = 2 * job.cfg.trainer.max_steps, _resume(job, run_id)
-    own = "".join(f"{shlex.quote(o)} " for o in job.overrides if not o.startswith(("resume=", "optim.lr=")))
-    commands = {
-        "make ui": "look at it and compare runs in the MLflow UI",
-        f"{start} do=sample {resume}": "more text from it",
-        f"{start} {resume} trainer.max_steps={steps}": "go on training",
-        f"{start} -m {own}optim.lr=1e-3,3e-4": "a sweep",
-    }
-    if job.cfg.init_from is not None:
-        commands.popitem()  # its model is given
-    width = max(len(command) for command in commands if len(command) <= 80)
-    lines += ["\nnext:", *(f"  {command:{width}}  # {what}" for command, what in commands.items())]
-    return "\n".join(lines)
-
-
-def _validation_lines(metrics: Mapping[str, Any]) -> list[str]:
-    if "val/loss" not in metrics:
-        return []
-    loss, bits, unigram = (float(metrics[f"val/{n}"]) for n in ("loss", "bits_per_byte", "unigram_bits_per_byte"))
-    parts = [
-        f"{name.removeprefix(PART)} {float(value):.3f}" for name, value in metrics.items() if name.startswith(PART)
-    ]
-    by_part = [f"            loss by part: {', '.join(parts)}"] if parts else []
-    return [
-        f"validation  {bits:.3f} bits per byte (unigram model: {unigram:.3f}), loss {loss:.3f} nats per token",
-        *by_part,
-    ]
-
-
 def _tags(job: Job) -> dict[str, str]:
     overrides, tags = " ".join(job.overrides), {"do": job.cfg.do.value, "run_dir": str(job.run_dir)}
     every = os.environ if job.n_ranks == 1 else {**os.environ, **_rank_variables(job, job.n_ranks)}
@@ -586,43 +356,3 @@ def _tags(job: Job) -> dict[str, str]:
         return {"overrides": overrides, **tags}
     which = "overrides_on_resume" if job.cfg.do is Do.train else "overrides"
     return {which: overrides, "checkpoint": str(job.checkpoint), **tags}
-
-
-def _name(
-    cfg: ExperimentConfig, overrides: Sequence[str], size: str, checkpoint: Path | None, swept: list[str] | None
-) -> str:
-    """Name a run by its version, size and data, then by what its command line set; in a sweep, by what is swept."""
-    if checkpoint is not None:
-        return f"{cfg.do.value} {cfg.model.version} {checkpoint.resolve().parents[1].name} {checkpoint.name}"
-    own = []
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
-        of_interest = key in ("seed", "optim", "recipes") or ("." in key and key.split(".")[0] in NAMED)
-        of_interest = of_interest and not key.startswith("data.mixture.")  # paths, several of them
-        if key in swept if swept is not None else of_interest:
-            own.append(f"{key.rsplit('.', 1)[-1]}={value}")
-    if cfg.init_from is not None:
-        size = Path(cfg.init_from).resolve().name
-    verb = ["verify"] if cfg.do is Do.verify else []
-    return " ".join([*verb, cfg.model.version, size, cfg.data.source.value, *own])
-
-
-def _folder_name(name: str) -> str:
-    """Name a run's folder by the time, the run and the process, so that no two share one."""
-    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{'_'.join(name.split()[:2])}_{os.getpid()}"
-
-
-def _command() -> str:
-    """Give the command that starts a run, as it is typed from the project's folder."""
-    python = Path(sys.executable)
-    return f"{_shown(python) if python.is_relative_to(Path.cwd()) else 'python'} run.py"
-
-
-def _resume(job: Job, run_id: str) -> str:
-    """Give the words of a command line that find this run again."""
-    where = job.cfg.output_dir
-    return f"resume={run_id[:12]}" + (f" output_dir={where}" if where != "outputs" else "")
-
-
-def _shown(path: Path | None) -> str:
-    return os.path.relpath(path) if path is not None else "none"

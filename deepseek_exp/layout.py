@@ -8,8 +8,9 @@ from deepseek_exp.config import AttentionKind, ClusterConfig, Do, ExperimentConf
 from deepseek_exp.errors import Problem
 from deepseek_exp.topology import AUTO, Degrees, divisors, resolve
 
-# their update of a number depends on that number alone, so that ZeRO may cut parameters anywhere
-ELEMENTWISE = ("AdamW", "Adam", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax")
+# their update of a number depends on that number alone, so that ranks may hold any part of a parameter; not Adagrad,
+# which DeepSpeed replaces by another instance that the learning rate's schedule does not reach
+ELEMENTWISE = ("AdamW", "Adam", "SGD", "RMSprop", "NAdam", "RAdam", "Adamax")
 # what uses a checkpoint whole, in one process, however it was trained
 IN_ONE_PROCESS = (Do.sample, Do.export)
 
@@ -118,7 +119,7 @@ def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
 
 
 def is_elementwise(exp: ExperimentConfig) -> bool:
-    """Tell whether ZeRO may cut what the optimizer works on anywhere."""
+    """Tell whether what the optimizer works on may be cut anywhere."""
     return str(exp.optim.optimizer.get("_target_")) in {f"torch.optim.{name}" for name in ELEMENTWISE}
 
 
@@ -134,11 +135,12 @@ def _zero(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
         why = "it cuts gradients while they are made, before they can be summed over tp and ep"
         fix = f"set parallel.zero_stage=1, or {cut.partition('=')[0]}=1"
         yield Problem(key, zero, f"cannot be used with {cut} ({why})", fix)
-    if zero and d.world_size > 1 and not is_elementwise(exp):
-        why = "ZeRO cuts flattened parameters, and this class may need whole matrices"
-        rule = f"cannot be used with {key}={zero} on {d.world_size:,} ranks ({why})"
+    if (zero or cut) and d.world_size > 1 and not is_elementwise(exp):
+        why = "ZeRO cuts flattened parameters" if zero else "a rank has a part of a matrix"
+        with_what = f"{key}={zero}" if zero else str(cut)
+        rule = f"cannot be used with {with_what} on {d.world_size:,} ranks ({why}, and this class may need whole ones)"
         fix = f"use one of torch.optim.{{{', '.join(ELEMENTWISE)}}}"
-        fix += f", or {key}=0" if d.pp == 1 else ""
+        fix += f", or {key}=0" if zero and d.pp == 1 and not cut else ""
         yield Problem("optim.optimizer._target_", exp.optim.optimizer.get("_target_"), rule, fix)
 
 

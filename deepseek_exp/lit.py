@@ -177,11 +177,10 @@ class LanguageModel(pl.LightningModule):
             add: takes the nll, (sequences, seq), and the batch.
             count_routing: add what the mixtures of experts count.
         """
-        counted = [layer.counts.clone() for layer in self.moe_layers]
+        kept = [] if count_routing else [(layer, layer.counts.clone()) for layer in self.moe_layers]
         self.forward_only(batch, add)
-        if not count_routing:
-            for layer, counts in zip(self.moe_layers, counted, strict=True):
-                layer.counts.copy_(counts)
+        for layer, counts in kept:
+            layer.counts.copy_(counts)
 
     def evaluate_unlabelled(self, batch: Batch) -> None:
         """Add the loss of a micro batch whose domains the routers infer; its routing is not counted."""

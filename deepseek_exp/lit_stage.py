@@ -62,7 +62,7 @@ class StageModel(LanguageModel):
             batch: the micro batch.
 
         Returns:
-            A scalar, in training divided by ep (see strategy.py).
+            A scalar, in training divided by ep (see engines.py).
         """
         tokens = batch.tokens
         logits = self.model.head(h)  # first, as in `Transformer.forward_ahead`, so that gradients add up in one order
@@ -121,8 +121,7 @@ class StageModel(LanguageModel):
         """Sum the last stages' values over dp, and with them the counts of all mixtures of experts, in one exchange."""
         if not self.is_counting:
             sums = torch.zeros_like(sums)
-        width = self.part.counts_width
-        counts = sums.new_zeros(self.part.n_moe_layers, width)
+        counts = sums.new_zeros(self.part.n_moe_layers, self.part.counts_width)
         first = self.part.first_moe_layer
         if self.moe_layers and self.groups.at.tp == 0:
             counts[first : first + len(self.moe_layers)] = torch.stack([layer.counts for layer in self.moe_layers])

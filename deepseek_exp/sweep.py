@@ -30,7 +30,7 @@ FAILED_FILE = "failed.txt"
 class SweepRun(Callback):
     """Opens the parent run of a sweep and closes it with the summary table.
 
-    Its id and the swept keys lie in the sweep's folder, where each job finds them (`do.make_job`): Hydra gives a job
+    Its id and the swept keys lie in the sweep's folder, where each job finds them (`job.make_job`): Hydra gives a job
     its own copy of the configuration before any hook could change it.
     """
 

@@ -7,6 +7,7 @@ import torch
 
 from deepseek_exp import build, do
 from deepseek_exp.errors import DeviceError
+from deepseek_exp.job import Job
 from tests.test_config import composed
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def test_before_a_model_is_sampled_from(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "free_memory", lambda device: 0)
     cfg = composed("size=tiny", "do=sample", "device=cpu")
     with pytest.raises(DeviceError, match=r"needs 0.0 GB for its 125,256 parameters and cpu has 0.0 GB free"):
-        do.run(do.Job(cfg, yaml="", name="", overrides=(), run_dir=tmp_path, checkpoint=None, in_sweep=False))
+        do.run(Job(cfg, yaml="", name="", overrides=(), run_dir=tmp_path, checkpoint=None, in_sweep=False))
 
 
 @pytest.mark.parametrize(("n_mtp_layers", "compiled"), [(0, False), (1, True)])

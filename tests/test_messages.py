@@ -12,8 +12,9 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from deepseek_exp import compose, config, do, validate
+from deepseek_exp import compose, config, validate
 from deepseek_exp.errors import ConfigError
+from deepseek_exp.job import make_job
 from tests.runs import ROOT
 
 MESSAGES = {
@@ -302,11 +303,15 @@ MESSAGES = {
     ),
     "parallel=zero2 optim=adafactor trainer.micro_batch_seqs=1 do=plan": "optim.optimizer._target_="
     "'torch.optim.Adafactor' cannot be used with parallel.zero_stage=2 on 8 ranks (ZeRO cuts flattened parameters, and "
-    "this class may need whole matrices). Fix: use one of torch.optim.{AdamW, Adam, SGD, Adagrad, RMSprop, NAdam, "
+    "this class may need whole ones). Fix: use one of torch.optim.{AdamW, Adam, SGD, RMSprop, NAdam, "
     "RAdam, Adamax}, or parallel.zero_stage=0.",
     "parallel=3d optim=adafactor do=plan": "optim.optimizer._target_="
     "'torch.optim.Adafactor' cannot be used with parallel.zero_stage=1 on 8 ranks (ZeRO cuts flattened parameters, and "
-    "this class may need whole matrices). Fix: use one of torch.optim.{AdamW, Adam, SGD, Adagrad, RMSprop, NAdam, "
+    "this class may need whole ones). Fix: use one of torch.optim.{AdamW, Adam, SGD, RMSprop, NAdam, "
+    "RAdam, Adamax}.",
+    "parallel.tp=2 optim=adafactor do=plan": "optim.optimizer._target_="
+    "'torch.optim.Adafactor' cannot be used with parallel.tp=2 on 2 ranks (a rank has a part of a matrix, and "
+    "this class may need whole ones). Fix: use one of torch.optim.{AdamW, Adam, SGD, RMSprop, NAdam, "
     "RAdam, Adamax}.",
     "parallel.sequence_parallel=true do=plan": "parallel.sequence_parallel=true has no tensor ranks to cut a sequence "
     "over: parallel.tp=1. Fix: set parallel.sequence_parallel=false, or parallel.tp.",
@@ -446,7 +451,7 @@ def refused(*argv: str) -> str:
     with initialize_config_dir(compose.CONF, version_base="1.3"):
         composed = hydra_compose("config", list(argv))
     with pytest.raises(ConfigError) as caught:
-        do.make_job(composed, argv, "small", None)
+        make_job(composed, argv, "small", None)
     return str(caught.value)
 
 

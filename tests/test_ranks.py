@@ -14,6 +14,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from deepseek_exp import compose, config, do
+from deepseek_exp.job import Job, make_job
 from deepseek_exp.parallel import launch, member
 from tests import runs
 from tests.parallel.test_launch import family, wait_for
@@ -117,21 +118,21 @@ def test_two_nodes_of_slurm(trained, tmp_path, monkeypatch):
     check_finished(trained)
 
 
-def job(folder: Path, *overrides: str) -> do.Job:
+def job(folder: Path, *overrides: str) -> Job:
     config.register()
     with initialize_config_dir(compose.CONF, version_base="1.3"):
         tree = hydra_compose("config", [*runs.QUICK, *overrides, f"output_dir={folder}"])
         tree.tracking.uri = f"sqlite:///{folder}/outputs/mlflow.db"
-        return do.make_job(tree, overrides, "tiny", None)
+        return make_job(tree, overrides, "tiny", None)
 
 
 def test_a_job_survives_the_trip_to_its_ranks(tmp_path):
     before = job(tmp_path, "parallel=3d", "device=cpu", "data=mixture", f"+data.mixture.a.path={tmp_path}")
     file = before.save("abc")
-    assert do.Job.load(file) == (before, "abc")
+    assert Job.load(file) == (before, "abc")
     assert file.stat().st_mode & 0o77 == 0
     resumed = replace(before, checkpoint=tmp_path / "step-1")
-    assert do.Job.load(resumed.save(None)) == (resumed, None)
+    assert Job.load(resumed.save(None)) == (resumed, None)
 
 
 def test_stopped_ranks_are_a_killed_run(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -160,12 +159,9 @@ def parallel_ops(ops: Ops, group: Any, index: int) -> Ops:
         group: of the tp axis.
         index: this rank's place in it.
     """
-    cross_entropy: Callable[..., Tensor] = lambda logits, targets: vocab_parallel_cross_entropy(  # noqa: E731
-        logits, targets, group, index
-    )
     return dataclasses.replace(
         ops,
-        cross_entropy=cross_entropy,
+        cross_entropy=lambda logits, targets: vocab_parallel_cross_entropy(logits, targets, group, index),
         top_k_swiglu=lambda gate, up, k: parallel_top_k_swiglu(gate, up, k, group),
     )
 

@@ -2,7 +2,7 @@
 
     python tests/bench/scaling.py v1_dense single pp2 tp2 dp2 -- size=1b trainer.precision=bf16 cluster=h200_8
 
-One row a layout: the median tokens/s of the steps after the first ten, that over the first layout's per rank, the
+One row a layout: the median tokens/s of the steps after the first six, that over the first layout's per rank, the
 loss of the last step, the peak memory of the fullest rank; then each beside its plan, calibrated with the first row.
 """
 

@@ -8,6 +8,7 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from deepseek_exp import compose, config, do, planner, validate
+from deepseek_exp.job import Job, make_job
 from deepseek_exp.layout import illegal, layout_problems
 from deepseek_exp.planner.search import asked_layout, best_plans
 from tests.planner.plan_parts import experiment
@@ -16,10 +17,10 @@ from tests.runs import run
 LAYOUTS = ("parallel=3d", "parallel=3d parallel.pp=1 parallel.dp=0", "parallel=ddp", "parallel=zero2", "parallel=zero3")
 
 
-def job(*overrides: str) -> do.Job:
+def job(*overrides: str) -> Job:
     config.register()
     with initialize_config_dir(compose.CONF, version_base="1.3"):
-        return do.make_job(hydra_compose("config", list(overrides)), overrides, "small", None)
+        return make_job(hydra_compose("config", list(overrides)), overrides, "small", None)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,10 @@ def _wait_until_gone(pid: int, seconds: float) -> bool:
     """Whether a process ends within some seconds; what nobody waits for (a zombie) has ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
             return True
         time.sleep(0.05)
     return False

@@ -29,6 +29,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed * weight.to(normed.dtype)).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream and normalise what results: s = x + y, and rms_norm(s).
+
+    Args:
+        x: (..., d_model), the stream.
+        y: the same shape and type, what a half of a block adds to it.
+        weight: (d_model,).
+        eps: added to the mean square.
+
+    Returns:
+        s and the normed s, each (..., d_model) in the type of x.
+    """
+    added = x + y
+    return added, rms_norm(added, weight, eps)
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pair (x_i, x_{i + D/2}) of each head by the angle of its position.
 

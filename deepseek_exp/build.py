@@ -17,7 +17,7 @@ from deepseek_exp.callbacks import Checkpoints, Metrics, Progress
 from deepseek_exp.config import ActivationCheckpointing, Device, ExperimentConfig, Precision
 from deepseek_exp.data import PreparedData, TokenDataModule, prepare
 from deepseek_exp.errors import DeviceError, Problem
-from deepseek_exp.kernels import TORCH
+from deepseek_exp.kernels import TORCH, resolve
 from deepseek_exp.layout import degrees
 from deepseek_exp.lit import LanguageModel
 from deepseek_exp.lit_stage import StageModel
@@ -126,9 +126,9 @@ def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
         prepare(cfg.data)  # the others of this host find it in the cache
     groups.barrier()
     data = prepare(cfg.data)
-    ops = TORCH
+    ops = resolve(cfg.kernels)
     if groups.degrees.tp > 1:
-        ops = parallel_ops(TORCH, groups.axis[Axis.tp], groups.at.tp)
+        ops = parallel_ops(ops, groups.axis[Axis.tp], groups.at.tp)
     with torch.device("meta"):
         recompute = cfg.trainer.activation_checkpointing is ActivationCheckpointing.full
         whole = Transformer(cfg.model, ops, recompute_blocks=recompute)
@@ -167,7 +167,7 @@ def _build_datamodule(
 def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Transformer:
     """Build the model on a device, with weights from a checkpoint, else from `init_from`, else from the seed."""
     recompute = cfg.trainer.activation_checkpointing is ActivationCheckpointing.full
-    model = Transformer(cfg.model, TORCH, recompute_blocks=recompute)
+    model = Transformer(cfg.model, resolve(cfg.kernels), recompute_blocks=recompute)
     if weights is not None:
         model.load_state_dict(load_weights(weights))
     elif cfg.init_from is not None:

@@ -109,6 +109,13 @@ class ActivationCheckpointing(StrEnum):
     full = "full"
 
 
+class Kernel(StrEnum):
+    """What computes an operation."""
+
+    torch = "torch"
+    triton = "triton"
+
+
 class AttentionKind(StrEnum):
     """How a block attends."""
 
@@ -314,6 +321,13 @@ class TrainerConfig:
 
 
 @dataclass
+class KernelsConfig:
+    """What computes each operation: torch, PyTorch's own kernels, or triton, one fused kernel of ours (needs a GPU)."""
+
+    rms_norm: Kernel = key("RMSNorm, with the residual addition before it")
+
+
+@dataclass
 class ParallelConfig:
     """How many ways the work is cut: dp x tp x pp ranks. One of dp, tp and pp may be 0, what the others leave."""
 
@@ -438,6 +452,7 @@ class ExperimentConfig:
     data: DataConfig = MISSING
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
+    kernels: KernelsConfig = MISSING
     parallel: ParallelConfig = MISSING
     cluster: ClusterConfig = MISSING
     launch: LaunchConfig = MISSING

@@ -30,6 +30,7 @@ DOMAIN_PATHS = [
 ]
 # what an option needs beside itself
 NEEDS = {
+    "kernels=fused": ["do=plan"],  # which needs no GPU
     "parallel=3d": ["device=cpu"],  # there may be fewer GPUs than ranks
     "parallel=ddp": ["device=cpu", "trainer.micro_batch_seqs=1"],
     "parallel=zero2": ["device=cpu", "trainer.micro_batch_seqs=1"],
@@ -49,7 +50,7 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 
 def test_the_files_are_found():
-    assert len(FILES) == 43
+    assert len(FILES) == 45
     assert len(RECIPES) == 10
 
 

@@ -8,7 +8,8 @@ from tests.runs import ROOT
 
 PACKAGE = "deepseek_exp"
 LAYER = {
-    "errors": 0, "disk": 0, "topology": 0, "config": 0, "layout": 0, "validate": 0, "huggingface": 0, "compose": 0,
+    "errors": 0, "disk": 0, "topology": 0, "config": 0, "layout": 0, "model_rules": 0, "validate": 0, "compose": 0,
+    "huggingface": 0,
     "kernels": 1, "planner": 1, "data": 1, "tracking": 1,
     "models": 2, "moe": 2,
     "parallel": 3, "compress": 3, "finetune": 3, "serve": 3,
@@ -18,7 +19,18 @@ LAYER = {
 }  # fmt: skip
 NOT_SIDEWAYS = {1, 3}
 BELOW = {"config", "errors", "topology", "layout"}  # what layer 1 knows
-LIGHT = {"errors", "disk", "topology", "config", "layout", "validate", "compose", "huggingface", "planner"}
+LIGHT = {
+    "errors",
+    "disk",
+    "topology",
+    "config",
+    "layout",
+    "model_rules",
+    "validate",
+    "compose",
+    "huggingface",
+    "planner",
+}
 HEAVY = {"torch", "pytorch_lightning", "mlflow", "deepspeed", "transformers", "tokenizers", "numpy"}
 
 

@@ -447,6 +447,21 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     compose.check_command_line(["device=cuda", "do=plan"])  # a plan needs none
 
 
+@pytest.mark.parametrize(
+    ("device", "rule"),
+    [("auto", "none is visible"), ("cpu", "device=cpu is asked for")],
+)
+def test_kernels_for_a_gpu_that_is_not_there(monkeypatch, device, rule):
+    monkeypatch.setattr(validate, "_n_gpus", lambda: int(device == "cpu"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    argv = ["kernels.rms_norm=triton", f"device={device}"]
+    assert problems_of(*argv) == (f"kernels.rms_norm='triton' needs a CUDA device and {rule}. Fix: use kernels=torch.")
+    compose.check_command_line([*argv, "do=plan"])
+    compose.check_command_line([*argv, "launch=torchrun"])  # the machines with the ranks may have one
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    compose.check_command_line(argv)
+
+
 def refused(*argv: str) -> str:
     with initialize_config_dir(compose.CONF, version_base="1.3"):
         composed = hydra_compose("config", list(argv))

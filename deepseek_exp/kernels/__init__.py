@@ -1,5 +1,5 @@
 """The operations that models are built from: one frozen set of callables, defined by reference.py."""
 
-from deepseek_exp.kernels.ops import TORCH, Ops
+from deepseek_exp.kernels.ops import TORCH, Ops, resolve
 
-__all__ = ["TORCH", "Ops"]
+__all__ = ["TORCH", "Ops", "resolve"]

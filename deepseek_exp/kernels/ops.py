@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from deepseek_exp.config import Kernel, KernelsConfig
 from deepseek_exp.kernels import attention, grouped, reference
 
 
@@ -15,6 +17,7 @@ class Ops:
     """One callable for each operation; signatures and meaning are those of reference.py."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     top_k_swiglu: Callable[[Tensor, Tensor, int], Tensor]
@@ -25,6 +28,7 @@ class Ops:
 
 TORCH = Ops(
     rms_norm=reference.rms_norm,
+    add_rms_norm=reference.add_rms_norm,
     rope=reference.rope,
     swiglu=reference.swiglu,
     top_k_swiglu=reference.top_k_swiglu,
@@ -32,3 +36,13 @@ TORCH = Ops(
     local_global_attention=attention.local_global_attention,
     cross_entropy=reference.cross_entropy,
 )
+
+
+def resolve(cfg: KernelsConfig) -> Ops:
+    """Give the operations that a configuration names; Triton is imported where one of its kernels is asked for."""
+    ops = TORCH
+    if cfg.rms_norm is Kernel.triton:
+        from deepseek_exp.kernels.rms_norm import add_rms_norm, rms_norm
+
+        ops = dataclasses.replace(ops, rms_norm=rms_norm, add_rms_norm=add_rms_norm)
+    return ops

@@ -59,6 +59,10 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension of x."""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
+    def after_adding(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Give x + y, and that normalised."""
+        return self.ops.add_rms_norm(x, y, self.weight, self.eps)
+
 
 class Attention(nn.Module):
     """Multi-head attention with shared key-value heads, RoPE, and a local window with global tokens.

@@ -60,8 +60,7 @@ class Block(nn.Module):
         self, x: Tensor, memory: Tensor | None, cache: KVCache | None, domain: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         normed_memory = None if memory is None else self.attention_norm(memory)
-        x = x + self.attention(self.attention_norm(x), normed_memory, cache)
-        normed = self.feed_forward_norm(x)
+        x, normed = self.feed_forward_norm.after_adding(x, self.attention(self.attention_norm(x), normed_memory, cache))
         if isinstance(self.feed_forward, MoE):
             y, counts = self.feed_forward(normed, domain)
             return x + y, counts

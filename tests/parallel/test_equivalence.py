@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import pytest
 
+from deepseek_exp.huggingface import read_release
 from tests.parallel.layouts import RankDied, Watch, difference, labelled_texts, layout, n_ranks
+from tests.serve.releases import model_config, some_tokenizer, their_model
 
 STEPS = 8
 FEW = (f"trainer.max_steps={STEPS}", "trainer.eval_every_steps=4", "model.n_layers=4")
@@ -62,6 +66,30 @@ def test_labels_reach_every_stage(layouts, alone, labelled):
 def test_micro_batches_of_ranks_are_those_of_one_process(layouts, alone):
     model = ("model=v3_moe", "trainer.micro_batch_seqs=2")
     assert_same(alone(*FEW, *model), layouts.run(2, *FEW, *model, *layout(dp=2)))
+
+
+class FromRelease(Watch):
+    """Starts from a Hugging Face folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def before_build(self, cfg):
+        folder = Path(self.folder)
+        data = replace(cfg.data, tokenizer=str(folder / "tokenizer.json"))
+        return replace(cfg, init_from=self.folder, model=model_config(read_release(folder).model), data=data)
+
+
+def test_a_release_is_shared_out(layouts, alone, tmp_path):
+    their_model("deepseek_v3").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(some_tokenizer().json)
+    few = (*FEW, "model=deepseek_v3")
+    one, many = (
+        layouts.run(n, *few, *cut, watch=FromRelease, watch_args=(str(tmp_path),))
+        for n, cut in ((1, ()), (8, layout(pp=2, tp=2, dp=2, ep=2)))
+    )
+    assert one.weights().keys() != alone(*few).weights().keys()  # of the release's own depth
+    assert_same(one, many)
 
 
 class Order(Watch):

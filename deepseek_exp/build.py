@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 
 from deepseek_exp.callbacks import Checkpoints, Metrics, Progress
-from deepseek_exp.config import ActivationCheckpointing, Device, ExperimentConfig, Precision
+from deepseek_exp.config import Device, ExperimentConfig, Precision
 from deepseek_exp.data import PreparedData, TokenDataModule, prepare
 from deepseek_exp.errors import DeviceError, Problem
 from deepseek_exp.kernels import TORCH, resolve
@@ -130,8 +130,7 @@ def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
     if groups.degrees.tp > 1:
         ops = parallel_ops(ops, groups.axis[Axis.tp], groups.at.tp)
     with torch.device("meta"):
-        recompute = cfg.trainer.activation_checkpointing is ActivationCheckpointing.full
-        whole = Transformer(cfg.model, ops, recompute_blocks=recompute)
+        whole = Transformer(cfg.model, ops, cfg.trainer.activation_checkpointing)
     part = cut_model(cfg, whole, groups)
     if weights is not None:
         load_part(part, open_state(weights))
@@ -166,8 +165,7 @@ def _build_datamodule(
 
 def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Transformer:
     """Build the model on a device, with weights from a checkpoint, else from `init_from`, else from the seed."""
-    recompute = cfg.trainer.activation_checkpointing is ActivationCheckpointing.full
-    model = Transformer(cfg.model, resolve(cfg.kernels), recompute_blocks=recompute)
+    model = Transformer(cfg.model, resolve(cfg.kernels), cfg.trainer.activation_checkpointing)
     if weights is not None:
         model.load_state_dict(load_weights(weights))
     elif cfg.init_from is not None:

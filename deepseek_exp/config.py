@@ -106,6 +106,7 @@ class ActivationCheckpointing(StrEnum):
     """Which activations are recomputed in the backward pass instead of stored."""
 
     none = "none"
+    selective = "selective"
     full = "full"
 
 
@@ -307,7 +308,7 @@ class TrainerConfig:
     micro_batch_seqs: int = key("sequences in one forward and backward pass; divides global_batch_seqs", ge=1)
     precision: Precision = key("bf16 keeps fp32 master weights and accumulates gradients in fp32")
     activation_checkpointing: ActivationCheckpointing = key(
-        "full: each block's activations are recomputed in the backward pass"
+        "what a block computes again in the backward pass; selective: all but matrix products and attention; full: all"
     )
     compile: bool = key("compile the model with torch.compile")
     deterministic: bool = key("use only kernels whose results repeat bit for bit")

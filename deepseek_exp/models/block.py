@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from deepseek_exp.config import AttentionKind, ModelConfig
+from deepseek_exp.config import ActivationCheckpointing, AttentionKind, ModelConfig
 from deepseek_exp.kernels import Ops
 from deepseek_exp.models.attention import Attention, KVCache, RMSNorm
 from deepseek_exp.models.mla import LatentAttention
 from deepseek_exp.moe import FeedForward, MoE
 
+# operations whose results selective checkpointing keeps, by their names without the overload: they cost by far the most
+KEPT = {
+    *(f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm")),
+    "deepseek_exp::grouped_product",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+}
+
 
 class Block(nn.Module):
     """One transformer block with normalisation before attention and before the feed-forward half."""
 
-    def __init__(self, cfg: ModelConfig, ops: Ops, index: int, *, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        ops: Ops,
+        index: int,
+        checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
+    ) -> None:
         """Build with uninitialised weights.
 
         Args:
             cfg: the model.
             ops: the operations to build from.
             index: which block of the model this is; the first ones may be dense.
-            recompute: keep only the block's input for the backward pass and compute the rest again.
+            checkpointing: what is kept for the backward pass beside the block's input; the rest is computed again.
         """
         super().__init__()
-        self.recompute = recompute
+        self.checkpointing = checkpointing
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops)
         self.attention = (LatentAttention if cfg.attention is AttentionKind.mla else Attention)(cfg, ops)
         self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops)
@@ -47,9 +65,10 @@ class Block(nn.Module):
         Returns:
             (batch, seq, d_model).
         """
-        if self.recompute and torch.is_grad_enabled():
+        if self.checkpointing is not ActivationCheckpointing.none and torch.is_grad_enabled():
             args = (x, memory, cache, domain)
-            x, counts = checkpoint(self._compute, *args, use_reentrant=False, preserve_rng_state=False)
+            kept = _keeping_products if self.checkpointing is ActivationCheckpointing.selective else noop_context_fn
+            x, counts = checkpoint(self._compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=kept)
         else:
             x, counts = self._compute(x, memory, cache, domain)
         if counts is not None:
@@ -65,3 +84,13 @@ class Block(nn.Module):
             y, counts = self.feed_forward(normed, domain)
             return x + y, counts
         return x + self.feed_forward(normed), None
+
+
+def _keeping_products() -> tuple[Any, Any]:
+    """Give the contexts of the first and of the repeated computation that keep the results of `KEPT`."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = op.name().partition(".")[0] in KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deepseek_exp.config import ModelConfig
+from deepseek_exp.config import ActivationCheckpointing, ModelConfig
 from deepseek_exp.kernels import Ops
 from deepseek_exp.models.attention import RMSNorm
 from deepseek_exp.models.block import Block
@@ -20,12 +20,14 @@ class MTPModule(nn.Module):
     output table reads at the depth before, after the final normalisation, which the paper leaves open.
     """
 
-    def __init__(self, cfg: ModelConfig, ops: Ops, *, recompute: bool = False) -> None:
+    def __init__(
+        self, cfg: ModelConfig, ops: Ops, checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    ) -> None:
         super().__init__()
         self.embedding_norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops)
         self.hidden_norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops)
         self.projection = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)
-        self.block = Block(cfg, ops, cfg.n_layers, recompute=recompute)
+        self.block = Block(cfg, ops, cfg.n_layers, checkpointing)
         self.head_norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops)
 
     def forward(self, h: Tensor, next_embedded: Tensor, domain: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deepseek_exp.config import ModelConfig
+from deepseek_exp.config import ActivationCheckpointing, ModelConfig
 from deepseek_exp.kernels import Ops
 from deepseek_exp.models.attention import KVCache, RMSNorm
 from deepseek_exp.models.block import Block
@@ -55,20 +55,22 @@ class Head(nn.Module):
 class Transformer(nn.Module):
     """Decoder-only language model; `layers()` is the flat list that a pipeline cuts into stages."""
 
-    def __init__(self, cfg: ModelConfig, ops: Ops, *, recompute_blocks: bool = False) -> None:
+    def __init__(
+        self, cfg: ModelConfig, ops: Ops, checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    ) -> None:
         """Build with uninitialised weights; see `init_weights`.
 
         Args:
             cfg: widths, depths and counts.
             ops: the operations to build from.
-            recompute_blocks: keep only each block's input for the backward pass and compute the rest again.
+            checkpointing: what blocks compute again in the backward pass.
         """
         super().__init__()
         self.cfg, self.ops = cfg, ops
         self.embedding = Embedding(cfg)
-        self.blocks = nn.ModuleList(Block(cfg, ops, i, recompute=recompute_blocks) for i in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(Block(cfg, ops, i, checkpointing) for i in range(cfg.n_layers))
         self.head = Head(cfg, ops, self.embedding)
-        self.mtp = nn.ModuleList(MTPModule(cfg, ops, recompute=recompute_blocks) for _ in range(cfg.n_mtp_layers))
+        self.mtp = nn.ModuleList(MTPModule(cfg, ops, checkpointing) for _ in range(cfg.n_mtp_layers))
 
     def layers(self) -> list[nn.Module]:
         """List the layers in order: embedding, blocks, head; each takes what the one before gives."""

@@ -109,7 +109,11 @@ def _activations(m: ModelConfig, stage: Layers, layout: Layout, e: int) -> tuple
     if layout.checkpointing is ActivationCheckpointing.none:
         return stage.n_dense * dense + stage.n_moe * moe + ends, 0.0
     recomputed = max(dense if stage.n_dense else 0.0, moe if stage.n_moe else 0.0)
-    return (stage.n_dense + stage.n_moe) * m.d_model * e / cut + ends, recomputed
+    kept = (stage.n_dense + stage.n_moe) * m.d_model * e / cut + ends
+    if layout.checkpointing is ActivationCheckpointing.selective:
+        dense, moe = (product_bytes(m, tp, e, is_moe=kind) for kind in (False, True))
+        kept += stage.n_dense * dense + stage.n_moe * moe
+    return kept, recomputed
 
 
 def block_activation_bytes(m: ModelConfig, tp: int, e: int, cut: int = 1, *, is_moe: bool) -> float:
@@ -144,13 +148,11 @@ def block_activation_bytes(m: ModelConfig, tp: int, e: int, cut: int = 1, *, is_
         is_moe: the block has experts.
     """
     h = m.d_model
-    wide, v, on_every_rank = m.head_dim, m.head_dim, 2 * norm_bytes(h, e, cut)
+    (wide, v), on_every_rank = attention_widths(m), 2 * norm_bytes(h, e, cut)
     if m.attention is AttentionKind.mla:
-        wide, v = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
         on_every_rank += norm_bytes(m.kv_lora_rank, e) + (norm_bytes(m.q_lora_rank, e) if m.q_lora_rank else 0)
     elif m.qk_norm:
         on_every_rank += (m.n_heads + m.n_kv_heads) / tp * norm_bytes(m.head_dim, e)
-    wide = max(wide + (GATE_PAD if m.window and m.n_global_tokens else 0), v)
     cut = m.n_heads * ((4 * wide + v) * e + 4)
     if not is_moe:
         sparse = 8 * m.d_ff_active + m.d_ff if m.d_ff_active else 0
@@ -158,6 +160,51 @@ def block_activation_bytes(m: ModelConfig, tp: int, e: int, cut: int = 1, *, is_
     cut += 4 * (m.moe.top_k + m.moe.n_shared_experts) * m.moe.d_expert * e
     on_every_rank += 2 * m.moe.top_k * h * e + 3 * m.moe.n_routed_experts * 4 + (4 * h if e == 2 else 0)
     return on_every_rank + cut / tp
+
+
+def product_bytes(m: ModelConfig, tp: int, e: int, *, is_moe: bool) -> float:
+    """Count the bytes of one token in what a block's matrix products and its attention give.
+
+    Selective checkpointing keeps these and the block's input, and computes the rest again (Korthikanti et al. 2022,
+    section 5, choose the other way round: of attention without a fused kernel, scores are what is large and cheap).
+
+        gqa      q, k, v, and wo's result                  e each, all but the last cut by tp
+        mla      latents down and up, wo's result          e each, what comes up cut by tp
+        softmax  its result, as wide as the kernel's q     e, and a fp32 number a head; cut by tp
+        dense    gate, up (of sparse ones too), down       e each, the last whole
+        experts  gate, up and down of the top_k rows       e each, the last whole
+                 the router's scores in fp32, their sum over a token's rows; shared experts as dense
+
+    Args:
+        m: the model.
+        tp: tensor-parallel degree.
+        e: bytes of an element.
+        is_moe: the block has experts.
+    """
+    wide, _ = attention_widths(m)
+    whole, cut = 2 * m.d_model, m.n_heads * wide  # wo and w_down
+    if m.attention is AttentionKind.mla:
+        whole += m.kv_lora_rank + m.qk_rope_head_dim + m.q_lora_rank
+        cut += m.n_heads * (2 * m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim)
+    else:
+        cut += (m.n_heads + 2 * m.n_kv_heads) * m.head_dim
+    scores = 0
+    if is_moe:
+        k, shared = m.moe.top_k, m.moe.n_shared_experts
+        cut += 2 * (k + shared) * m.moe.d_expert
+        whole += (k + (shared > 0)) * m.d_model
+        scores = m.moe.n_routed_experts + len(m.moe.domains)
+    else:
+        cut += 2 * m.d_ff
+    return e * whole + (e * cut + 4 * m.n_heads) / tp + 4 * scores
+
+
+def attention_widths(m: ModelConfig) -> tuple[int, int]:
+    """Give the width that the attention kernel gets q, k and v padded to, and that of a head's values."""
+    wide = v = m.head_dim
+    if m.attention is AttentionKind.mla:
+        wide, v = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
+    return max(wide + (GATE_PAD if m.window and m.n_global_tokens else 0), v), v
 
 
 def norm_bytes(width: int, e: int, cut: int = 1) -> float:

@@ -154,11 +154,18 @@ def _assumptions(exp: ExperimentConfig) -> Iterator[str]:
     yield "data, logging, validation, checkpoints, clipping, and of norms and loss what the efficiencies do not contain"
 
 
+RECOMPUTED = {
+    ActivationCheckpointing.none: "",
+    ActivationCheckpointing.selective: ", all but products recomputed",
+    ActivationCheckpointing.full: ", blocks recomputed",
+}
+
+
 def describe(x: Layout) -> str:
     """Name a layout in words."""
     d = x.degrees
     sequence = ", sequence parallel" if x.sequence_parallel else ""
-    recompute = ", blocks recomputed" if x.checkpointing is ActivationCheckpointing.full else ""
+    recompute = RECOMPUTED[x.checkpointing]
     return f"dp {d.dp} x tp {d.tp} x pp {d.pp}, ep {d.ep}, ZeRO {x.zero_stage}{sequence}{recompute}"
 
 

@@ -33,7 +33,7 @@ def stage_traffic(exp: ExperimentConfig, layout: Layout, stage: Layers, index: i
     """Count what a rank of a stage sends in one step.
 
     With T tokens of a micro batch, h = d_model, e bytes of an element, r = 1 more forward pass where blocks are
-    recomputed (else 0), and m micro batches:
+    recomputed, wholly or in part (else 0), and m micro batches:
 
         tp  all-reduces of T h e: (2 + 2 + 2 r) a block and micro batch, after attention and after the feed-forward
             network, forward and backward (Shoeybi et al. 2019, "Megatron-LM", section 3); 1 each for the two tables.
@@ -54,7 +54,7 @@ def stage_traffic(exp: ExperimentConfig, layout: Layout, stage: Layers, index: i
     d, m, e = layout.degrees, exp.model, element_bytes(exp)
     n_micro = layout.n_micro_batches(exp.trainer.global_batch_seqs)
     hidden = layout.micro_batch_seqs * exp.data.seq_len * m.d_model * e
-    passes = 3 if layout.checkpointing is ActivationCheckpointing.full else 2
+    passes = 2 if layout.checkpointing is ActivationCheckpointing.none else 3
     n_tp = n_micro * (2 * passes * (stage.n_dense + stage.n_moe) + stage.n_heads_out + (index == 0))
     n_gates = n_micro * (passes - 1) * stage.n_dense * (m.d_ff_active > 0)
     gates = n_gates * ring_gather(layout.micro_batch_seqs * exp.data.seq_len * m.d_ff * e, d.tp)

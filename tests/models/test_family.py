@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 
+from deepseek_exp.config import ActivationCheckpointing
 from deepseek_exp.kernels import TORCH, reference
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.moe import MoE
@@ -23,9 +24,11 @@ def config(version: str):
     return composed(f"model={version}", "size=tiny").model
 
 
-def build(version, dtype=torch.float32, seed=0, ops=TORCH, recompute_blocks=False, **changes) -> Transformer:
+def build(
+    version, dtype=torch.float32, seed=0, ops=TORCH, checkpointing=ActivationCheckpointing.none, **changes
+) -> Transformer:
     cfg = dataclasses.replace(config(version), **changes)
-    model = Transformer(cfg, ops, recompute_blocks=recompute_blocks)
+    model = Transformer(cfg, ops, checkpointing)
     for p in model.parameters():  # counts and biases keep their types
         p.data = p.data.to(dtype)
     init_weights(model, cfg, seed)
@@ -130,13 +133,14 @@ def trained(model, tokens, domain=None):
 def test_recomputed_blocks_count_once_and_give_the_same_gradients(version, dtype):
     tokens, results = some_tokens(4, 33), []
     domain = torch.tensor([0, 1, -1, 3]) if config(version).moe.domains else None
-    for recompute in (False, True):
-        model = build(version, dtype, recompute_blocks=recompute)
+    for checkpointing in ActivationCheckpointing:
+        model = build(version, dtype, checkpointing=checkpointing)
         grads = trained(model, tokens, domain)
         results.append((grads, [layer.counts for layer in experts_of(model)]))
-    (grads, counts), (again, counts_again) = results
-    assert all(torch.equal(grads[n], again[n]) for n in grads)
-    assert all(torch.equal(a, b) for a, b in zip(counts, counts_again, strict=True))
+    (grads, counts), *others = results
+    for again, counts_again in others:
+        assert all(torch.equal(grads[n], again[n]) for n in grads)
+        assert all(torch.equal(a, b) for a, b in zip(counts, counts_again, strict=True))
     moe = config(version).moe
     slots = [c[: moe.n_routed_experts].sum().item() for c in counts]
     n_ahead = config(version).n_mtp_layers

@@ -23,7 +23,7 @@ CASES = {
     "v1 tp2 dp2, sequences cut": (["model=v1_dense"], {"tp": 2, "dp": 2}, [SEQUENCE]),
     "v2.5 tp2": (["model=v2_5_sparse"], {"tp": 2}, []),
     "v2 dp2 ep2, rows dropped": (["model=v2_moe"], {"dp": 2, "ep": 2}, []),
-    "v3 dp4 ep2": (["model=v3_moe"], {"dp": 4, "ep": 2}, []),
+    "v3 dp4 ep2": (["model=v3_moe"], {"dp": 4, "ep": 2}, ["trainer.activation_checkpointing=selective"]),
     "v3 pp2 dp2 ep2, recomputed": (["model=v3_moe", FULL], {"pp": 2, "dp": 2, "ep": 2}, []),
     "v3 tied pp2 tp2 dp2 ep2": (
         ["model=v3_moe", "model.tie_embeddings=true"],
@@ -32,7 +32,11 @@ CASES = {
     ),
     "v1 dp2, no ZeRO": (["model=v1_dense"], {"dp": 2, "zero_stage": 0}, []),
     "v3 dp2, ZeRO 3": (["model=v3_moe"], {"dp": 2, "zero_stage": 3}, []),
-    "v4 tp4, one key head": (["model=v4_distill", "model.n_kv_heads=1", "model.qkv_bias=true"], {"tp": 4}, []),
+    "v4 tp4, one key head": (
+        ["model=v4_distill", "model.n_kv_heads=1", "model.qkv_bias=true"],
+        {"tp": 4},
+        ["trainer.activation_checkpointing=selective"],
+    ),
 }
 
 

@@ -45,24 +45,31 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     return added, rms_norm(added, weight, eps)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pair (x_i, x_{i + D/2}) of each head by the angle of its position.
+def rope(x: Tensor, cos: Tensor, sin: Tensor, norm_weight: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    """Turn the pair (x_i, x_{i + R/2}) of each head's last R columns by the angle of its position.
 
-    y_i = x_i cos - x_{i+D/2} sin,  y_{i+D/2} = x_{i+D/2} cos + x_i sin.
-    Source: Su et al. 2021, "RoFormer", section 3.2.2; pairs are half a head apart as in Llama's Hugging Face layout,
-    not neighbours as in the paper.
+    y_i = x_i cos - x_{i+R/2} sin,  y_{i+R/2} = x_{i+R/2} cos + x_i sin; the columns before these stay as they are.
+    Sources: Su et al. 2021, "RoFormer", section 3.2.2; pairs are half of what turns apart as in Llama's Hugging Face
+    layout, not neighbours as in the paper. Heads of which a part turns: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.3.
 
     Args:
         x: (B, heads, S, D).
-        cos: (S, D / 2), fp32.
-        sin: (S, D / 2), fp32.
+        cos: (S, R / 2), fp32; R is D at most.
+        sin: (S, R / 2), fp32.
+        norm_weight: (D,), of an `rms_norm` of each head before it turns, as of queries and keys under QK norm; or None.
+        eps: of that norm.
 
     Returns:
         (B, heads, S, D), the type of x.
     """
-    a, b = x.chunk(2, dim=-1)  # (batch, heads, seq, head_dim / 2)
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps)
+    half = cos.shape[-1]
+    still, a, b = x.split(
+        [x.shape[-1] - 2 * half, half, half], dim=-1
+    )  # (batch, heads, seq, D - R), twice (..., R / 2)
     cos, sin = (t if x.dtype == torch.float64 else t.float() for t in (cos, sin))
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)  # (batch, heads, seq, head_dim)
+    return torch.cat([still, a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)  # (batch, heads, seq, head_dim)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -49,6 +49,20 @@ def test_rope_turns_pairs_by_position_times_frequency():
             assert y[0, 0, pos, i + 3].item() == pytest.approx(turn.imag, abs=1e-6)
 
 
+def test_rope_turns_the_last_columns_alone():
+    x = rand(2, 3, 4, 10).detach()
+    tables = [t.double() for t in rope_table(TINY, 6, 4, CPU)]
+    y = reference.rope(x, *tables)
+    assert torch.equal(y[..., :4], x[..., :4]) and torch.equal(y[..., 4:], reference.rope(x[..., 4:], *tables))
+
+
+def test_rope_norms_each_head_before_it_turns():
+    x, w = rand(2, 3, 4, 10).detach() * 5, rand(10, seed=1).detach()
+    tables = [t.double() for t in rope_table(TINY, 6, 4, CPU)]
+    normed = reference.rms_norm(x, w, 0.1)
+    assert torch.equal(reference.rope(x, *tables, w, 0.1), reference.rope(normed, *tables))
+
+
 def test_rope_scores_depend_on_distance_alone():
     q, k = rand(1, 1, 1, 8).expand(1, 1, 32, 8), rand(1, 1, 1, 8, seed=1).expand(1, 1, 32, 8)
     cos, sin = rope_table(TINY, 8, 32, CPU)

@@ -22,7 +22,7 @@ class Ops:
     swiglu: Callable[[Tensor, Tensor], Tensor]
     top_k_swiglu: Callable[[Tensor, Tensor, int], Tensor]
     grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor]
-    local_global_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+    local_global_attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, int, int, int], Tensor]
     cross_entropy: Callable[[Tensor, Tensor], Tensor]
 
 

@@ -5,6 +5,8 @@ Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D head wid
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -113,8 +115,40 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([*groups, x.new_zeros(len(x) - borders[-1], weight.shape[1])])
 
 
+@functools.lru_cache(maxsize=64)
+def attention_mask(
+    n_queries: int, n_keys: int, n_memory: int, window: int, n_global_tokens: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Say which keys each query sees: those within the window and the sequence's first tokens, none ahead of it.
+
+    Args:
+        n_queries: queries; they are the last positions of the keys.
+        n_keys: keys, the memory first.
+        n_memory: how many of the keys belong to the segment before; global tokens are counted after them.
+        window: keys that a query sees locally, its own included; 0: all before it.
+        n_global_tokens: global keys.
+        device: where the masks are made.
+
+    Returns:
+        visible (n_queries, n_keys) and is_global (n_keys,), both bool.
+    """
+    with torch.inference_mode(False):
+        j = torch.arange(n_keys, device=device)
+        i = j[n_keys - n_queries :, None]
+        is_global = (j >= n_memory) & (j < n_memory + n_global_tokens)
+        local = i - j < window if window else torch.ones_like(i - j, dtype=torch.bool)
+        return (j <= i) & (local | is_global), is_global
+
+
 def local_global_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, is_global: Tensor, gate: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    n_memory: int,
+    window: int,
+    n_global_tokens: int,
 ) -> Tensor:
     """Softmax attention over a local window and global keys, balanced by one gate a head.
 
@@ -129,14 +163,16 @@ def local_global_attention(
         q: (B, H, S, D).
         k: (B, K, T, D); head h uses key-value head h // (H / K) (Ainslie et al. 2023, "GQA", section 2.2).
         v: (B, K, T, V), of any width V.
-        visible: (S, T) bool, which keys a query sees; every query sees one at least.
-        is_global: (T,) bool, which keys are global.
         gate: (H,) logits, or None for plain masked attention.
         scale: of the scores; 1 / sqrt(D) in plain attention.
+        n_memory: keys of the segment before, as for attention_mask, which says what a query sees.
+        window: keys that a query sees locally; 0: all before it.
+        n_global_tokens: keys after the memory that every later query sees.
 
     Returns:
         (B, H, S, V).
     """
+    visible, is_global = attention_mask(q.shape[2], k.shape[2], n_memory, window, n_global_tokens, q.device)
     n_rep = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(n_rep, dim=1) for t in (k, v))  # (batch, heads, keys, head_dim)
     scores = q @ k.transpose(-1, -2) * scale  # (batch, heads, queries, keys)

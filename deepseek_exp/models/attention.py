@@ -5,7 +5,6 @@ Shapes: batch, seq (queries), keys (memory or cache, then the sequence), heads, 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -107,10 +106,9 @@ class Attention(nn.Module):
         k = self.ops.rope(k, cos[n_cached:], sin[n_cached:])  # (batch, n_kv_heads, n_memory + seq, head_dim)
         if cache is not None:
             k, v = cache.append(k, v)  # (batch, n_kv_heads, keys, head_dim)
-        visible, is_global = attention_mask(
-            seq, k.shape[2], n_memory, self.cfg.window, self.cfg.n_global_tokens, x.device
-        )
-        out = self.ops.local_global_attention(q, k, v, visible, is_global, self.gate, self.head_dim**-0.5)
+        out = self.ops.local_global_attention(
+            q, k, v, self.gate, self.head_dim**-0.5, n_memory, self.cfg.window, self.cfg.n_global_tokens
+        )  # (batch, heads, seq, head_dim)
         return self.wo(out.transpose(1, 2).reshape(batch, seq, -1))  # (batch, seq, d_model)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
@@ -122,28 +120,3 @@ class Attention(nn.Module):
 def new_gate(cfg: ModelConfig) -> nn.Parameter | None:
     """Make the gate of each head, where there are both a window and global tokens to balance."""
     return nn.Parameter(torch.empty(cfg.n_heads)) if cfg.window and cfg.n_global_tokens else None
-
-
-@functools.lru_cache(maxsize=64)
-def attention_mask(
-    n_queries: int, n_keys: int, n_memory: int, window: int, n_global_tokens: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Say which keys each query sees: those within the window and the sequence's first tokens, none ahead of it.
-
-    Args:
-        n_queries: queries; they are the last positions of the keys.
-        n_keys: keys, the memory first.
-        n_memory: how many of the keys belong to the segment before; global tokens are counted after them.
-        window: keys that a query sees locally, its own included; 0: all before it.
-        n_global_tokens: global keys.
-        device: where the masks are made.
-
-    Returns:
-        visible (n_queries, n_keys) and is_global (n_keys,), both bool.
-    """
-    with torch.inference_mode(False):
-        j = torch.arange(n_keys, device=device)
-        i = j[n_keys - n_queries :, None]
-        is_global = (j >= n_memory) & (j < n_memory + n_global_tokens)
-        local = i - j < window if window else torch.ones_like(i - j, dtype=torch.bool)
-        return (j <= i) & (local | is_global), is_global

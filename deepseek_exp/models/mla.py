@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepseek_exp.config import ModelConfig
 from deepseek_exp.kernels import Ops
-from deepseek_exp.models.attention import KVCache, RMSNorm, attention_mask, new_gate
+from deepseek_exp.models.attention import KVCache, RMSNorm, new_gate
 from deepseek_exp.models.rope import rope_table, softmax_scale
 
 
@@ -84,5 +84,4 @@ class LatentAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, n_memory: int) -> Tensor:
         window, n_global = self.cfg.window, self.cfg.n_global_tokens
-        visible, is_global = attention_mask(q.shape[2], k.shape[2], n_memory, window, n_global, q.device)
-        return self.ops.local_global_attention(q, k, v, visible, is_global, self.gate, self.scale)
+        return self.ops.local_global_attention(q, k, v, self.gate, self.scale, n_memory, window, n_global)

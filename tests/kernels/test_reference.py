@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepseek_exp.kernels import TORCH, reference
-from deepseek_exp.models.attention import attention_mask
+from deepseek_exp.kernels import TORCH, attention, reference
+from deepseek_exp.kernels.reference import attention_mask
 from deepseek_exp.models.rope import rope_table
 from tests.test_config import composed
 
@@ -134,16 +134,17 @@ def case_tensors(case):
     return [rand(*shape, seed=i) for i, shape in enumerate(shapes)], rand(heads, seed=3) if gated else None
 
 
-def case_mask(case):
-    n_queries, n_keys, _, _, window, n_global, n_memory, *_ = case
-    return attention_mask(n_queries, n_keys, n_memory, window, n_global, CPU)
+def case_numbers(case):
+    """Give what follows the gate: the scale, memory, window and global tokens."""
+    _, _, _, _, window, n_global, n_memory, *_, scale = case
+    return scale, n_memory, window, n_global
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_is_its_definition(case):
     (q, k, v), gate = case_tensors(case)
     _, _, _, _, window, n_global, n_memory, gated, _, _, scale = case
-    out = reference.local_global_attention(q, k, v, *case_mask(case), gate, scale)
+    out = reference.local_global_attention(q, k, v, gate, *case_numbers(case))
     plain = [t.detach() for t in (q, k, v)]
     want = loop_attention(*plain, window, n_global, n_memory, gate.tolist() if gated else None, scale)
     torch.testing.assert_close(out, want, rtol=1e-10, atol=1e-10)
@@ -154,11 +155,30 @@ def test_fast_attention_equals_the_definition_with_every_gradient(case):
     results = []
     for attend in (reference.local_global_attention, TORCH.local_global_attention):
         inputs, gate = case_tensors(case)
-        out = attend(*inputs, *case_mask(case), gate, case[-1])
+        out = attend(*inputs, gate, *case_numbers(case))
         (out * rand(*out.shape, seed=4).detach()).sum().backward()
         results.append([out.detach(), *(t.grad for t in inputs), *([] if gate is None else [gate.grad])])
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+def test_causal_attention_passes_no_mask_and_may_keep_heads_grouped(monkeypatch, heads, grouped):
+    calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "takes_grouped_heads", lambda q: grouped)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **kw: calls.append((a, kw)) or sdpa(*a, **kw))
+    test_fast_attention_equals_the_definition_with_every_gradient((9, 9, *heads, 0, 0, 0, False, 24, 16, 0.3))
+    ((_, k, _), options), *others = calls
+    assert not others and options["attn_mask"] is None and options["is_causal"]
+    assert options["enable_gqa"] is grouped and k.shape[1] == heads[grouped]
+
+
+def test_only_a_causal_call_without_a_gate_keeps_heads_grouped(monkeypatch):
+    monkeypatch.setattr(attention, "takes_grouped_heads", lambda q: True)
+    for case in CASES:
+        test_fast_attention_equals_the_definition_with_every_gradient(case)
+    test_fast_attention_equals_the_definition_with_every_gradient((9, 9, 4, 2, 0, 2, 0, True, 8, 8, 0.3))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -172,7 +192,7 @@ def test_fast_attention_in_bf16_is_as_exact_as_the_definition_in_bf16(case):
         for dtype in (torch.float64, torch.bfloat16):
             *inputs, gate = (None if t is None else t.to(dtype, copy=True).requires_grad_() for t in narrow)
             out = (attend if dtype is torch.bfloat16 else reference.local_global_attention)(
-                *inputs, *case_mask(case), gate, case[-1]
+                *inputs, gate, *case_numbers(case)
             )
             (out * rand(*out.shape, seed=4).detach().bfloat16().to(dtype)).sum().backward()
             parts.append([t.double() for t in (out.detach(), *(t.grad for t in inputs))])
@@ -182,9 +202,9 @@ def test_fast_attention_in_bf16_is_as_exact_as_the_definition_in_bf16(case):
 
 def test_a_gate_of_zero_is_plain_masked_attention():
     q, k, v = rand(1, 2, 12, 8), rand(1, 2, 12, 8, seed=1), rand(1, 2, 12, 8, seed=2)
-    visible, is_global = attention_mask(12, 12, 0, 4, 2, CPU)
+    visible, _ = attention_mask(12, 12, 0, 4, 2, CPU)
     plain = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=0.8)
-    gated = TORCH.local_global_attention(q, k, v, visible, is_global, torch.zeros(2).double(), 0.8)
+    gated = TORCH.local_global_attention(q, k, v, torch.zeros(2).double(), 0.8, 0, 4, 2)
     torch.testing.assert_close(gated, plain)
 
 
@@ -192,9 +212,8 @@ def test_the_gate_moves_weight_between_window_and_global_tokens():
     q, k = torch.zeros(1, 1, 12, 8), torch.zeros(1, 1, 12, 8)
     v = torch.zeros(1, 1, 12, 8)
     v[:, :, :2] = 1  # only the global tokens carry anything
-    visible, is_global = attention_mask(12, 12, 0, 4, 2, CPU)
     last = [
-        TORCH.local_global_attention(q, k, v, visible, is_global, torch.tensor([g]), 8**-0.5)[0, 0, -1, 0]
+        TORCH.local_global_attention(q, k, v, torch.tensor([g]), 8**-0.5, 0, 4, 2)[0, 0, -1, 0]
         for g in (-9.0, 0.0, 9.0)
     ]
     assert last[0] > 0.999 and last[1] == pytest.approx(2 / 6) and last[2] < 0.001

@@ -157,12 +157,10 @@ class TestSegmentMemory:
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
 
     @staticmethod
-    def _naive(q, k, v, visible, is_global, gate, scale):
+    def _naive(q, k, v, gate, scale, n_memory, window, n_global_tokens):
         """All 22 positions as queries; the global tokens are the segment's first, at 10 and 11."""
-        i, j = torch.arange(22)[:, None], torch.arange(22)
-        is_global = (j >= 10) & (j < 12)
-        visible = (j <= i) & ((i - j < 6) | is_global)
-        return reference.local_global_attention(q, k, v, visible, is_global, gate, scale)
+        assert (q.shape[2], n_memory, window, n_global_tokens) == (22, 0, 6, 2)
+        return reference.local_global_attention(q, k, v, gate, scale, 10, 6, 2)
 
     def test_no_gradient_flows_through_memory(self):
         model = build(memory_len=8)

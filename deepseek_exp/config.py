@@ -326,6 +326,8 @@ class KernelsConfig:
     """What computes each operation: torch, PyTorch's own kernels, or triton, one fused kernel of ours (needs a GPU)."""
 
     rms_norm: Kernel = key("RMSNorm, with the residual addition before it")
+    rope: Kernel = key("rotary positions, with the norm of queries and keys before them")
+    swiglu: Kernel = key("the gate of a feed-forward network")
 
 
 @dataclass

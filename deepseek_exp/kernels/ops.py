@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ class Ops:
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    rope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rope: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     top_k_swiglu: Callable[[Tensor, Tensor, int], Tensor]
     grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -40,9 +41,17 @@ TORCH = Ops(
 
 def resolve(cfg: KernelsConfig) -> Ops:
     """Give the operations that a configuration names; Triton is imported where one of its kernels is asked for."""
-    ops = TORCH
+    triton: dict[str, Callable[..., Any]] = {}
     if cfg.rms_norm is Kernel.triton:
         from deepseek_exp.kernels.rms_norm import add_rms_norm, rms_norm
 
-        ops = dataclasses.replace(ops, rms_norm=rms_norm, add_rms_norm=add_rms_norm)
-    return ops
+        triton |= {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
+    if cfg.rope is Kernel.triton:
+        from deepseek_exp.kernels.rope import rope
+
+        triton |= {"rope": rope}
+    if cfg.swiglu is Kernel.triton:
+        from deepseek_exp.kernels.swiglu import swiglu
+
+        triton |= {"swiglu": swiglu}
+    return dataclasses.replace(TORCH, **triton)

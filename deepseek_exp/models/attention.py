@@ -100,10 +100,9 @@ class Attention(nn.Module):
         q = self.wq(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)  # (batch, heads, seq, head_dim)
         k = self.wk(context).view(batch, n_memory + seq, -1, self.head_dim).transpose(1, 2)
         v = self.wv(context).view(batch, n_memory + seq, -1, self.head_dim).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = self.ops.rope(q, cos[n_cached + n_memory :], sin[n_cached + n_memory :])
-        k = self.ops.rope(k, cos[n_cached:], sin[n_cached:])  # (batch, n_kv_heads, n_memory + seq, head_dim)
+        q_norm, k_norm = (norm.weight if norm is not None else None for norm in (self.q_norm, self.k_norm))
+        q = self.ops.rope(q, cos[n_cached + n_memory :], sin[n_cached + n_memory :], q_norm, self.cfg.norm_eps)
+        k = self.ops.rope(k, cos[n_cached:], sin[n_cached:], k_norm, self.cfg.norm_eps)
         if cache is not None:
             k, v = cache.append(k, v)  # (batch, n_kv_heads, keys, head_dim)
         out = self.ops.local_global_attention(

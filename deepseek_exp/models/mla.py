@@ -51,15 +51,14 @@ class LatentAttention(nn.Module):
         cos, sin = rope_table(self.cfg, self.rope, n_cached + n_memory + seq, x.device)
         q = self.wq_b(self.q_norm(self.wq_a(x))) if self.cfg.q_lora_rank else self.wq(x)
         q = q.view(batch, seq, -1, self.nope + self.rope).transpose(1, 2)  # (batch, heads, seq, nope + rope)
-        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
-        q_rope = self.ops.rope(q_rope, cos[n_cached + n_memory :], sin[n_cached + n_memory :])
+        q = self.ops.rope(q, cos[n_cached + n_memory :], sin[n_cached + n_memory :], None, 0.0)
         latent, k_rope = self.wkv_a(context)[:, None].split([self.cfg.kv_lora_rank, self.rope], dim=-1)
         latent = self.kv_norm(latent)  # (batch, 1, n_memory + seq, latent)
-        k_rope = self.ops.rope(k_rope, cos[n_cached:], sin[n_cached:])  # (batch, 1, n_memory + seq, rope)
+        k_rope = self.ops.rope(k_rope, cos[n_cached:], sin[n_cached:], None, 0.0)  # (batch, 1, n_memory + seq, rope)
         if cache is not None:
             k_rope, latent = cache.append(k_rope, latent)  # (batch, 1, keys, ...)
         attend = self._absorbed if n_cached else self._expanded
-        out = attend(q_nope, q_rope, latent, k_rope, n_memory)  # (batch, heads, seq, v_head_dim)
+        out = attend(q, latent, k_rope, n_memory)  # (batch, heads, seq, v_head_dim)
         return self.wo(out.transpose(1, 2).reshape(batch, seq, -1))  # (batch, seq, d_model)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
@@ -69,13 +68,14 @@ class LatentAttention(nn.Module):
             weight.new_zeros(batch, 1, max_len, self.rope), weight.new_zeros(batch, 1, max_len, self.cfg.kv_lora_rank)
         )
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, n_memory: int) -> Tensor:
+    def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, n_memory: int) -> Tensor:
         kv = self.wkv_b(latent.squeeze(1)).unflatten(-1, (-1, self.nope + self.v_dim)).transpose(1, 2)
         k_nope, v = kv.split([self.nope, self.v_dim], dim=-1)  # (batch, heads, keys, ...)
         k = torch.cat([k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)], dim=-1)
-        return self._attend(torch.cat([q_nope, q_rope], dim=-1), k, v, n_memory)  # (batch, heads, seq, v_head_dim)
+        return self._attend(q, k, v, n_memory)  # (batch, heads, seq, v_head_dim)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, n_memory: int) -> Tensor:
+    def _absorbed(self, q: Tensor, latent: Tensor, k_rope: Tensor, n_memory: int) -> Tensor:
+        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
         w = self.wkv_b.weight.view(-1, self.nope + self.v_dim, self.cfg.kv_lora_rank)  # (heads, nope + v, latent)
         w_k, w_v = w.split([self.nope, self.v_dim], dim=1)
         q = torch.cat([q_nope @ w_k, q_rope], dim=-1)  # (batch, heads, seq, latent + rope)

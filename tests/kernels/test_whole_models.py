@@ -1,0 +1,49 @@
+"""Whole models of the fused kernels against the same models of PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_exp.kernels import TORCH, resolve
+from deepseek_exp.models import Transformer, init_weights
+from tests.test_config import composed
+
+MODELS = ("v1_dense", "v2_moe", "v2_5_sparse", "v3_moe", "v4_distill", "v5_domain_moe", "deepseek_v3")
+
+
+def gradients(cfg, ops, *, compiled=False):
+    """Give the logits of a micro batch and every parameter's gradient."""
+    torch.manual_seed(0)
+    model = Transformer(cfg, ops)
+    init_weights(model, cfg, 0)
+    tokens = torch.randint(0, cfg.vocab_size, (2, 21))
+    forward = (
+        torch.compile(model.forward_ahead, backend="aot_eager", fullgraph=True) if compiled else model.forward_ahead
+    )
+    logits, ahead = forward(tokens)
+    sum(x.square().mean() for x in (logits, *ahead)).backward()
+    return {"logits": logits.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def assert_same(found, wanted):
+    for name, value in wanted.items():
+        assert (found[name] - value).abs().max() <= 2e-5 * value.abs().max() + 1e-9, name
+
+
+@pytest.mark.parametrize("version", MODELS)
+def test_every_version(version):
+    exp = composed(f"model={version}", "size=tiny", "model.n_layers=2", "kernels=fused", "do=plan")
+    assert_same(gradients(exp.model, resolve(exp.kernels)), gradients(exp.model, TORCH))
+
+
+def test_heads_with_norms_and_biases():
+    changes = ("model.qk_norm=true", "model.qkv_bias=true", "model.n_kv_heads=1")
+    exp = composed("model=v4_distill", "size=tiny", "model.n_layers=2", "kernels=fused", "do=plan", *changes)
+    assert_same(gradients(exp.model, resolve(exp.kernels)), gradients(exp.model, TORCH))
+
+
+@pytest.mark.parametrize("version", ["v1_dense", "v3_moe"])
+def test_compiled_without_a_break(version):
+    exp = composed(f"model={version}", "size=tiny", "model.n_layers=2", "kernels=fused", "do=plan")
+    assert_same(gradients(exp.model, resolve(exp.kernels), compiled=True), gradients(exp.model, TORCH))

@@ -196,3 +196,21 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply with the output table and take the cross-entropy of the logits.
+
+    The mean alone can be differentiated, the nll of each token is for counting: as every token then has the same
+    gradient from above, a faster form can make both gradients while it has the logits.
+
+    Args:
+        h: (..., d_model).
+        weight: (vocab_size, d_model), the type of h.
+        targets: (...), int64, each from 0 to vocab_size - 1.
+
+    Returns:
+        The mean nll in nats, (), and the nll of each token, (...), without gradient; both fp32 (float64 for float64 h).
+    """
+    nll = cross_entropy(F.linear(h, weight), targets)
+    return nll.mean(), nll.detach()

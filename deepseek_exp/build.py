@@ -126,9 +126,8 @@ def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
         prepare(cfg.data)  # the others of this host find it in the cache
     groups.barrier()
     data = prepare(cfg.data)
-    ops = resolve(cfg.kernels)
-    if groups.degrees.tp > 1:
-        ops = parallel_ops(ops, groups.axis[Axis.tp], groups.at.tp)
+    tp = groups.axis[Axis.tp], groups.at.tp
+    ops = parallel_ops(cfg.kernels, *tp) if groups.degrees.tp > 1 else resolve(cfg.kernels)
     with torch.device("meta"):
         whole = Transformer(cfg.model, ops, cfg.trainer.activation_checkpointing)
     part = cut_model(cfg, whole, groups)
@@ -178,9 +177,7 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)  # balance biases and counts keep their type
     if cfg.trainer.compile:
-        model.compile()
-        if cfg.model.n_mtp_layers:  # which training then goes through
-            model.forward_ahead = torch.compile(model.forward_ahead)  # type: ignore[method-assign]
+        model.losses = torch.compile(model.losses)  # type: ignore[method-assign]
     return model
 
 

@@ -328,6 +328,7 @@ class KernelsConfig:
     rms_norm: Kernel = key("RMSNorm, with the residual addition before it")
     rope: Kernel = key("rotary positions, with the norm of queries and keys before them")
     swiglu: Kernel = key("the gate of a feed-forward network")
+    linear_cross_entropy: Kernel = key("output table and loss; triton never has all logits at a time")
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.data import Batch
-from deepseek_exp.models import Transformer
+from deepseek_exp.models import Loss, Transformer
 from deepseek_exp.moe import MoE, routing_metrics
 from deepseek_exp.optim import build_optimizer, clip_gradients, lr_factor
 from deepseek_exp.parallel.checkpoint import rng_state, set_rng_state
@@ -97,7 +97,7 @@ class LanguageModel(pl.LightningModule):
         for i, batch in enumerate(micro_batches):
             loss, nll, further, self.memories[i] = self.training_loss(batch.tokens, batch.part, self.memories.get(i))
             self.manual_backward(loss / len(micro_batches))
-            self.nats += nll.detach().sum()
+            self.nats += nll.sum()
             self.mtp_loss += further.detach() / len(micro_batches)
         grad_norm = clip_gradients(optimizer.optimizer, self.cfg.optim.clip_norm)
         optimizer.step()
@@ -121,14 +121,14 @@ class LanguageModel(pl.LightningModule):
             The loss to differentiate, the nll of each next token (sequences, seq), the mean loss of the tokens further
             ahead (0 without multi-token prediction), and the memory to go on from.
         """
-        nll, ahead, memory = self._nll(tokens, part, memory)
-        loss, further = self.weigh(nll, ahead)
+        (mean, nll), ahead, memory = self._losses(tokens, part, memory)
+        loss, further = self.weigh(mean, ahead)
         return loss, nll, further, memory
 
-    def weigh(self, nll: Tensor, ahead: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def weigh(self, mean: Tensor, ahead: list[Loss]) -> tuple[Tensor, Tensor]:
         """Give the loss of the next tokens plus the weighted one of those further ahead, and the latter alone."""
-        further = torch.stack([x.mean() for x in ahead]).mean() if ahead else nll.new_zeros(())
-        return nll.mean() + self.cfg.model.mtp_loss_weight * further, further
+        further = torch.stack([x for x, _ in ahead]).mean() if ahead else mean.new_zeros(())
+        return mean + self.cfg.model.mtp_loss_weight * further, further
 
     def reset_counts(self) -> None:
         """Start to count the experts' load anew."""
@@ -188,7 +188,7 @@ class LanguageModel(pl.LightningModule):
 
     def forward_only(self, batch: Batch, add: Callable[[Tensor, Batch], None]) -> None:
         """Give the nll of a micro batch to `add`."""
-        nll, _, self.val_memory = self._nll(batch.tokens, batch.part, self.val_memory)
+        (_, nll), _, self.val_memory = self._losses(batch.tokens, batch.part, self.val_memory)
         add(nll, batch)
 
     def _add(self, nll: Tensor, batch: Batch) -> None:
@@ -271,8 +271,8 @@ class LanguageModel(pl.LightningModule):
         self._rng = checkpoint["rng"]
         self.memories = {i: m.to(self.device) for i, m in checkpoint["memories"].items()}
 
-    def _nll(self, tokens: Tensor, part: Tensor, memory: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Give the negative log likelihoods of a micro batch.
+    def _losses(self, tokens: Tensor, part: Tensor, memory: Tensor | None) -> tuple[Loss, list[Loss], Tensor | None]:
+        """Give the losses of a micro batch.
 
         Args:
             tokens: (sequences, seq + 1).
@@ -280,26 +280,14 @@ class LanguageModel(pl.LightningModule):
             memory: of the segment before, where the model has one.
 
         Returns:
-            Of each next token, (sequences, seq); in training, of the token k + 1 ahead, (sequences, seq - k), for each
-            depth k of multi-token prediction; and the memory to go on from.
+            What `Transformer.losses` gives, and the memory to go on from.
         """
         domain = self.domain(part)
-        ahead: list[Tensor] = []
-        if self.cfg.model.memory_len:
-            memory = self.model.empty_memory(len(tokens)) if memory is None else memory
-            logits, ahead, memory = self.model.forward_segment(tokens, memory, domain)
-        elif self.cfg.model.n_mtp_layers and self.training:
-            logits, ahead = self.model.forward_ahead(tokens, domain)
-        else:
-            logits = self.model(tokens[:, :-1], domain=domain)
-        return *self.cross_entropies(logits, ahead, tokens), memory
+        if not self.cfg.model.memory_len:
+            return *self.model.losses(tokens, domain), memory
+        memory = self.model.empty_memory(len(tokens)) if memory is None else memory
+        return self.model.segment_losses(tokens, memory, domain)
 
     def domain(self, part: Tensor) -> Tensor | None:
         """Give the domain of each sequence, (sequences,), -1 where it is not known; None: the model has none."""
         return None if self.domain_of_part is None else self.domain_of_part[part]
-
-    def cross_entropies(self, logits: Tensor, ahead: list[Tensor], tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Give the nll of each next token (sequences, seq), and of those further ahead (sequences, seq - k)."""
-        cross_entropy = self.model.ops.cross_entropy
-        further = [cross_entropy(x, tokens[:, k + 1 :]) for k, x in enumerate(ahead, start=1)]
-        return cross_entropy(logits, tokens[:, 1:]), further

@@ -65,15 +65,12 @@ class StageModel(LanguageModel):
             A scalar, in training divided by ep (see engines.py).
         """
         tokens = batch.tokens
-        logits = self.model.head(h)  # first, as in `Transformer.forward_ahead`, so that gradients add up in one order
-        is_ahead = self.model.training and self.cfg.model.n_mtp_layers
-        ahead = self.model.ahead(h, tokens, self.domain(batch.part)) if is_ahead else []
-        nll, further = self.cross_entropies(logits, ahead, tokens)
+        (mean, nll), ahead = self.model.losses_of(h, tokens, self.domain(batch.part))
         if not self.model.training:
             self._add_to(nll)
-            return nll.mean()
-        loss, mtp_loss = self.weigh(nll, further)
-        self.nats += nll.detach().sum()
+            return mean
+        loss, mtp_loss = self.weigh(mean, ahead)
+        self.nats += nll.sum()
         self.mtp_loss += mtp_loss.detach() * len(tokens) / self.cfg.trainer.global_batch_seqs
         return loss / self.groups.degrees.ep
 

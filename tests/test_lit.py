@@ -11,6 +11,7 @@ import torch
 from deepseek_exp import build
 from deepseek_exp.data import Batch
 from deepseek_exp.tracking.metrics import check_names
+from tests.models.looking import logits_ahead
 from tests.test_config import composed
 
 KINDS = {"sums": "{0} + {0} is", "words": "the {0}th word,", "code": "def f{0}(x):"}
@@ -74,7 +75,7 @@ def test_the_training_loss_adds_the_tokens_further_ahead(tmp_path):
     lit = build.build_parts(composed(*model, "data=synthetic", "device=cpu", f"output_dir={tmp_path}")).lit
     tokens = torch.randint(0, 512, (3, 17), generator=torch.Generator().manual_seed(0))
     loss, nll, further, _ = lit.training_loss(tokens, torch.full((3,), -1), None)
-    logits, ahead = lit.model.forward_ahead(tokens)
+    logits, ahead = logits_ahead(lit.model, tokens)
 
     def mean_nll(logits, targets):
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())

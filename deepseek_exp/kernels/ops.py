@@ -24,7 +24,7 @@ class Ops:
     top_k_swiglu: Callable[[Tensor, Tensor, int], Tensor]
     grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor]
     local_global_attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, int, int, int], Tensor]
-    cross_entropy: Callable[[Tensor, Tensor], Tensor]
+    linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 TORCH = Ops(
@@ -35,7 +35,7 @@ TORCH = Ops(
     top_k_swiglu=reference.top_k_swiglu,
     grouped_mm=grouped.grouped_mm,
     local_global_attention=attention.local_global_attention,
-    cross_entropy=reference.cross_entropy,
+    linear_cross_entropy=reference.linear_cross_entropy,
 )
 
 
@@ -54,4 +54,8 @@ def resolve(cfg: KernelsConfig) -> Ops:
         from deepseek_exp.kernels.swiglu import swiglu
 
         triton |= {"swiglu": swiglu}
+    if cfg.linear_cross_entropy is Kernel.triton:
+        from deepseek_exp.kernels.linear_cross_entropy import linear_cross_entropy
+
+        triton |= {"linear_cross_entropy": linear_cross_entropy}
     return dataclasses.replace(TORCH, **triton)

@@ -18,6 +18,8 @@ from deepseek_exp.models.block import Block
 from deepseek_exp.models.mtp import MTPModule
 from deepseek_exp.moe import MoE
 
+# the mean nll in nats, and each token's without gradient
+Loss = tuple[Tensor, Tensor]
 # matrices that write into the residual stream
 RESIDUAL = ("wo.weight", "w_down.weight", "experts.w_down")
 
@@ -39,17 +41,17 @@ class Head(nn.Module):
 
     def __init__(self, cfg: ModelConfig, ops: Ops, embedding: Embedding) -> None:
         super().__init__()
-        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops)
+        self.ops, self.norm = ops, RMSNorm(cfg.d_model, cfg.norm_eps, ops)
         tied = cfg.tie_embeddings
         self.weight = embedding.weight if tied else nn.Parameter(torch.empty(cfg.vocab_size, cfg.d_model))
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the logits (batch, seq, vocab_size) of (batch, seq, d_model)."""
-        return self.project(self.norm(x))
+        return nn.functional.linear(self.norm(x), self.weight)
 
-    def project(self, h: Tensor) -> Tensor:
-        """Give the logits of what is normalised already."""
-        return nn.functional.linear(h, self.weight)
+    def loss(self, h: Tensor, targets: Tensor) -> Loss:
+        """Give the loss of (batch, seq) targets from (batch, seq, d_model), which is normalised already."""
+        return self.ops.linear_cross_entropy(h, self.weight, targets)
 
 
 class Transformer(nn.Module):
@@ -90,24 +92,23 @@ class Transformer(nn.Module):
         """
         return self.head(self._hidden(tokens, caches, domain))
 
-    def forward_ahead(self, tokens: Tensor, domain: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Give the logits of every next token, and of those further ahead.
+    def losses(self, tokens: Tensor, domain: Tensor | None = None) -> tuple[Loss, list[Loss]]:
+        """Give the loss of every next token, and in training of those further ahead.
 
         Args:
             tokens: (batch, seq + 1), int64: the inputs and the last target.
             domain: as in `forward`.
 
         Returns:
-            Logits (batch, seq, vocab_size), and for depth k = 1 .. n_mtp_layers those of the token k + 1 ahead,
-            (batch, seq - k, vocab_size).
+            The mean nll of the next tokens, which can be differentiated, and each one's nll, (batch, seq); and for
+            depth k = 1 .. n_mtp_layers the same of the token k + 1 ahead, (batch, seq - k).
         """
-        x = self._hidden(tokens[:, :-1], None, domain)  # (batch, seq, d_model)
-        return self.head(x), self.ahead(x, tokens, domain)
+        return self.losses_of(self._hidden(tokens[:, :-1], None, domain), tokens, domain)
 
-    def forward_segment(
+    def segment_losses(
         self, tokens: Tensor, memory: Tensor, domain: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Do `forward_ahead` on a segment that goes on where the one before ended.
+    ) -> tuple[Loss, list[Loss], Tensor]:
+        """Do `losses` on a segment that goes on where the one before ended.
 
         Each block's keys include its inputs for the last `memory_len` tokens before the segment, through which no
         gradient flows. Source: Dai et al. 2019, "Transformer-XL", section 3.2; positions are rotary here, so the
@@ -119,7 +120,7 @@ class Transformer(nn.Module):
             domain: as in `forward`.
 
         Returns:
-            What `forward_ahead` gives, outside of training nothing further ahead, and the memory for the next segment,
+            What `losses` gives, and the memory for the next segment,
             (n_layers, batch, min(n_memory + seq, memory_len), d_model).
         """
         x = self.embedding(tokens[:, :-1])  # (batch, seq, d_model)
@@ -127,29 +128,20 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             kept.append(torch.cat([memory[i], x.detach()], dim=1)[:, -self.cfg.memory_len :])
             x = block(x, memory[i], None, domain)
-        ahead = self.ahead(x, tokens, domain) if self.training else []
-        return self.head(x), ahead, torch.stack(kept)
+        return *self.losses_of(x, tokens, domain), torch.stack(kept)
 
-    def ahead(self, h: Tensor, tokens: Tensor, domain: Tensor | None) -> list[Tensor]:
-        """Give the logits of the tokens further ahead.
-
-        Args:
-            h: (batch, seq, d_model), what the last block gives.
-            tokens: (batch, seq + 1).
-            domain: as in `forward`.
-
-        Returns:
-            For depth k = 1 .. n_mtp_layers those of the token k + 1 ahead, (batch, seq - k, vocab_size).
-        """
-        logits = []
-        h = self.head.norm(h) if self.mtp else h
-        for k, module in enumerate(self.mtp, start=1):
+    def losses_of(self, x: Tensor, tokens: Tensor, domain: Tensor | None) -> tuple[Loss, list[Loss]]:
+        """Do what `losses` does from what the last block gives, (batch, seq, d_model)."""
+        main, ahead = self.head.loss(self.head.norm(x), tokens[:, 1:]), []
+        modules = self.mtp if self.training else []
+        h = self.head.norm(x) if modules else x  # once more: gradients of the two add up before the norm, not behind it
+        for k, module in enumerate(modules, start=1):
             # h sees tokens up to its own position + k - 1, this depth is given the next one
             h = module(
                 h[:, : tokens.shape[1] - 1 - k], self.embedding(tokens[:, k:-1]), domain
             )  # (batch, seq - k, ...)
-            logits.append(self.head.project(h))
-        return logits
+            ahead.append(self.head.loss(h, tokens[:, k + 1 :]))
+        return main, ahead
 
     def routed_layers(self) -> list[MoE]:
         """List the mixtures of experts of the blocks."""

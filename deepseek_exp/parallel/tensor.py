@@ -24,8 +24,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek_exp.config import AttentionKind, ModelConfig
-from deepseek_exp.kernels import Ops
+from deepseek_exp.config import AttentionKind, Kernel, KernelsConfig, ModelConfig
+from deepseek_exp.kernels import Ops, resolve
 from deepseek_exp.models import Transformer
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.topology import Axis
@@ -140,28 +140,37 @@ class VocabParallelHead(nn.Module):
 
     def __init__(self, head: nn.Module, region: Region) -> None:
         super().__init__()
-        self.norm, self.weight, self.region = head.norm, head.weight, region
+        self.ops, self.norm, self.weight, self.region = head.ops, head.norm, head.weight, region
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Give this rank's logits (batch, seq, vocab) of (batch, seq, d_model)."""
-        return self.project(self.norm(x))
-
-    def project(self, h: Tensor) -> Tensor:
-        """Give this rank's logits of what is normalised already."""
-        return F.linear(self.region.enter(h), self.weight)
+    def loss(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Do what `Head.loss` does."""
+        return self.ops.linear_cross_entropy(self.region.enter(h), self.weight, targets)
 
 
-def parallel_ops(ops: Ops, group: Any, index: int) -> Ops:
-    """Give the operations whose arguments are cut over tp, in place of those that need them whole.
+def parallel_ops(kernels: KernelsConfig, group: Any, index: int) -> Ops:
+    """Give the operations that a configuration names, for arguments that are cut over tp where they are.
 
     Args:
-        ops: the operations of one rank.
+        kernels: what computes each operation.
         group: of the tp axis.
         index: this rank's place in it.
     """
+
+    def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        nll = vocab_parallel_cross_entropy(F.linear(h, weight), targets, group, index)
+        return nll.mean(), nll.detach()
+
+    def fused(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        from deepseek_exp.kernels.linear_cross_entropy import linear_cross_entropy
+
+        def share(figures: Tensor) -> Tensor:
+            return _all_gather(figures[None], 0, group)  # (ranks, tokens, 3)
+
+        return linear_cross_entropy(h, weight, targets - index * len(weight), share)
+
     return dataclasses.replace(
-        ops,
-        cross_entropy=lambda logits, targets: vocab_parallel_cross_entropy(logits, targets, group, index),
+        resolve(kernels),
+        linear_cross_entropy=fused if kernels.linear_cross_entropy is Kernel.triton else linear_cross_entropy,
         top_k_swiglu=lambda gate, up, k: parallel_top_k_swiglu(gate, up, k, group),
     )
 

@@ -13,17 +13,15 @@ MODELS = ("v1_dense", "v2_moe", "v2_5_sparse", "v3_moe", "v4_distill", "v5_domai
 
 
 def gradients(cfg, ops, *, compiled=False):
-    """Give the logits of a micro batch and every parameter's gradient."""
+    """Give the nll of a micro batch and every parameter's gradient."""
     torch.manual_seed(0)
     model = Transformer(cfg, ops)
     init_weights(model, cfg, 0)
     tokens = torch.randint(0, cfg.vocab_size, (2, 21))
-    forward = (
-        torch.compile(model.forward_ahead, backend="aot_eager", fullgraph=True) if compiled else model.forward_ahead
-    )
-    logits, ahead = forward(tokens)
-    sum(x.square().mean() for x in (logits, *ahead)).backward()
-    return {"logits": logits.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+    losses = torch.compile(model.losses, backend="aot_eager", fullgraph=True) if compiled else model.losses
+    (mean, nll), ahead = losses(tokens)
+    sum(x for x, _ in ((mean, nll), *ahead)).backward()
+    return {"nll": nll, **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
 def assert_same(found, wanted):

@@ -120,9 +120,8 @@ class TestInitialisation:
 def trained(model, tokens, domain=None):
     """One forward and backward pass with the losses ahead, the gradients by name."""
     model.zero_grad()
-    main, ahead = model.forward_ahead(tokens, domain)
-    losses = [reference.cross_entropy(out, tokens[:, k + 1 :]).mean() for k, out in enumerate([main, *ahead])]
-    sum(losses).backward()
+    main, ahead = model.losses(tokens, domain)
+    sum(mean for mean, _ in [main, *ahead]).backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
     assert all(g is not None or (domain is None and n.endswith("domain_weight")) for n, g in grads.items())
     return {n: g.clone() for n, g in grads.items() if g is not None}
@@ -171,7 +170,7 @@ def test_compiles_whole_and_loses_no_count(version):
         model = build(version)
         if compiled:
             torch._dynamo.reset()
-            model.forward_ahead = torch.compile(model.forward_ahead, backend="eager", fullgraph=True)
+            model.losses = torch.compile(model.losses, backend="eager", fullgraph=True)
         grads = [trained(model, tokens, domain) for _ in range(2)][1]
         results.append((grads, [layer.counts for layer in experts_of(model)]))
     (grads, counts), (compiled_grads, compiled_counts) = results

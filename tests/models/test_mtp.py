@@ -9,6 +9,7 @@ import torch
 
 from deepseek_exp.kernels import TORCH, reference
 from deepseek_exp.models import Transformer, init_weights
+from tests.models.looking import logits_ahead, segment_logits
 from tests.test_config import composed
 
 TINY = composed("model=v3_moe", "size=tiny").model
@@ -35,14 +36,14 @@ def test_each_depth_predicts_one_token_further_and_sees_all_before_it():
     """
     model, tokens = build(), some_tokens(1)
     with torch.no_grad():
-        main, ahead = model.forward_ahead(tokens)
+        main, ahead = logits_ahead(model, tokens)
         before = [main, *ahead]
         for k, logits in enumerate(before):
             assert logits.shape == (1, SEQ - k, TINY.vocab_size) == (*tokens[:, k + 1 :].shape, TINY.vocab_size)
         for position in range(SEQ + 1):
             changed = tokens.clone()
             changed[0, position] = (changed[0, position] + 1) % TINY.vocab_size
-            main, ahead = model.forward_ahead(changed)
+            main, ahead = logits_ahead(model, changed)
             for k, logits in enumerate([main, *ahead]):
                 moved = (logits - before[k])[0].abs().amax(-1) > 1e-9
                 assert moved.tolist() == [i + k >= position for i in range(SEQ - k)], (k, position)
@@ -55,7 +56,7 @@ def test_is_its_formula():
     """
     model, tokens = build(2), some_tokens()
     with torch.no_grad():
-        main, ahead = model.forward_ahead(tokens)
+        main, ahead = logits_ahead(model, tokens)
         assert torch.equal(main, model(tokens[:, :-1]))
         h = model.embedding(tokens[:, :-1])
         for block in model.blocks:
@@ -69,15 +70,14 @@ def test_is_its_formula():
 
 def test_its_loss_trains_the_modules_and_the_main_model():
     model, tokens = build(2).train(), some_tokens()
-    _, ahead = model.forward_ahead(tokens)
-    losses = [reference.cross_entropy(out, tokens[:, k + 1 :]).mean() for k, out in enumerate(ahead, start=1)]
-    sum(losses).backward()
+    _, ahead = model.losses(tokens)
+    sum(mean for mean, _ in ahead).backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_without_modules_there_is_nothing_ahead():
     model, tokens = build(0), some_tokens()
-    main, ahead = model.forward_ahead(tokens)
+    main, ahead = logits_ahead(model, tokens)
     assert ahead == [] and torch.equal(main, model(tokens[:, :-1]))
 
 
@@ -91,7 +91,7 @@ def test_generation_does_not_run_them():
 
 def test_they_have_experts_and_count_them():
     model, tokens = build(2).train(), some_tokens()
-    model.forward_ahead(tokens)
+    model.losses(tokens)
     loads = [module.block.feed_forward.counts[: TINY.moe.n_routed_experts].sum() for module in model.mtp]
     assert loads == [2 * (SEQ - k) * TINY.moe.top_k for k in (1, 2)]
 
@@ -102,12 +102,14 @@ def test_a_segment_looks_ahead_within_itself(n_memory):
     memory = torch.randn(TINY.n_layers, 2, n_memory, TINY.d_model, dtype=torch.float64)
     tokens = some_tokens()
     with torch.no_grad():
-        main, ahead, kept = model.forward_segment(tokens, memory)
+        main, ahead, kept = segment_logits(model, tokens, memory)
         assert [out.shape[1] for out in (main, *ahead)] == [SEQ, SEQ - 1, SEQ - 2]
         assert kept.shape == (TINY.n_layers, 2, 5, TINY.d_model)
-        assert model.eval().forward_segment(tokens, memory)[1] == []  # nobody asks outside of training
+        assert (
+            model.eval().segment_losses(tokens, memory)[1] == model.losses(tokens)[1] == []
+        )  # nobody asks outside of training
         model.train()
         if n_memory == 0:
-            plain, plain_ahead = model.forward_ahead(tokens)
+            plain, plain_ahead = logits_ahead(model, tokens)
             for a, b in zip((main, *ahead), (plain, *plain_ahead), strict=True):
                 torch.testing.assert_close(a, b)

@@ -11,6 +11,7 @@ import torch
 from deepseek_exp.config import ActivationCheckpointing
 from deepseek_exp.kernels import TORCH, reference
 from deepseek_exp.models import Transformer, init_weights
+from tests.models.looking import segment_logits
 from tests.test_config import composed
 
 TINY = composed("size=tiny").model
@@ -124,7 +125,7 @@ class TestSegmentMemory:
     def segments(self, model, tokens, length):
         memory, out = model.empty_memory(len(tokens)), []
         for start in range(0, tokens.shape[1] - 1, length):
-            logits, _, memory = model.forward_segment(tokens[:, start : start + length + 1], memory)
+            logits, _, memory = segment_logits(model, tokens[:, start : start + length + 1], memory)
             out.append(logits)
         return torch.cat(out, dim=1), memory
 
@@ -164,7 +165,7 @@ class TestSegmentMemory:
 
     def test_no_gradient_flows_through_memory(self):
         model = build(memory_len=8)
-        _, _, memory = model.forward_segment(some_tokens(2, 13), model.empty_memory(2))
+        _, _, memory = model.segment_losses(some_tokens(2, 13), model.empty_memory(2))
         assert not memory.requires_grad
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from deepseek_exp.kernels import TORCH, reference
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.serve import export_hf, hf_weights
+from tests.models.looking import logits_ahead
 from tests.serve.releases import CASES, load_ours, some_tokenizer, their_model, transformers, write_checkpoint
 
 
@@ -120,7 +121,7 @@ class TestLookingAhead:
         ahead = MtpModel.from_pretrained(main).eval()
         tokens = some_tokens(2, 33)
         with torch.no_grad():
-            _, mine = ours.forward_ahead(tokens)
+            _, mine = logits_ahead(ours, tokens)
             h = main.model(tokens[:, :-1]).last_hidden_state
             for k, logits in enumerate(mine, start=1):
                 positions = torch.arange(k, 32)[None]

@@ -203,7 +203,7 @@ class Layouts:
 
     def __enter__(self) -> Layouts:
         command = [sys.executable, "-m", "tests.parallel.layouts"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "1"}
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen(

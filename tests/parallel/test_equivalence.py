@@ -55,6 +55,13 @@ def test_a_layout_trains_what_one_process_trains(layouts, alone, model, degrees,
     assert_same(one, many)
 
 
+@pytest.mark.parametrize("model", ["v1_dense", "v3_moe"])
+def test_fused_kernels_in_a_layout(layouts, alone, model):
+    few = ("trainer.max_steps=2", "trainer.eval_every_steps=2", "trainer.eval_batches=1", "optim.warmup_steps=1")
+    few = (*few, f"model={model}", "data.seq_len=24", "model.n_layers=2")
+    assert_same(alone(*few), layouts.run(4, *few, "kernels=fused", *layout(pp=2, tp=2)))
+
+
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     return ("model=v5_domain_moe", *labelled_texts(tmp_path_factory.mktemp("texts")))

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# elements of an optimizer's moment that share one scale
+BLOCK = 256
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale each vector to unit root mean square: y = x / sqrt(mean(x^2) + eps) * weight.
@@ -214,3 +217,46 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Te
     """
     nll = cross_entropy(F.linear(h, weight), targets)
     return nll.mean(), nll.detach()
+
+
+def quantize_blocks(x: Tensor, *, is_signed: bool) -> tuple[Tensor, Tensor]:
+    """Keep an optimizer's moment in 8 bits, relative to the largest of each block of 256 elements.
+
+    With r = |x| / largest, the code is round(127 sqrt(r)) with the sign of x for the first moment and
+    round(255 r^(1/4)) for the second, at least 1 where x > 0: the root of the second moment is divided by.
+    Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.1; the roots, finer near 0
+    as their dynamic map of section 2.2 is, are ours, since they need no table.
+
+    Args:
+        x: any shape, fp32; not negative without sign.
+        is_signed: it is a first moment.
+
+    Returns:
+        The codes in the shape of x, int8 or uint8, and the largest magnitudes (blocks,), fp32. Blocks are runs of the
+        flattened x; the last may be short.
+    """
+    flat = F.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)  # (blocks, 256)
+    largest = flat.abs().amax(1)  # (blocks,)
+    share = flat.abs() / torch.where(largest > 0, largest, 1)[:, None]
+    if is_signed:
+        codes = ((share.sqrt() * 127 + 0.5).floor() * flat.sign()).to(torch.int8)
+    else:
+        codes = (share.sqrt().sqrt() * 255 + 0.5).floor().maximum((flat > 0).to(flat.dtype)).to(torch.uint8)
+    return codes.flatten()[: x.numel()].view(x.shape), largest
+
+
+def dequantize_blocks(codes: Tensor, largest: Tensor) -> Tensor:
+    """Undo `quantize_blocks` up to its rounding: quantising the result gives the same codes.
+
+    Args:
+        codes: any shape, int8 for a first moment, uint8 for a second.
+        largest: (blocks,), fp32.
+
+    Returns:
+        fp32 in the shape of the codes.
+    """
+    of_element = largest.repeat_interleave(BLOCK)[: codes.numel()].view(codes.shape)
+    if codes.dtype is torch.int8:
+        root = codes.to(largest.dtype) / 127
+        return root * root.abs() * of_element
+    return (codes.to(largest.dtype) / 255).square().square() * of_element

@@ -1,0 +1,107 @@
+"""One launch over many tensors: a table of their addresses on the device, and the norm of all of them in one pass.
+
+Each program gets its tensor and tile from a map, which is made once for tensors of the same sizes; the table is made
+again when an address changes, and goes to the device without waiting for it. PyTorch cannot see what a kernel does
+through addresses: what writes through them raises version counters by hand and is no operator for torch.compile.
+
+The norm reads each gradient once (the floor), squares and adds in float64, each program over its own tiles and then
+over programs in one order, so that results repeat bit for bit. Not measured yet.
+
+Suffix: D elements of a tile.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deepseek_exp.kernels.tiles import TILE, n_programs
+
+WARPS = 8
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def pointer(slot, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Load an address from a table; ALIGNED promises that 16 divides it."""
+    address = tl.load(slot).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+@triton.jit
+def _squares(x_D):
+    return x_D.to(tl.float64) * x_D.to(tl.float64)
+
+
+@triton.jit
+def _square_sums(table, tiles, out, n_tiles, TYPE: tl.constexpr, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
+    program = tl.program_id(0)
+    sum_D = tl.zeros((SIZE,), tl.float64)
+    for tile in range(program, n_tiles, tl.num_programs(0)):
+        row, start = table + tl.load(tiles + 2 * tile) * 2, tl.load(tiles + 2 * tile + 1).to(tl.int64) * SIZE
+        n, x, at = tl.load(row), pointer(row + 1, TYPE, ALIGNED), start + tl.arange(0, SIZE)
+        # only the last tile of a tensor is masked: a mask of unknown length keeps loads from being 16 bytes wide
+        if start + SIZE <= n:
+            sum_D += _squares(tl.load(x + at))
+        else:
+            sum_D += _squares(tl.load(x + at, at < n, 0.0))
+    tl.store(out + program, tl.sum(sum_D, 0))
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Compute `optim.gradient_norm`: squares are summed in float64, always in the same order.
+
+    Args:
+        gradients: fp32 and bf16 tensors of any shapes on one device.
+
+    Returns:
+        The norm of all of them together, a float64 scalar.
+    """
+    by_type: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        by_type[gradient.dtype].append(gradient.detach().contiguous())
+    sums = [_sums_of(tensors) for tensors in by_type.values()]
+    return torch.cat(sums).sum().sqrt()
+
+
+def _sums_of(tensors: list[Tensor]) -> Tensor:
+    """Give the square sums of tensors of one type, one for each program (programs,)."""
+    device = tensors[0].device
+    tiles = tile_map(tuple(t.numel() for t in tensors), TILE, device)
+    rows = tuple((t.numel(), t.data_ptr()) for t in tensors)
+    out = torch.zeros(max(1, min(len(tiles), n_programs(device))), dtype=torch.float64, device=device)
+    _square_sums[(len(out),)](
+        table_of(rows, device), tiles, out, len(tiles),
+        TYPE=TYPES[tensors[0].dtype], ALIGNED=are_aligned(rows), SIZE=TILE, num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+@functools.lru_cache(maxsize=32)
+def tile_map(sizes: tuple[int, ...], tile_size: int, device: torch.device) -> Tensor:
+    """Cut tensors into tiles: which tensor and which of its tiles each is, (tiles, 2) int32."""
+    counts = torch.tensor([triton.cdiv(size, tile_size) for size in sizes])
+    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)  # (tiles,)
+    first = counts.cumsum(0) - counts
+    tile = torch.arange(len(tensor)) - first[tensor]
+    return torch.stack([tensor, tile], 1).int().to(device)  # (tiles, 2)
+
+
+@functools.lru_cache(maxsize=32)
+def table_of(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Put sizes and addresses on the device, int64, without waiting for it."""
+    table = torch.tensor(rows, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def are_aligned(rows: tuple[tuple[int, ...], ...]) -> bool:
+    """Say whether all addresses, which follow the size in each row, allow 16-byte loads."""
+    return all(address % 16 == 0 for row in rows for address in row[1:])

@@ -292,6 +292,7 @@ class OptimConfig:
     optimizer: dict[str, Any] = key(
         "`_target_` and arguments of the optimizer class; it is given parameter groups and lr"
     )
+    state_bits: int = key("bits of each of AdamW's moments: 32, or 8 with kernels.adamw=triton")
     lr: float = key("peak learning rate", gt=0)
     min_lr_ratio: float = key("final learning rate / peak", ge=0, le=1)
     warmup_steps: int = key("steps of linear warm-up", ge=0)
@@ -329,6 +330,7 @@ class KernelsConfig:
     rope: Kernel = key("rotary positions, with the norm of queries and keys before them")
     swiglu: Kernel = key("the gate of a feed-forward network")
     linear_cross_entropy: Kernel = key("output table and loss; triton never has all logits at a time")
+    adamw: Kernel = key("AdamW: masters, clipping, update and rounding to bf16")
 
 
 @dataclass

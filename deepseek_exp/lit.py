@@ -252,7 +252,7 @@ class LanguageModel(pl.LightningModule):
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Make the optimizer, over fp32 masters of bf16 weights."""
-        return build_optimizer(self.cfg.optim, self.model)
+        return build_optimizer(self.cfg.optim, self.model, self.cfg.kernels.adamw)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer and the per-step schedule."""

@@ -112,7 +112,8 @@ class StageModel(LanguageModel):
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Make the optimizer; ZeRO gives it fp32 masters to work on where the weights are bf16."""
-        return build_optimizer(self.cfg.optim, self.model, masters=self.cfg.parallel.zero_stage == 0)
+        alone = self.cfg.parallel.zero_stage == 0
+        return build_optimizer(self.cfg.optim, self.model, self.cfg.kernels.adamw, masters=alone, wide_gradients=alone)
 
     def _share(self, sums: Tensor) -> Tensor:
         """Sum the last stages' values over dp, and with them the counts of all mixtures of experts, in one exchange."""

@@ -10,10 +10,17 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from deepseek_exp.config import OptimConfig
+from deepseek_exp.config import Kernel, OptimConfig
 
 
-def build_optimizer(cfg: OptimConfig, model: nn.Module, *, masters: bool = True) -> torch.optim.Optimizer:
+def build_optimizer(
+    cfg: OptimConfig,
+    model: nn.Module,
+    kernel: Kernel = Kernel.torch,
+    *,
+    masters: bool = True,
+    wide_gradients: bool = False,
+) -> torch.optim.Optimizer:
     """Make the optimizer that the configuration names, over fp32 masters when the weights are bf16.
 
     Matrices decay with cfg.weight_decay, vectors (norm scales, gates) do not. The groups know the parameters' names, so
@@ -22,7 +29,9 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module, *, masters: bool = True)
     Args:
         cfg: class, learning rate and decay.
         model: its parameters are trained.
+        kernel: kernels.adamw.
         masters: work on fp32 copies of bf16 weights; without, another does that.
+        wide_gradients: those of the copies are fp32 from the first micro batch on, as for a sum over ranks.
 
     Returns:
         The optimizer.
@@ -33,6 +42,12 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module, *, masters: bool = True)
         {"params": [x for x in params if x[1].ndim < 2], "weight_decay": 0.0, "decays": False},
     ]
     groups = [g for g in groups if g["params"]]
+    if kernel is Kernel.triton:
+        from deepseek_exp.kernels.adamw import FusedAdamW
+
+        arguments = {name: cfg.optimizer[name] for name in ("betas", "eps") if name in cfg.optimizer}
+        arguments |= {"masters": masters, "wide_gradients": wide_gradients, "state_bits": cfg.state_bits}
+        return FusedAdamW(groups, lr=cfg.lr, **arguments)
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return instantiate(cfg.optimizer, _partial_=True, _recursive_=False, _convert_="all")(groups, lr=cfg.lr)
@@ -119,6 +134,8 @@ def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor
     Returns:
         The norm before clipping, a scalar tensor.
     """
+    if hasattr(optimizer, "clip"):
+        return optimizer.clip(clip_norm)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = gradient_norm(gradients)
     if clip_norm:

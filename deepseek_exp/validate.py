@@ -35,6 +35,8 @@ from deepseek_exp.topology import divisors
 
 # whose classes a `_target_` may name: what a YAML file can import is limited to these
 ALLOWED_MODULES = ("torch.optim", "pytorch_lightning.callbacks", "deepseek_exp.callbacks")
+# arguments of torch.optim.AdamW that choose how it computes, not what
+HOW = ("fused", "foreach", "capturable")
 TRACKING_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
 
@@ -232,6 +234,30 @@ def _kernels(exp: ExperimentConfig) -> Iterator[Problem]:
             yield Problem(f"kernels.{name}", kernel.value, rule, "use kernels=torch")
 
 
+def _fused_adamw(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find what the fused optimizer cannot do."""
+    bits, target = exp.optim.state_bits, exp.optim.optimizer.get("_target_")
+    if bits not in (8, 32):
+        yield Problem("optim.state_bits", bits, "must be 8 or 32", "use 32, or 8 to save memory")
+    if exp.kernels.adamw is Kernel.torch:
+        if bits == 8:
+            yield Problem("optim.state_bits", bits, "needs kernels.adamw='triton'", "set kernels.adamw=triton, or 32")
+        return
+    takes = {"_target_", "betas", "eps", *HOW}
+    others = sorted(set(exp.optim.optimizer) - takes)
+    if target != "torch.optim.AdamW" or others:
+        rule = f"does what torch.optim.AdamW does with betas and eps, and is asked for {target}"
+        rule += f" with {', '.join(others)}" if others else ""
+        yield Problem("kernels.adamw", exp.kernels.adamw.value, rule, "set kernels.adamw=torch, or optim=adamw")
+    try:
+        n_ranks = degrees(exp).world_size
+    except ValueError:
+        return  # told by layout_problems
+    if bits == 8 and n_ranks > 1:
+        rule = f"is for one process, and this layout has {n_ranks:,} ranks, whose checkpoints hold fp32 moments"
+        yield Problem("optim.state_bits", bits, rule, "set optim.state_bits=32, or parallel=single")
+
+
 def _launch(exp: ExperimentConfig) -> Iterator[Problem]:
     """Find what keeps the ranks from being started, where ranks are."""
     if exp.do is Do.plan or exp.do in IN_ONE_PROCESS:
@@ -324,6 +350,7 @@ RULES = (
     _targets,
     _device,
     _kernels,
+    _fused_adamw,
     layout_problems,
     _launch,
     _verify,

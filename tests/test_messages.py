@@ -309,6 +309,15 @@ MESSAGES = {
     "'torch.optim.Adafactor' cannot be used with parallel.zero_stage=1 on 8 ranks (ZeRO cuts flattened parameters, and "
     "this class may need whole ones). Fix: use one of torch.optim.{AdamW, Adam, SGD, RMSprop, NAdam, "
     "RAdam, Adamax}.",
+    "kernels=fused optim=adafactor do=plan": "kernels.adamw='triton' does what torch.optim.AdamW does with betas and "
+    "eps, and is asked for torch.optim.Adafactor. Fix: set kernels.adamw=torch, or optim=adamw.",
+    "kernels=fused +optim.optimizer.amsgrad=true do=plan": "kernels.adamw='triton' does what torch.optim.AdamW does "
+    "with betas and eps, and is asked for torch.optim.AdamW with amsgrad. Fix: set kernels.adamw=torch, or optim=adamw.",
+    "optim.state_bits=8 do=plan": "optim.state_bits=8 needs kernels.adamw='triton'. Fix: set kernels.adamw=triton, or "
+    "32.",
+    "optim.state_bits=16 do=plan": "optim.state_bits=16 must be 8 or 32. Fix: use 32, or 8 to save memory.",
+    "kernels=fused optim.state_bits=8 parallel.tp=2 do=plan": "optim.state_bits=8 is for one process, and this layout "
+    "has 2 ranks, whose checkpoints hold fp32 moments. Fix: set optim.state_bits=32, or parallel=single.",
     "parallel.tp=2 optim=adafactor do=plan": "optim.optimizer._target_="
     "'torch.optim.Adafactor' cannot be used with parallel.tp=2 on 2 ranks (a rank has a part of a matrix, and "
     "this class may need whole ones). Fix: use one of torch.optim.{AdamW, Adam, SGD, RMSprop, NAdam, "

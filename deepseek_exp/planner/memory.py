@@ -58,9 +58,11 @@ def element_bytes(exp: ExperimentConfig) -> int:
     return 2 if exp.trainer.precision is Precision.bf16 else 4
 
 
-def optimizer_bytes(exp: ExperimentConfig) -> int:
+def optimizer_bytes(exp: ExperimentConfig) -> float:
     """Give the bytes of state that the optimizer keeps of one parameter, the fp32 master of a bf16 one among it."""
-    state = STATE_BYTES.get(str(exp.optim.optimizer.get("_target_")), ADAM_BYTES)
+    state: float = STATE_BYTES.get(str(exp.optim.optimizer.get("_target_")), ADAM_BYTES)
+    if exp.optim.state_bits == 8:  # and a scale in fp32 for each 256 elements of the two
+        state = 2 + 2 * 4 / 256
     return state + (4 if element_bytes(exp) == 2 else 0)
 
 

@@ -260,3 +260,38 @@ def dequantize_blocks(codes: Tensor, largest: Tensor) -> Tensor:
         root = codes.to(largest.dtype) / 127
         return root * root.abs() * of_element
     return (codes.to(largest.dtype) / 255).square().square() * of_element
+
+
+def dequantize_weight(q: Tensor, scale: Tensor, bits: int, group_size: int = 128) -> Tensor:
+    """Give the matrix that `weight_only.quantize_weight` rounded: each integer times the scale of its group.
+
+    Args:
+        q: (d_out, d_in) int8; at 4 bits (d_out, d_in / 2) int8, where a byte holds two integers of -8..7: in the low
+            half that of a column of the group's first half, in the high half that of the column half a group further.
+        scale: (d_out, d_in / group_size).
+        bits: 8 or 4.
+        group_size: neighbouring columns that share a scale; 0 means all.
+
+    Returns:
+        (d_out, d_in), the type of the scale.
+    """
+    groups = q.unflatten(1, (-1, group_size * bits // 8 or q.shape[1]))  # (d_out, groups, bytes)
+    if bits == 4:
+        groups = torch.cat([groups << 4 >> 4, groups >> 4], dim=2)  # (d_out, groups, columns)
+    return (groups * scale[:, :, None]).flatten(1)  # (d_out, d_in)
+
+
+def weight_only_linear(x: Tensor, q: Tensor, scale: Tensor, bits: int, group_size: int = 128) -> Tensor:
+    """Multiply with a matrix that is kept in few bits: y = x W^T.
+
+    Args:
+        x: (..., d_in).
+        q: integers, as is the rest for `dequantize_weight`.
+        scale: (d_out, d_in / group_size).
+        bits: 8 or 4.
+        group_size: columns that share a scale; 0 means all.
+
+    Returns:
+        (..., d_out), the type of x.
+    """
+    return F.linear(x, dequantize_weight(q, scale, bits, group_size).to(x.dtype))

@@ -106,6 +106,41 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([*groups, x.new_zeros(len(x) - borders[-1], weight.shape[1])])
 
 
+def routed_experts(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    order_R: Tensor,
+    inverse_R: Tensor,
+    ends_E: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+) -> Tensor:
+    """Add up each token's experts with their weights: y_t = sum over its rows r of weight_r * expert_r(x_t).
+
+    An expert is down(silu(gate x) * (up x)). Token t has the K rows t * K + k, here sorted by expert. Source: Dai et
+    al. 2024, "DeepSeekMoE", section 2.
+
+    Args:
+        x_TD: (T, D), the tokens.
+        weights_TK: (T, K), of each token's experts.
+        order_R: (T * K,) int64, sorted row -> t * K + k.
+        inverse_R: (T * K,) int64, the other way round.
+        ends_E: (E,) int32, where each expert's sorted rows end. Rows past the last end were dropped: they count as 0
+            and get no gradient.
+        w_gate: (E, F, D).
+        w_up: (E, F, D).
+        w_down: (E, D, F).
+
+    Returns:
+        (T, D), the type of x.
+    """
+    x_RD = x_TD[order_R // weights_TK.shape[1]]
+    hidden_RF = swiglu(grouped_mm(x_RD, w_gate, ends_E), grouped_mm(x_RD, w_up, ends_E))
+    y_TKD = grouped_mm(hidden_RF, w_down, ends_E)[inverse_R].unflatten(0, weights_TK.shape)
+    return (weights_TK[:, None].to(y_TKD.dtype) @ y_TKD).squeeze(1)  # (tokens, d_model)
+
+
 def local_global_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, is_global: Tensor, gate: Tensor | None, scale: float
 ) -> Tensor:

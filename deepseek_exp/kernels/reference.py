@@ -106,6 +106,23 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([*groups, x.new_zeros(len(x) - borders[-1], weight.shape[1])])
 
 
+def sort_by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the rows t * K + k by their experts; those of one expert keep their order.
+
+    Args:
+        ids_TK: (T, K) int64, the experts of each token; n_experts where a row is dropped: such rows come last.
+        n_experts: experts there are.
+
+    Returns:
+        order: (T * K,) int64, sorted row -> t * K + k.
+        inverse: (T * K,) int64, the other way round.
+        ends: (n_experts,) int32, where each expert's sorted rows end.
+    """
+    ids_R, order_R = ids_TK.flatten().sort(stable=True)
+    experts = torch.arange(n_experts, device=ids_R.device)
+    return order_R, order_R.argsort(), torch.searchsorted(ids_R, experts, right=True).int()
+
+
 def routed_experts(
     x_TD: Tensor,
     weights_TK: Tensor,

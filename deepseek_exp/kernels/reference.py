@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek_exp.config import GroupScore, Score
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale each vector to unit root mean square: y = x / sqrt(mean(x^2) + eps) * weight.
@@ -104,6 +106,68 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     borders = [0, *ends.tolist()]
     groups = [x[a:b] @ w.T for a, b, w in zip(borders, borders[1:], weight, strict=False)]
     return torch.cat([*groups, x.new_zeros(len(x) - borders[-1], weight.shape[1])])
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    open_TE: Tensor | None,
+    score: Score,
+    top_k: int,
+    n_groups: int,
+    top_k_groups: int,
+    group_score: GroupScore,
+    norm_top_k: bool,
+    route_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the experts of each token and their weights: the top_k of s + bias, and s of those.
+
+    s = softmax(logits) or sigmoid(logits); only experts of the top_k_groups best of n_groups groups of neighbours are
+    candidates; weights are divided by their sum + 1e-20 where norm_top_k, and multiplied by route_scale. Of equals the
+    lower index comes first, among groups too. Sources: DeepSeek-AI 2024, "DeepSeek-V2", section 2.2.2, and "DeepSeek-V3
+    Technical Report", section 2.1.2.
+
+    Args:
+        logits_TE: (T, E), in fp32 at least.
+        bias_E: (E,), added for the choice alone; None: 0. It gets no gradient.
+        open_TE: (T, E) bool, the experts that a token may go to, over which the scores are; None: all. Where fewer than
+            top_k are candidates, experts that are none fill up.
+        score: softmax or sigmoid.
+        top_k: experts of a token.
+        n_groups: groups of E / n_groups experts.
+        top_k_groups: groups that a token's experts may come from.
+        group_score: a group counts as the best s + bias in it, its two best, or the sum of all.
+        norm_top_k: whether weights are normalised.
+        route_scale: factor on the weights.
+
+    Returns:
+        ids: (T, top_k) int64, the best first.
+        weights: (T, top_k).
+        scores: (T, E), s without the bias; 0 where an expert is not open.
+    """
+    if open_TE is not None:
+        logits_TE = logits_TE.masked_fill(~open_TE, float("-inf"))
+    scores_TE = logits_TE.softmax(-1) if score is Score.softmax else logits_TE.sigmoid()
+    choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
+    if open_TE is not None:
+        choice_TE = choice_TE.masked_fill(~open_TE, float("-inf"))
+    in_groups = choice_TE.unflatten(1, (n_groups, -1))  # (tokens, groups, experts of a group)
+    if group_score is GroupScore.sum:
+        score_TG = in_groups.sum(-1)
+    else:
+        n_best = 1 if group_score is GroupScore.max else 2
+        score_TG = in_groups.sort(dim=-1, descending=True).values[..., :n_best].sum(-1)
+    keep_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter(1, _best(score_TG, top_k_groups), True)
+    ids_TK = _best(in_groups.masked_fill(~keep_TG[..., None], float("-inf")).flatten(1), top_k)
+    weights_TK = scores_TE.gather(1, ids_TK)
+    if norm_top_k:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return ids_TK, weights_TK * route_scale, scores_TE
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    """Give where the k largest of each row are: (rows, k), of equals the first."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def sort_by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:

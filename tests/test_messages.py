@@ -312,7 +312,8 @@ MESSAGES = {
     "kernels=fused optim=adafactor do=plan": "kernels.adamw='triton' does what torch.optim.AdamW does with betas and "
     "eps, and is asked for torch.optim.Adafactor. Fix: set kernels.adamw=torch, or optim=adamw.",
     "kernels=fused +optim.optimizer.amsgrad=true do=plan": "kernels.adamw='triton' does what torch.optim.AdamW does "
-    "with betas and eps, and is asked for torch.optim.AdamW with amsgrad. Fix: set kernels.adamw=torch, or optim=adamw.",
+    "with betas and eps, and is asked for torch.optim.AdamW with amsgrad. Fix: set kernels.adamw=torch, or "
+    "optim=adamw.",
     "optim.state_bits=8 do=plan": "optim.state_bits=8 needs kernels.adamw='triton'. Fix: set kernels.adamw=triton, or "
     "32.",
     "optim.state_bits=16 do=plan": "optim.state_bits=16 must be 8 or 32. Fix: use 32, or 8 to save memory.",

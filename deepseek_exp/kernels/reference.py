@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek_exp.config import GroupScore, Score
+
 # elements of an optimizer's moment that share one scale
 BLOCK = 256
 
@@ -141,6 +143,120 @@ def attention_mask(
         is_global = (j >= n_memory) & (j < n_memory + n_global_tokens)
         local = i - j < window if window else torch.ones_like(i - j, dtype=torch.bool)
         return (j <= i) & (local | is_global), is_global
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    open_TE: Tensor | None,
+    score: Score,
+    top_k: int,
+    n_groups: int,
+    top_k_groups: int,
+    group_score: GroupScore,
+    norm_top_k: bool,
+    route_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the experts of each token and their weights: the top_k of s + bias, and s of those.
+
+    s = softmax(logits) or sigmoid(logits); only experts of the top_k_groups best of n_groups groups of neighbours are
+    candidates; weights are divided by their sum + 1e-20 where norm_top_k, and multiplied by route_scale. Of equals the
+    lower index comes first, among groups too. Sources: DeepSeek-AI 2024, "DeepSeek-V2", section 2.2.2, and "DeepSeek-V3
+    Technical Report", section 2.1.2.
+
+    Args:
+        logits_TE: (T, E), in fp32 at least.
+        bias_E: (E,), added for the choice alone; None: 0. It gets no gradient.
+        open_TE: (T, E) bool, the experts that a token may go to, over which the scores are; None: all. Where fewer than
+            top_k are candidates, experts that are none fill up.
+        score: softmax or sigmoid.
+        top_k: experts of a token.
+        n_groups: groups of E / n_groups experts.
+        top_k_groups: groups that a token's experts may come from.
+        group_score: a group counts as the best s + bias in it, its two best, or the sum of all.
+        norm_top_k: whether weights are normalised.
+        route_scale: factor on the weights.
+
+    Returns:
+        ids: (T, top_k) int64, the best first.
+        weights: (T, top_k).
+        scores: (T, E), s without the bias; 0 where an expert is not open.
+    """
+    if open_TE is not None:
+        logits_TE = logits_TE.masked_fill(~open_TE, float("-inf"))
+    scores_TE = logits_TE.softmax(-1) if score is Score.softmax else logits_TE.sigmoid()
+    choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
+    if open_TE is not None:
+        choice_TE = choice_TE.masked_fill(~open_TE, float("-inf"))
+    in_groups = choice_TE.unflatten(1, (n_groups, -1))  # (tokens, groups, experts of a group)
+    if group_score is GroupScore.sum:
+        score_TG = in_groups.sum(-1)
+    else:
+        n_best = 1 if group_score is GroupScore.max else 2
+        score_TG = in_groups.sort(dim=-1, descending=True).values[..., :n_best].sum(-1)
+    keep_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter(1, _best(score_TG, top_k_groups), True)
+    ids_TK = _best(in_groups.masked_fill(~keep_TG[..., None], float("-inf")).flatten(1), top_k)
+    weights_TK = scores_TE.gather(1, ids_TK)
+    if norm_top_k:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return ids_TK, weights_TK * route_scale, scores_TE
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    """Give where the k largest of each row are: (rows, k), of equals the first."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def sort_by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the rows t * K + k by their experts; those of one expert keep their order.
+
+    Args:
+        ids_TK: (T, K) int64, the experts of each token; n_experts where a row is dropped: such rows come last.
+        n_experts: experts there are.
+
+    Returns:
+        order: (T * K,) int64, sorted row -> t * K + k.
+        inverse: (T * K,) int64, the other way round.
+        ends: (n_experts,) int32, where each expert's sorted rows end.
+    """
+    ids_R, order_R = ids_TK.flatten().sort(stable=True)
+    experts = torch.arange(n_experts, device=ids_R.device)
+    return order_R, order_R.argsort(), torch.searchsorted(ids_R, experts, right=True).int()
+
+
+def routed_experts(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    order_R: Tensor,
+    inverse_R: Tensor,
+    ends_E: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+) -> Tensor:
+    """Add up each token's experts with their weights: y_t = sum over its rows r of weight_r * expert_r(x_t).
+
+    An expert is down(silu(gate x) * (up x)). Token t has the K rows t * K + k, here sorted by expert. Source: Dai et
+    al. 2024, "DeepSeekMoE", section 2.
+
+    Args:
+        x_TD: (T, D), the tokens.
+        weights_TK: (T, K), of each token's experts.
+        order_R: (T * K,) int64, sorted row -> t * K + k.
+        inverse_R: (T * K,) int64, the other way round.
+        ends_E: (E,) int32, where each expert's sorted rows end. Rows past the last end were dropped: they count as 0
+            and get no gradient.
+        w_gate: (E, F, D).
+        w_up: (E, F, D).
+        w_down: (E, D, F).
+
+    Returns:
+        (T, D), the type of x.
+    """
+    x_RD = x_TD[order_R // weights_TK.shape[1]]
+    hidden_RF = swiglu(grouped_mm(x_RD, w_gate, ends_E), grouped_mm(x_RD, w_up, ends_E))
+    y_TKD = grouped_mm(hidden_RF, w_down, ends_E)[inverse_R].unflatten(0, weights_TK.shape)
+    return (weights_TK[:, None].to(y_TKD.dtype) @ y_TKD).squeeze(1)  # (tokens, d_model)
 
 
 def local_global_attention(

@@ -23,6 +23,9 @@ class Ops:
     swiglu: Callable[[Tensor, Tensor], Tensor]
     top_k_swiglu: Callable[[Tensor, Tensor, int], Tensor]
     grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor]
+    route: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    sort_by_expert: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    routed_experts: Callable[..., Tensor] | None  # None: dispatch, products and sums are operations of their own
     local_global_attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, int, int, int], Tensor]
     linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -34,6 +37,9 @@ TORCH = Ops(
     swiglu=reference.swiglu,
     top_k_swiglu=reference.top_k_swiglu,
     grouped_mm=grouped.grouped_mm,
+    route=reference.route,
+    sort_by_expert=reference.sort_by_expert,
+    routed_experts=None,
     local_global_attention=attention.local_global_attention,
     linear_cross_entropy=reference.linear_cross_entropy,
 )
@@ -54,6 +60,15 @@ def resolve(cfg: KernelsConfig) -> Ops:
         from deepseek_exp.kernels.swiglu import swiglu
 
         triton |= {"swiglu": swiglu}
+    if cfg.router is Kernel.triton:
+        from deepseek_exp.kernels.router import route
+
+        triton |= {"route": route}
+    if cfg.experts is Kernel.triton:
+        from deepseek_exp.kernels.experts import routed_experts
+        from deepseek_exp.kernels.sorting import sort_by_expert
+
+        triton |= {"sort_by_expert": sort_by_expert, "routed_experts": routed_experts}
     if cfg.linear_cross_entropy is Kernel.triton:
         from deepseek_exp.kernels.linear_cross_entropy import linear_cross_entropy
 

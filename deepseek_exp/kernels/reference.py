@@ -160,8 +160,8 @@ def route(
     """Choose the experts of each token and their weights: the top_k of s + bias, and s of those.
 
     s = softmax(logits) or sigmoid(logits); only experts of the top_k_groups best of n_groups groups of neighbours are
-    candidates; weights are divided by their sum + 1e-20 where norm_top_k, and multiplied by route_scale. Of equals the
-    lower index comes first, among groups too. Sources: DeepSeek-AI 2024, "DeepSeek-V2", section 2.2.2, and "DeepSeek-V3
+    candidates; weights are divided by their sum + 1e-20 where norm_top_k, and multiplied by route_scale. Which of
+    equals comes first is open. Sources: DeepSeek-AI 2024, "DeepSeek-V2", section 2.2.2, and "DeepSeek-V3
     Technical Report", section 2.1.2.
 
     Args:
@@ -188,23 +188,28 @@ def route(
     choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
     if open_TE is not None:
         choice_TE = choice_TE.masked_fill(~open_TE, float("-inf"))
-    in_groups = choice_TE.unflatten(1, (n_groups, -1))  # (tokens, groups, experts of a group)
-    if group_score is GroupScore.sum:
-        score_TG = in_groups.sum(-1)
-    else:
-        n_best = 1 if group_score is GroupScore.max else 2
-        score_TG = in_groups.sort(dim=-1, descending=True).values[..., :n_best].sum(-1)
-    keep_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter(1, _best(score_TG, top_k_groups), True)
-    ids_TK = _best(in_groups.masked_fill(~keep_TG[..., None], float("-inf")).flatten(1), top_k)
+    if n_groups > 1:
+        choice_TE = _within_groups(choice_TE.unflatten(1, (n_groups, -1)), top_k_groups, group_score)
+    ids_TK = _best(choice_TE, top_k)
     weights_TK = scores_TE.gather(1, ids_TK)
     if norm_top_k:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return ids_TK, weights_TK * route_scale, scores_TE
 
 
+def _within_groups(in_groups: Tensor, top_k_groups: int, group_score: GroupScore) -> Tensor:
+    """Leave of (tokens, groups, experts of a group) the best groups: (tokens, experts), -inf elsewhere."""
+    if group_score is GroupScore.sum:
+        score_TG = in_groups.sum(-1)
+    else:
+        score_TG = in_groups.topk(1 if group_score is GroupScore.max else 2, dim=-1).values.sum(-1)
+    keep_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter(1, _best(score_TG, top_k_groups), True)
+    return in_groups.masked_fill(~keep_TG[..., None], float("-inf")).flatten(1)
+
+
 def _best(scores: Tensor, k: int) -> Tensor:
-    """Give where the k largest of each row are: (rows, k), of equals the first."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    """Give where the k largest of each row are: (rows, k)."""
+    return scores.topk(k, dim=-1).indices
 
 
 def sort_by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,8 +57,8 @@ class MoE(nn.Module):
 
     def __init__(self, cfg: ModelConfig, ops: Ops, dispatcher: Dispatcher | None = None) -> None:
         super().__init__()
-        self.cfg, self.dispatcher, self.loss_scale = cfg.moe, dispatcher or LocalDispatcher(), 1.0
-        self.router = Router(cfg)
+        self.cfg, self.ops, self.dispatcher, self.loss_scale = cfg.moe, ops, dispatcher or LocalDispatcher(), 1.0
+        self.router = Router(cfg, ops)
         self.experts = Experts(cfg, ops)
         n_shared = cfg.moe.n_shared_experts
         self.shared = FeedForward(cfg.d_model, n_shared * cfg.moe.d_expert, ops) if n_shared else None
@@ -80,12 +80,12 @@ class MoE(nn.Module):
         domain_T = None if domain is None else domain.repeat_interleave(x.shape[1])
         routing = self.router(x_TD, domain_T)
         slots_TK = routing.ids_TK if self.slot_of_E is None else self.slot_of_E[routing.ids_TK]
-        sent = self.dispatcher.dispatch(x_TD, slots_TK, len(self.experts.w_gate), self._capacity(slots_TK))
-        y_TD = self.dispatcher.combine(self.experts(sent.x_RD, sent.ends_E), routing.weights_TK, sent)
+        is_fused = self.ops.routed_experts is not None and isinstance(self.dispatcher, LocalDispatcher)
+        through = self._through_fused_experts if is_fused else self._through_experts
+        y_TD, load_E, dropped = through(x_TD, slots_TK, routing.weights_TK)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        dropped = 0 * sent.load_E.sum() if sent.kept_R is None else (~sent.kept_R).sum()
-        load_E = sent.load_E if self.slot_of_E is None else sent.load_E.new_zeros(self.cfg.n_routed_experts)
+        load_E = load_E if self.slot_of_E is None else load_E.new_zeros(self.cfg.n_routed_experts)
         losses = self._losses(routing, load_E, domain_T, x.shape[1])
         loss = (losses["balance_loss"] + losses["domain_loss"]) * self.loss_scale
         if loss.requires_grad:
@@ -93,6 +93,29 @@ class MoE(nn.Module):
         counted = {"passes": 1, "dropped": dropped, **losses}
         rest = torch.stack([_as_count(counted[n], x.device) for n in COUNTS])
         return y_TD.view_as(x), torch.cat([load_E.double(), rest])
+
+    def _through_experts(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bring tokens to their experts and back: their sums (tokens, d_model), the load of each, and rows dropped."""
+        sent = self.dispatcher.dispatch(x_TD, slots_TK, len(self.experts.w_gate), self._capacity(slots_TK))
+        y_TD = self.dispatcher.combine(self.experts(sent.x_RD, sent.ends_E), weights_TK, sent)
+        dropped = 0 * sent.load_E.sum() if sent.kept_R is None else (~sent.kept_R).sum()
+        return y_TD, sent.load_E, dropped
+
+    def _through_fused_experts(
+        self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do `_through_experts` with one operation from tokens to their sums."""
+        e, capacity = self.experts, self._capacity(slots_TK)
+        order_R, inverse_R, ends_E = self.ops.sort_by_expert(slots_TK, len(e.w_gate))
+        load_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
+        if capacity is not None:
+            expert_R = slots_TK.flatten()[order_R]
+            place_R = torch.arange(len(order_R), device=order_R.device) - (ends_E - load_E)[expert_R]
+            kept_TK = (place_R < capacity)[inverse_R].view_as(slots_TK)
+            slots_TK = torch.where(kept_TK, slots_TK, len(e.w_gate))
+            order_R, inverse_R, ends_E = self.ops.sort_by_expert(slots_TK, len(e.w_gate))
+        y_TD = self.ops.routed_experts(x_TD, weights_TK, order_R, inverse_R, ends_E, e.w_gate, e.w_up, e.w_down)
+        return y_TD, load_E, len(order_R) - ends_E[-1].long()
 
     def record(self, counts: Tensor) -> None:
         """Add what one forward pass counted."""

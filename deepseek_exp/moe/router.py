@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek_exp.config import Balance, GroupScore, ModelConfig, Score
+from deepseek_exp.config import Balance, ModelConfig
+from deepseek_exp.kernels import Ops
 
 
 class Routing(NamedTuple):
@@ -46,9 +47,10 @@ class Router(nn.Module):
     Domains are ours.
     """
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, ops: Ops) -> None:
         super().__init__()
-        self.cfg = moe = cfg.moe
+        self.ops, self.cfg = ops, cfg.moe
+        moe = cfg.moe
         self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, cfg.d_model))
         bias = torch.zeros(moe.n_routed_experts) if moe.balance is Balance.bias else None
         self.register_buffer("bias", bias)  # moved by the loads, not by a gradient
@@ -70,18 +72,12 @@ class Router(nn.Module):
         if self.domain_weight is not None:
             domain_logits_TN = F.linear(wide, self.domain_weight.to(wide.dtype))
             open_TE = self._open_to(domain_logits_TN, domain_T)
-            logits_TE = logits_TE.masked_fill(~open_TE, float("-inf"))  # so that no other domain's weights count
-        scores_TE = logits_TE.softmax(-1) if self.cfg.score is Score.softmax else logits_TE.sigmoid()
-        choice_TE = scores_TE.detach() if self.bias is None else scores_TE.detach() + self.bias
-        if open_TE is not None:
-            choice_TE = choice_TE.masked_fill(~open_TE, float("-inf"))
-        if self.cfg.n_groups > 1:
-            choice_TE = self._within_groups(choice_TE)
-        ids_TK = choice_TE.topk(self.cfg.top_k, dim=-1).indices
-        weights_TK = scores_TE.gather(1, ids_TK)
-        if self.cfg.norm_top_k:
-            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        return Routing(ids_TK, weights_TK * self.cfg.route_scale, scores_TE, domain_logits_TN)
+        m = self.cfg
+        ids_TK, weights_TK, scores_TE = self.ops.route(
+            logits_TE, self.bias, open_TE, m.score, m.top_k, m.n_groups, m.top_k_groups, m.group_score, m.norm_top_k,
+            m.route_scale,
+        )  # fmt: skip
+        return Routing(ids_TK, weights_TK, scores_TE, domain_logits_TN)
 
     def update_bias(self, load_E: Tensor) -> None:
         """Move each expert's bias by bias_update_rate, up where its load is under the mean, down where it is over.
@@ -105,18 +101,6 @@ class Router(nn.Module):
             self.cfg.n_routed_experts // n_domains
         )
         return (of_E == 0) | (of_E == known_T[:, None])  # (tokens, experts)
-
-    def _within_groups(self, choice_TE: Tensor) -> Tensor:
-        in_groups = choice_TE.unflatten(1, (self.cfg.n_groups, -1))  # (tokens, groups, experts of a group)
-        if self.cfg.group_score is GroupScore.max:
-            score_TG = in_groups.amax(-1)
-        elif self.cfg.group_score is GroupScore.top2_sum:
-            score_TG = in_groups.topk(2, dim=-1).values.sum(-1)
-        else:
-            score_TG = in_groups.sum(-1)
-        best = score_TG.topk(self.cfg.top_k_groups, dim=-1).indices
-        keep_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter(1, best, True)
-        return in_groups.masked_fill(~keep_TG[..., None], float("-inf")).flatten(1)  # (tokens, experts)
 
 
 def mean_load(load: Tensor, n_domains: int) -> Tensor:

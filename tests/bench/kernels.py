@@ -27,12 +27,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek_exp.kernels.local_global_attention import local_global_attention
-
 from deepseek_exp.config import GroupScore, Score
 from deepseek_exp.kernels import attention, grouped, reference
 from deepseek_exp.kernels.experts import routed_experts
 from deepseek_exp.kernels.linear_cross_entropy import linear_cross_entropy
+from deepseek_exp.kernels.local_global_attention import local_global_attention
 from deepseek_exp.kernels.rms_norm import add_rms_norm, rms_norm
 from deepseek_exp.kernels.rope import rope
 from deepseek_exp.kernels.router import route
@@ -51,6 +50,7 @@ class Case:
         definition: in plain PyTorch, for errors.
         small: makes inputs for errors.
         large: makes inputs for times.
+        wanted: which inputs get a gradient.
         floor: bytes and FLOPs that forward and backward cannot do without, of the large inputs.
         eager: PyTorch's fastest of its own; None: the definition.
         liger: makes Liger's form of it; None: it has none.
@@ -60,6 +60,7 @@ class Case:
     definition: Callable[..., Any]
     small: Callable[[], Inputs]
     large: Callable[[], Inputs]
+    wanted: tuple[int, ...]
     floor: Callable[[Inputs], tuple[float, float]]
     eager: Callable[..., Any] | None = None
     liger: Callable[[], Callable[..., Any]] | None = None
@@ -192,56 +193,54 @@ def liger_cross_entropy() -> Callable[..., Any]:
     return lambda h, w, t: LigerFusedLinearCrossEntropyFunction.apply(h, w, t)[0]
 
 
+HEADS, LARGE_HEADS = (2, 3, 17, 64, 64), (8, 16, 2048, 128, 128)
 CASES = {
     "rms_norm": Case(
-        rms_norm, reference.rms_norm, rows_of(37, 200), rows_of(16384, 4096), moved(5), liger=liger_rms_norm
+        rms_norm, reference.rms_norm, rows_of(37, 200), rows_of(16384, 4096), (0, 1), moved(5), liger=liger_rms_norm
     ),
     "add_rms_norm": Case(
-        add_rms_norm, reference.add_rms_norm, rows_of(37, 200, n=2), rows_of(16384, 4096, n=2), moved(8)
+        add_rms_norm, reference.add_rms_norm, rows_of(37, 200, n=2), rows_of(16384, 4096, n=2), (0, 1, 2), moved(8)
     ),
     "swiglu": Case(
         swiglu, reference.swiglu, rows_of(37, 200, n=2, weight=False), rows_of(16384, 8192, n=2, weight=False),
-        moved(8), liger=liger_swiglu,
+        (0, 1), moved(8), liger=liger_swiglu,
     ),
     "rope": Case(
-        rope, reference.rope, head_rows(2, 3, 17, 64, 64, norm=False), head_rows(8, 16, 2048, 128, 128, norm=False),
-        moved(4),
+        rope, reference.rope, head_rows(*HEADS, norm=False), head_rows(*LARGE_HEADS, norm=False), (0,), moved(4)
     ),
     "rope with norm": Case(
-        rope, reference.rope, head_rows(2, 3, 17, 64, 64, norm=True), head_rows(8, 16, 2048, 128, 128, norm=True),
-        moved(5),
+        rope, reference.rope, head_rows(*HEADS, norm=True), head_rows(*LARGE_HEADS, norm=True), (0, 3), moved(5)
     ),
     "rope of a part": Case(
         rope, reference.rope, head_rows(2, 3, 17, 96, 32, norm=False), head_rows(8, 16, 2048, 192, 64, norm=False),
-        moved(4),
+        (0,), moved(4),
     ),
     "linear_cross_entropy": Case(
         linear_cross_entropy, reference.linear_cross_entropy, table(70, 64, 300), table(16384, 2048, 32768),
-        table_flops, liger=liger_cross_entropy,
+        (0, 1), table_flops, liger=liger_cross_entropy,
     ),
     "routed_experts": Case(
         routed_experts, reference.routed_experts, mixture(40, 3, 8, 64, 32), mixture(16384, 6, 64, 2048, 1408),
-        mixture_flops, eager=grouped_experts,
+        (0, 1, 5, 6, 7), mixture_flops, eager=grouped_experts,
     ),
-    "route": Case(route, reference.route, scored(33, 8), scored(16384, 256), moved(5)),
+    "route": Case(route, reference.route, scored(33, 8), scored(16384, 256), (0,), moved(5)),
     "window attention": Case(
         local_global_attention, reference.local_global_attention, attended(2, 4, 2, 70, 64, 16),
-        attended(1, 16, 16, 8192, 128, 512), attention_flops, eager=attention.local_global_attention,
+        attended(1, 16, 16, 8192, 128, 512), (0, 1, 2, 3), attention_flops, eager=attention.local_global_attention,
     ),
     "window 1024 attention": Case(
         local_global_attention, reference.local_global_attention, attended(2, 4, 2, 70, 64, 16),
-        attended(1, 16, 16, 8192, 128, 1024), attention_flops, eager=attention.local_global_attention,
+        attended(1, 16, 16, 8192, 128, 1024), (0, 1, 2, 3), attention_flops, eager=attention.local_global_attention,
     ),
 }  # fmt: skip
 
 
-def leaves(inputs: Inputs) -> Inputs:
-    """Give the inputs with gradients wanted of what is floating, but for tables of angles and biases of a choice."""
-    found = []
-    for i, t in enumerate(inputs):
-        wanted = isinstance(t, Tensor) and t.is_floating_point() and not (i in (1, 2) and t.dtype != inputs[0].dtype)
-        found.append(t.detach().requires_grad_() if wanted else t)
-    return tuple(found)
+def leaves(inputs: Inputs, wanted: Sequence[int], dtype: torch.dtype | None = None) -> Inputs:
+    """Give the inputs with gradients wanted of some, these in another type where one is given."""
+    return tuple(
+        t.detach().to(dtype or t.dtype).requires_grad_() if i in wanted and isinstance(t, Tensor) else t
+        for i, t in enumerate(inputs)
+    )
 
 
 def outputs(function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
@@ -250,33 +249,31 @@ def outputs(function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     return [o for o in ([out] if isinstance(out, Tensor) else out) if o.requires_grad]
 
 
-def results(function: Callable[..., Any], inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+def results(case: Case, function: Callable[..., Any], inputs: Inputs, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Give results and gradients, under the same gradients from above."""
-    cast = tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == inputs[0].dtype else t for t in inputs)
-    given = leaves(cast)
+    given = leaves(inputs, case.wanted, dtype)
     outs = outputs(function, given)
     torch.manual_seed(1)
     above = [torch.randn(o.shape, device=DEVICE) for o in outs]
     torch.autograd.backward(outs, [a.to(o.dtype) for a, o in zip(above, outs, strict=True)])
-    return [o.detach() for o in outs] + [t.grad for t in given if isinstance(t, Tensor) and t.grad is not None]
+    return [o.detach() for o in outs] + [t.grad for i, t in enumerate(given) if i in case.wanted and t is not None]
 
 
 def check(case: Case) -> tuple[float, bool]:
     """Give the kernel's worst error over PyTorch's own, and whether it repeats."""
     inputs = case.small()
-    exact, plain = results(case.definition, inputs, torch.float64), results(case.definition, inputs, inputs[0].dtype)
-    ours = results(case.kernel, inputs, inputs[0].dtype)
+    exact, plain = results(case, case.definition, inputs, torch.float64), results(case, case.definition, inputs)
     worst = 0.0
-    for a, b, c in zip(exact, plain, ours, strict=True):
+    for a, b, c in zip(exact, plain, results(case, case.kernel, inputs), strict=True):
         least = torch.finfo(c.dtype).eps / 4 * a.abs().max().item()  # half a rounding: PyTorch may be exact by luck
         own = max((b.double() - a).abs().max().item(), least)
         worst = max(worst, (c.double() - a).abs().max().item() / own)
     inputs = case.large() if DEVICE.type == "cuda" else inputs
-    first = results(case.kernel, inputs, inputs[0].dtype)
+    first = results(case, case.kernel, inputs)
     repeats = all(
         torch.equal(a, b)
         for _ in range(REPEATS - 1)
-        for a, b in zip(results(case.kernel, inputs, inputs[0].dtype), first, strict=True)
+        for a, b in zip(results(case, case.kernel, inputs), first, strict=True)
     )
     return worst, repeats
 
@@ -293,9 +290,9 @@ def milliseconds(functions: Sequence[Callable[[], Any]]) -> list[list[float]]:
     return times
 
 
-def both_ways(function: Callable[..., Any], inputs: Inputs) -> Callable[[], None]:
+def both_ways(case: Case, function: Callable[..., Any], inputs: Inputs) -> Callable[[], None]:
     """Make a call of forward and backward."""
-    given = leaves(inputs)
+    given = leaves(inputs, case.wanted)
     above: list[Tensor] = []
 
     def run() -> None:
@@ -329,7 +326,7 @@ def measure(name: str, case: Case, bandwidth: float, flops: float) -> Row:
     if case.liger is not None:
         with contextlib.suppress(ImportError):
             runs["liger"] = case.liger()
-    times = milliseconds([both_ways(function, inputs) for function in runs.values()])
+    times = milliseconds([both_ways(case, function, inputs) for function in runs.values()])
     for key, found in zip(runs, times, strict=True):
         setattr(row, key, statistics.median(found))
     row.spread = (max(times[0]) - min(times[0])) / row.ours

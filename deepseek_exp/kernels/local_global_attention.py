@@ -1,0 +1,247 @@
+"""Attention over a local window and global keys that skips the blocks of keys that nobody sees, both ways.
+
+    s_ij = scale q_i . k_j - gate [j is global],  p_ij = exp(s_ij - lse_i),  o_i = sum_j p_ij v_j
+    delta_i = do_i . o_i,  ds_ij = p_ij (do_i . v_j - delta_i)
+    dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij do_i,
+    dgate = - sum of ds_ij over the global keys j
+
+over the pairs (i, j) that reference.attention_mask shows. A softmax does not see a shift of all its scores: the global
+keys' log(1 - g) - log(g) = -gate is all that is left of the definition's two shares.
+
+Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2 (tiles, online softmax, and scores made again from lse); the
+definition is reference.py's. Scores, sums and the gate are fp32; p and ds are rounded to the inputs' type for products.
+
+Each visible pair is visited once, as one of two kinds. Local pairs lie in the window: a program walks over the blocks
+between its first and last query's windows and masks those on the borders, or with global keys, alone. Far pairs are
+those of a global key that the window has left behind: few keys but many queries, so their part of dk and dv is made by
+the programs of the queries, one sum each, and added up afterwards. Nothing is added atomically: results repeat bit for
+bit.
+
+Floor for N visible pairs, heads of D and V: 2 N (D + V) FLOP forward; backward 2 N (3 D + 2 V), of which the scores and
+do . v are made twice here: N (8 D + 6 V) in all. Bytes: q, k, v and the result read or written once
+forward, and those with their gradients backward. Not measured yet.
+
+Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D and V head widths, G global keys, P blocks of a
+head's queries.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from deepseek_exp.kernels import attention
+from deepseek_exp.kernels.local_global_triton import backward_keys, backward_queries, forward
+
+# the widest head: above, a tile of queries and one of keys leave no room to load the next
+WIDEST = 256
+
+
+class Tile(NamedTuple):
+    """Launch constants of a kernel.
+
+    Attributes:
+        queries: of a tile.
+        keys: of a tile.
+        warps: groups of 32 threads that share a tile.
+        stages: tiles that are being loaded or worked on.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """The tiles of the forward pass, of the queries' gradients and of the keys' and values' gradients."""
+
+    forward: Tile
+    queries: Tile
+    keys: Tile
+
+
+# by the width of a head, in 16 bit types: as compiled for compute capability 9.0 the loops spill no registers, and a
+# multiprocessor has room for two programs or more of 4 warps
+TILES = {
+    64: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+    128: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3)),
+    256: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+}
+FP32_TILES = Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
+INTERPRETER_TILES = Tiles(Tile(32, 16, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32, 1, 1))
+
+
+def choose_tiles(q: Tensor, v: Tensor) -> Tiles:
+    """Choose the tiles for queries and values: small on a CPU, so that tests see many blocks."""
+    if not q.is_cuda:
+        return INTERPRETER_TILES
+    return FP32_TILES if q.element_size() > 2 else TILES[max(64, _width(max(q.shape[-1], v.shape[-1])))]
+
+
+def local_global_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    n_memory: int,
+    window: int,
+    n_global_tokens: int,
+) -> Tensor:
+    """Compute `reference.local_global_attention`; same arguments and result, in fp32, fp16 and bf16.
+
+    Heads wider than 256 and scales that are not above 0 go to PyTorch's kernels.
+    """
+    if max(q.shape[-1], v.shape[-1]) > WIDEST or scale <= 0:
+        return attention.local_global_attention(q, k, v, gate, scale, n_memory, window, n_global_tokens)
+    return _attention(q, k, v, gate, scale, n_memory, window, n_global_tokens)[0]
+
+
+def _width(n: int) -> int:
+    """Give the width of a tile that holds n numbers: 16 at least, for products."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Make the numbers of a head lie one after the other, as they do in what projections give."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for t in tensors for stride in t.stride()[:3]]
+
+
+class _Plan(NamedTuple):
+    """How the queries of a head are cut into blocks.
+
+    Attributes:
+        counts: of tokens: queries, keys, memory, window, global keys, and the first block of queries with far keys.
+        n_blocks: of queries.
+        n_far: of them with far keys.
+        g_tile: global keys of a tile.
+    """
+
+    counts: tuple[int, int, int, int, int, int]
+    n_blocks: int
+    n_far: int
+    g_tile: int
+
+
+def _plan(q: Tensor, k: Tensor, counts: tuple[int, int, int], tile: Tile) -> _Plan:
+    (n_memory, window, n_global), n_queries, n_keys = counts, q.shape[2], k.shape[2]
+    window = min(window, n_keys) or n_keys
+    n_global = max(0, min(n_global, n_keys - n_memory))
+    n_blocks = triton.cdiv(n_queries, tile.queries)
+    # the first query whose window has left a global key behind stands at n_memory + window
+    row = n_memory + window - (n_keys - n_queries)
+    first_far = max(0, row // tile.queries) if n_global and row < n_queries else n_blocks
+    counts = n_queries, n_keys, n_memory, window, n_global, first_far
+    return _Plan(counts, n_blocks, n_blocks - first_far, min(tile.keys, _width(n_global)))
+
+
+def _constants(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, plan: _Plan, tile: Tile) -> dict[str, int]:
+    """Give what a kernel is compiled for."""
+    return dict(
+        GATED=gate is not None, FAR=plan.n_far > 0, N_REP=q.shape[1] // k.shape[1], D=q.shape[-1], V=v.shape[-1],
+        D_TILE=_width(q.shape[-1]), V_TILE=_width(v.shape[-1]), QUERIES=tile.queries, KEYS=tile.keys,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, scale: float, counts: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    q, k, v = map(_rows, (q, k, v))
+    n_batch, n_heads, n_queries, _ = q.shape
+    tile = choose_tiles(q, v).forward
+    plan = _plan(q, k, counts, tile)
+    out = q.new_empty(n_batch, n_queries, n_heads, v.shape[-1])
+    lse = q.new_empty(n_batch, n_heads, n_queries, dtype=torch.float32)
+    forward[(plan.n_blocks, n_heads, n_batch)](
+        q, k, v, lse if gate is None else gate, out, lse, scale, *_strides(q, k, v), *plan.counts,
+        G_TILE=plan.g_tile, **_constants(q, k, v, gate, plan, tile),
+    )  # fmt: skip
+    return out.transpose(1, 2), lse  # (B, H, S, V), (B, H, S)
+
+
+def _launch_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, out: Tensor, lse: Tensor, scale: float,
+    counts: tuple[int, int, int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad, q, k, v, out = map(_rows, (grad, q, k, v, out))
+    (n_batch, n_heads, n_queries, width), (_, n_kv_heads, n_keys, v_width) = q.shape, v.shape
+    tiles, no_gate = choose_tiles(q, v), lse if gate is None else gate
+    plan = _plan(q, k, counts, tiles.queries)
+    dq = q.new_empty(n_batch, n_queries, n_heads, width)
+    stats = lse.new_empty(n_batch, n_heads, n_queries, 2, 4)  # of lse and delta
+    dgate_BHP = lse.new_empty(n_batch, n_heads, plan.n_blocks)
+    # dk and dv of far keys by key-value head, and by its query heads' blocks
+    far = lse.new_empty(n_batch, n_kv_heads, n_heads // n_kv_heads * plan.n_far, plan.counts[4], width + v_width)
+    backward_queries[(plan.n_blocks, n_heads, n_batch)](
+        grad, q, k, v, no_gate, out, lse, stats, dq, dgate_BHP, far, scale, *_strides(grad, q, k, v, out),
+        *plan.counts, G_TILE=plan.g_tile, **_constants(q, k, v, gate, plan, tiles.queries),
+    )  # fmt: skip
+    if plan.n_far:
+        far = far.sum(2)  # (B, K, G, D + V)
+    dk, dv = q.new_empty(n_batch, n_keys, n_kv_heads, width), q.new_empty(n_batch, n_keys, n_kv_heads, v_width)
+    backward_keys[(triton.cdiv(n_keys, tiles.keys.keys), n_kv_heads, n_batch)](
+        grad, q, k, v, no_gate, stats, dk, dv, far, scale, *_strides(grad, q, k, v), *plan.counts[:-1],
+        **_constants(q, k, v, gate, plan, tiles.keys),
+    )  # fmt: skip
+    dgate = lse.new_empty(0) if gate is None else dgate_BHP.sum((0, 2)).to(gate.dtype)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dgate
+
+
+@torch.library.custom_op("deepseek_exp::local_global_attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, scale: float, n_memory: int, window: int, n_global: int
+) -> tuple[Tensor, Tensor]:
+    """Give the result and, in base 2, the logarithm of the sum that each query's weights were divided by."""
+    return _launch_forward(q, k, v, gate, scale, (n_memory, window, n_global))
+
+
+@torch.library.custom_op("deepseek_exp::local_global_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, out: Tensor, lse: Tensor,
+    scale: float, n_memory: int, window: int, n_global: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _launch_backward(grad, q, k, v, gate, out, lse, scale, (n_memory, window, n_global))
+
+
+def _like_heads(t: Tensor, width: int) -> Tensor:
+    n_batch, n_heads, n_tokens, _ = t.shape
+    return t.new_empty(n_batch, n_tokens, n_heads, width).transpose(1, 2)  # (batch, heads, tokens, width)
+
+
+@_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, scale: float, n_memory: int, window: int, n_global: int
+) -> tuple[Tensor, Tensor]:
+    return _like_heads(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, out: Tensor, lse: Tensor,
+    scale: float, n_memory: int, window: int, n_global: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dgate = lse.new_empty(0) if gate is None else torch.empty_like(gate)
+    return *(_like_heads(t, t.shape[-1]) for t in (q, k, v)), dgate
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, gate, *ctx.numbers = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, gate, *output)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    *grads, dgate = _attention_backward(grad, *ctx.saved_tensors, *ctx.numbers)
+    return *grads, None if ctx.saved_tensors[3] is None else dgate, None, None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)

@@ -329,6 +329,7 @@ class KernelsConfig:
     rms_norm: Kernel = key("RMSNorm, with the residual addition before it")
     rope: Kernel = key("rotary positions, with the norm of queries and keys before them")
     swiglu: Kernel = key("the gate of a feed-forward network")
+    local_global_attention: Kernel = key("attention; triton skips keys outside of the window, where there is one")
     router: Kernel = key("which experts a token goes to, from the router's logits")
     experts: Kernel = key("from tokens through their experts to their sums, where all experts are on one rank")
     linear_cross_entropy: Kernel = key("output table and loss; triton never has all logits at a time")

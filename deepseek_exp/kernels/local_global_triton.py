@@ -282,8 +282,9 @@ def backward_keys(
     whole_end = tl.maximum(window + key - offset - start, 0) // QUERIES
     if GATED:
         whole_end = tl.where(_any_global(key, n_memory, n_global, KEYS), 0, whole_end)
+    divisor = tl.maximum(n_blocks, 1)  # the first loads are made ready even where no step follows
     for step in range(N_REP * n_blocks):
-        head, tile = kv_head * N_REP + step // n_blocks, step % n_blocks
+        head, tile = kv_head * N_REP + step // divisor, step % divisor
         row = start + tile * QUERIES
         q_head, grad_head = _at(q, batch, head, q_b, q_h), _at(grad, batch, head, g_b, g_h)
         q_MD, grad_MV = _load_both(q_head, grad_head, row, q_s, g_s, n_queries, D, V, QUERIES, D_TILE, V_TILE)

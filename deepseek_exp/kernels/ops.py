@@ -73,4 +73,16 @@ def resolve(cfg: KernelsConfig) -> Ops:
         from deepseek_exp.kernels.linear_cross_entropy import linear_cross_entropy
 
         triton |= {"linear_cross_entropy": linear_cross_entropy}
+    if cfg.local_global_attention is Kernel.triton:
+        triton |= {"local_global_attention": _windowed}
     return dataclasses.replace(TORCH, **triton)
+
+
+def _windowed(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, scale: float, n_memory: int, window: int, n_global_tokens: int
+) -> Tensor:
+    """Skip what no window shows; without a window there is nothing to skip, and PyTorch's kernels are faster."""
+    from deepseek_exp.kernels.local_global_attention import local_global_attention
+
+    attend = local_global_attention if window else attention.local_global_attention
+    return attend(q, k, v, gate, scale, n_memory, window, n_global_tokens)

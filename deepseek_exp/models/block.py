@@ -18,6 +18,8 @@ from deepseek_exp.moe import FeedForward, MoE
 KEPT = {
     *(f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm")),
     "deepseek_exp::grouped_product",
+    "deepseek_exp::local_global_attention",
+    "deepseek_exp::routed_experts",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",

@@ -414,6 +414,7 @@ class SampleConfig:
     temperature: float = key("softmax temperature; 0: always the most likely token", ge=0)
     top_p: float = key("draw from the smallest set of tokens with this probability", gt=0, le=1)
     domain: str | None = key("one of model.moe.domains that the text is of; null: the router infers it")
+    weight_bits: int = key("do=sample: the blocks' matrices as integers of 8 or 4 bits; 0: as they are (needs a GPU)")
 
 
 @dataclass

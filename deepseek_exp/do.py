@@ -225,7 +225,7 @@ RUN_ID = "deepseek_exp/run_id"
 
 def sample(job: Job) -> None:
     """Continue the prompt from a checkpoint with its own tokenizer; this is not recorded in MLflow."""
-    from deepseek_exp import build
+    from deepseek_exp import build, serve
     from deepseek_exp.data import Tokenizer
 
     device = build.pick_device(job.cfg.device)
@@ -236,6 +236,9 @@ def sample(job: Job) -> None:
         tokenizer = Tokenizer.load(job.checkpoint / "tokenizer.json")
     else:
         tokenizer = Tokenizer.given(Path(job.cfg.data.tokenizer))
+    if job.cfg.sample.weight_bits:
+        saved = serve.quantize_matrices(model, job.cfg.sample.weight_bits)
+        say(f"matrices  of {job.cfg.sample.weight_bits} bits, {saved / 1e6:,.1f} MB less")
     asked = any(o.startswith("sample.max_new_tokens=") for o in job.overrides)
     say(_sample_text(job.cfg, model, tokenizer, room=not asked))
 

@@ -223,15 +223,25 @@ def _device(exp: ExperimentConfig) -> Iterator[Problem]:
 
 
 def _kernels(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find kernels that cannot run here; Triton's interpreter runs them on a CPU, slowly, which is meant for tests."""
-    elsewhere = exp.do is Do.plan or exp.launch.launcher is not Launcher.local
-    if elsewhere or os.environ.get("TRITON_INTERPRET") == "1" or (exp.device is not Device.cpu and _n_gpus()):
+    """Find kernels that cannot run here."""
+    if exp.do is Do.plan or exp.launch.launcher is not Launcher.local or _runs_triton(exp):
         return
     for name, kernel in dataclasses.asdict(exp.kernels).items():
         if kernel is Kernel.triton:
             rule = "needs a CUDA device and none is visible"
             rule = "needs a CUDA device and device=cpu is asked for" if exp.device is Device.cpu else rule
             yield Problem(f"kernels.{name}", kernel.value, rule, "use kernels=torch")
+
+
+def _weight_bits(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find what keeps a model from being sampled from with integers for weights."""
+    bits = exp.sample.weight_bits
+    if bits not in (0, 4, 8):
+        yield Problem("sample.weight_bits", bits, "must be 0, 4 or 8", "use 8, or 0 for weights as they are")
+    elif bits and exp.do is not Do.sample:
+        yield Problem("sample.weight_bits", bits, "is for do=sample", "set sample.weight_bits=0")
+    elif bits and not _runs_triton(exp):
+        yield Problem("sample.weight_bits", bits, "needs a CUDA device, which this is without", "use 0")
 
 
 def _fused_adamw(exp: ExperimentConfig) -> Iterator[Problem]:
@@ -328,6 +338,11 @@ def _nodes(launch: LaunchConfig, n_ranks: int) -> Iterator[Problem]:
         yield Problem("launch.ranks_per_node", each, rule, f"use launch.ranks_per_node={n_ranks // n}, or 0")
 
 
+def _runs_triton(exp: ExperimentConfig) -> bool:
+    """Say whether Triton's kernels run here; its interpreter runs them on a CPU, slowly, which is meant for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1" or (exp.device is not Device.cpu and _n_gpus() > 0)
+
+
 def _n_gpus() -> int:
     """Ask the CUDA driver itself for the GPUs there are, which takes milliseconds; it heeds CUDA_VISIBLE_DEVICES."""
     try:
@@ -351,6 +366,7 @@ RULES = (
     _device,
     _kernels,
     _fused_adamw,
+    _weight_bits,
     layout_problems,
     _launch,
     _verify,

@@ -319,6 +319,8 @@ MESSAGES = {
     "optim.state_bits=16 do=plan": "optim.state_bits=16 must be 8 or 32. Fix: use 32, or 8 to save memory.",
     "kernels=fused optim.state_bits=8 parallel.tp=2 do=plan": "optim.state_bits=8 is for one process, and this layout "
     "has 2 ranks, whose checkpoints hold fp32 moments. Fix: set optim.state_bits=32, or parallel=single.",
+    "do=plan sample.weight_bits=8": "sample.weight_bits=8 is for do=sample. Fix: set sample.weight_bits=0.",
+    "do=plan sample.weight_bits=3": "sample.weight_bits=3 must be 0, 4 or 8. Fix: use 8, or 0 for weights as they are.",
     "parallel.tp=2 optim=adafactor do=plan": "optim.optimizer._target_="
     "'torch.optim.Adafactor' cannot be used with parallel.tp=2 on 2 ranks (a rank has a part of a matrix, and "
     "this class may need whole ones). Fix: use one of torch.optim.{AdamW, Adam, SGD, RMSprop, NAdam, "

@@ -110,10 +110,10 @@ class Attention(nn.Module):
         )  # (batch, heads, seq, head_dim)
         return self.wo(out.transpose(1, 2).reshape(batch, seq, -1))  # (batch, seq, d_model)
 
-    def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """Make an empty cache for `max_len` tokens."""
-        shape = (batch, self.wk.out_features // self.head_dim, max_len, self.head_dim)
-        return KVCache(self.wk.weight.new_zeros(shape), self.wk.weight.new_zeros(shape))
+    def new_cache(self, batch: int, max_len: int, like: Tensor) -> KVCache:
+        """Make an empty cache for `max_len` tokens, of the type of `like`."""
+        shape = (batch, self.cfg.n_kv_heads, max_len, self.head_dim)
+        return KVCache(like.new_zeros(shape), like.new_zeros(shape))
 
 
 def new_gate(cfg: ModelConfig) -> nn.Parameter | None:

@@ -61,12 +61,10 @@ class LatentAttention(nn.Module):
         out = attend(q, latent, k_rope, n_memory)  # (batch, heads, seq, v_head_dim)
         return self.wo(out.transpose(1, 2).reshape(batch, seq, -1))  # (batch, seq, d_model)
 
-    def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """Make an empty cache for `max_len` tokens: kv_lora_rank + qk_rope_head_dim numbers a token."""
-        weight = self.wkv_a.weight
-        return KVCache(
-            weight.new_zeros(batch, 1, max_len, self.rope), weight.new_zeros(batch, 1, max_len, self.cfg.kv_lora_rank)
-        )
+    def new_cache(self, batch: int, max_len: int, like: Tensor) -> KVCache:
+        """Make an empty cache for `max_len` tokens: kv_lora_rank + qk_rope_head_dim numbers a token, as `like`."""
+        widths = self.rope, self.cfg.kv_lora_rank
+        return KVCache(*(like.new_zeros(batch, 1, max_len, width) for width in widths))
 
     def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, n_memory: int) -> Tensor:
         kv = self.wkv_b(latent.squeeze(1)).unflatten(-1, (-1, self.nope + self.v_dim)).transpose(1, 2)

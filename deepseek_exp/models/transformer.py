@@ -153,7 +153,7 @@ class Transformer(nn.Module):
 
     def new_caches(self, batch: int, max_len: int) -> list[KVCache]:
         """Make empty caches for `max_len` tokens, one a block."""
-        return [block.attention.new_cache(batch, max_len) for block in self.blocks]
+        return [block.attention.new_cache(batch, max_len, self.embedding.weight) for block in self.blocks]
 
     def _hidden(self, tokens: Tensor, caches: Sequence[KVCache] | None, domain: Tensor | None) -> Tensor:
         x = self.embedding(tokens)  # (batch, seq, d_model)

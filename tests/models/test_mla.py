@@ -106,7 +106,7 @@ SPLITS = [[12], [1] * 12, [5, 1, 1, 5], [1, 11], [11, 1], [4, 4, 4], [3, 2, 7]]
 @pytest.mark.parametrize("changes", [{}, {"q_lora_rank": 0, "v_head_dim": 24}, {"window": 3}, GATED], ids=str)
 def test_cached_equals_uncached(changes, split):
     layer, x = latent_attention(**changes), hidden(2, 12)
-    cache = layer.new_cache(2, 12)
+    cache = layer.new_cache(2, 12, layer.wkv_b.weight)
     with torch.no_grad():
         parts = [layer(part, None, cache) for part in x.split(split, dim=1)]
         torch.testing.assert_close(torch.cat(parts, 1), layer(x), rtol=1e-10, atol=1e-10)
@@ -114,7 +114,7 @@ def test_cached_equals_uncached(changes, split):
 
 def test_cached_is_absorbed_and_makes_no_old_key_again():
     layer, x = latent_attention(), hidden(2, 12)
-    cache, expanded = layer.new_cache(2, 12), layer.wkv_b.forward
+    cache, expanded = layer.new_cache(2, 12, layer.wkv_b.weight), layer.wkv_b.forward
     with torch.no_grad():
         layer(x[:, :11], None, cache)
         layer.wkv_b.forward = None  # calling it would raise
@@ -126,7 +126,7 @@ def test_cached_is_absorbed_and_makes_no_old_key_again():
 def test_a_full_cache_says_so():
     layer = latent_attention()
     with torch.no_grad(), pytest.raises(ValueError, match="cache of 4 tokens is too short for 5"):
-        layer(hidden(1, 5), None, layer.new_cache(1, 4))
+        layer(hidden(1, 5), None, layer.new_cache(1, 4, layer.wkv_b.weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -151,7 +151,7 @@ def test_bf16_cache_is_near_the_uncached():
     with torch.no_grad():
         x = x.bfloat16()
         layer.bfloat16()
-        cache = layer.new_cache(2, 12)
+        cache = layer.new_cache(2, 12, layer.wkv_b.weight)
         cached = torch.cat([layer(part, None, cache) for part in x.split([5, 1, 6], dim=1)], 1).double()
         uncached = layer(x).double()
         exact = layer.double()(x.double())

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deepseek_exp.config import ActivationCheckpointing, AttentionKind, ExperimentConfig, ModelConfig, Precision
+from deepseek_exp.config import (
+    ActivationCheckpointing,
+    AttentionKind,
+    ExperimentConfig,
+    Kernel,
+    KernelsConfig,
+    ModelConfig,
+    Precision,
+)
 from deepseek_exp.planner.layers import Layers, largest_gathered
 from deepseek_exp.topology import Degrees
 
@@ -13,6 +21,8 @@ USABLE = 0.92
 # of one fp32 master weight, by optimizer class; assumption: any other keeps two numbers, as Adam does
 STATE_BYTES = {"torch.optim.SGD": 0, "torch.optim.Adafactor": 0}
 ADAM_BYTES = 8
+# of kernels/linear_cross_entropy.py: logits of a chunk, and tokens of one at least
+CHUNK_LOGITS, LEAST_TOKENS = 2**25, 1024
 # the fused attention kernel wants widths in multiples of eight (kernels/attention.py)
 GATE_PAD = 8
 
@@ -91,23 +101,25 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     state = optimizer_bytes(exp)
     tokens = layout.micro_batch_seqs * exp.data.seq_len
     n_kept = min(d.pp - index, layout.n_micro_batches(exp.trainer.global_batch_seqs))
-    kept, once = _activations(m, stage, layout, e)
+    kept, once = _activations(exp, stage, layout)
+    heads_out = stage.n_heads_out * (1 + stage.n_mtp)
     gathered = 2 * e * largest_gathered(m, exp.data.seq_len) if zero >= 3 and shards > 1 else 0
     return Memory(
         weights=n * e / (shards if zero >= 3 else 1),
         gradients=n * 4 / (shards if zero >= 2 else 1),
         optimizer=n * state / (shards if zero >= 1 else 1),
         activations=tokens * (n_kept * kept + once),
-        buffers=gathered + tokens * stage.n_heads_out * (1 + stage.n_mtp) * _loss_bytes(m, d.tp),
+        buffers=gathered + heads_out * _loss_bytes(exp, tokens, d.tp),
     )
 
 
-def _activations(m: ModelConfig, stage: Layers, layout: Layout, e: int) -> tuple[float, float]:
+def _activations(exp: ExperimentConfig, stage: Layers, layout: Layout) -> tuple[float, float]:
     """Give the bytes of a token that a stage keeps for the backward pass, of each micro batch and once."""
-    tp, cut = layout.degrees.tp, layout.cut
-    dense, moe = (block_activation_bytes(m, tp, e, cut, is_moe=kind) for kind in (False, True))
-    ends = stage.n_heads_out * norm_bytes(m.d_model, e, cut)
-    ends += stage.n_mtp * (3 * norm_bytes(m.d_model, e) + 2 * m.d_model * e)
+    m, e, kernels = exp.model, element_bytes(exp), exp.kernels
+    tp, ep, cut = layout.degrees.tp, layout.degrees.ep, layout.cut
+    dense, moe = (block_activation_bytes(m, kernels, e, tp, ep, cut, is_moe=kind) for kind in (False, True))
+    ends = stage.n_heads_out * norm_bytes(m.d_model, e, kernels.rms_norm, cut)
+    ends += stage.n_mtp * (3 * norm_bytes(m.d_model, e, kernels.rms_norm) + 2 * m.d_model * e)
     if layout.checkpointing is ActivationCheckpointing.none:
         return stage.n_dense * dense + stage.n_moe * moe + ends, 0.0
     recomputed = max(dense if stage.n_dense else 0.0, moe if stage.n_moe else 0.0)
@@ -118,7 +130,9 @@ def _activations(m: ModelConfig, stage: Layers, layout: Layout, e: int) -> tuple
     return kept, recomputed
 
 
-def block_activation_bytes(m: ModelConfig, tp: int, e: int, cut: int = 1, *, is_moe: bool) -> float:
+def block_activation_bytes(
+    m: ModelConfig, kernels: KernelsConfig, e: int, tp: int = 1, ep: int = 1, cut: int = 1, *, is_moe: bool
+) -> float:
     """Count the bytes of one token that a block keeps for its backward pass.
 
     Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.1, count the
@@ -137,31 +151,54 @@ def block_activation_bytes(m: ModelConfig, tp: int, e: int, cut: int = 1, *, is_
                    router: input (h) and 3 rows of scores (n_routed_experts)        4 each, on every rank
 
     Keys and values are repeated for every query head before the kernel; there is no dropout. `wide` is the width that
-    the kernel gets q, k and v padded to.
+    the kernel gets q, k and v padded to. Fused kernels keep less:
+
+        rms_norm                 see `norm_bytes`
+        rope                     of a head with a norm its input alone
+        swiglu                   gate, up and product: 3 d_ff
+        local_global_attention   with a window q, k, v as they are, a result that wo reads in place, 16 bytes a head
+        experts                  gate and up: 2 top_k d_expert, and no rows; where ep is 1
 
     Sequence parallelism cuts the norms' inputs and the residual stream by tp too (section 4.2.2). Korthikanti et al.
     cut the norms' results as well and gather them a second time for the backward pass; ours stay whole, as gathered.
 
     Args:
         m: the model.
-        tp: tensor-parallel degree.
+        kernels: what computes each operation.
         e: bytes of an element.
+        tp: tensor-parallel degree.
+        ep: expert-parallel degree.
         cut: ways that the positions are shared out between the cut matrices: tp with sequence parallelism.
         is_moe: the block has experts.
     """
-    h = m.d_model
-    (wide, v), on_every_rank = attention_widths(m), 2 * norm_bytes(h, e, cut)
+    h, norm, halves = m.d_model, kernels.rms_norm, 3 if kernels.swiglu is Kernel.triton else 4
+    on_every_rank = 2 * norm_bytes(h, e, norm, cut)
     if m.attention is AttentionKind.mla:
-        on_every_rank += norm_bytes(m.kv_lora_rank, e) + (norm_bytes(m.q_lora_rank, e) if m.q_lora_rank else 0)
-    elif m.qk_norm:
-        on_every_rank += (m.n_heads + m.n_kv_heads) / tp * norm_bytes(m.head_dim, e)
-    cut = m.n_heads * ((4 * wide + v) * e + 4)
+        on_every_rank += sum(norm_bytes(width, e, norm) for width in (m.kv_lora_rank, m.q_lora_rank))
+    shared_out = _attention_bytes(m, kernels, e)
     if not is_moe:
         sparse = 8 * m.d_ff_active + m.d_ff if m.d_ff_active else 0
-        return on_every_rank + (cut + 4 * m.d_ff * e + sparse) / tp
-    cut += 4 * (m.moe.top_k + m.moe.n_shared_experts) * m.moe.d_expert * e
-    on_every_rank += 2 * m.moe.top_k * h * e + 3 * m.moe.n_routed_experts * 4 + (4 * h if e == 2 else 0)
-    return on_every_rank + cut / tp
+        return on_every_rank + (shared_out + (4 if sparse else halves) * m.d_ff * e + sparse) / tp
+    is_fused = kernels.experts is Kernel.triton and ep == 1
+    routed = (2 if is_fused else halves) * m.moe.top_k
+    shared_out += (routed + halves * m.moe.n_shared_experts) * m.moe.d_expert * e
+    rows = 0 if is_fused else 2 * m.moe.top_k * h * e
+    on_every_rank += rows + 3 * m.moe.n_routed_experts * 4 + (4 * h if e == 2 else 0)
+    return on_every_rank + shared_out / tp
+
+
+def _attention_bytes(m: ModelConfig, kernels: KernelsConfig, e: int) -> float:
+    """Count what attention keeps of a token: queries, keys, values and results, of all tensor ranks."""
+    is_latent = m.attention is AttentionKind.mla
+    n_kv = m.n_heads if is_latent else m.n_kv_heads
+    a_head = m.head_dim * e if kernels.rope is Kernel.triton else norm_bytes(m.head_dim, e, kernels.rms_norm)
+    normed = (m.n_heads + n_kv) * m.qk_norm * a_head
+    if kernels.local_global_attention is Kernel.triton and m.window:
+        wide = m.qk_nope_head_dim + m.qk_rope_head_dim if is_latent else m.head_dim
+        v = m.v_head_dim if is_latent else m.head_dim
+        return normed + m.n_heads * ((wide + v) * e + 16) + n_kv * (wide + v) * e
+    wide, v = attention_widths(m)
+    return normed + m.n_heads * ((4 * wide + v) * e + 4)
 
 
 def product_bytes(m: ModelConfig, tp: int, e: int, *, is_moe: bool) -> float:
@@ -209,19 +246,25 @@ def attention_widths(m: ModelConfig) -> tuple[int, int]:
     return max(wide + (GATE_PAD if m.window and m.n_global_tokens else 0), v), v
 
 
-def norm_bytes(width: int, e: int, cut: int = 1) -> float:
+def norm_bytes(width: int, e: int, kernel: Kernel, cut: int = 1) -> float:
     """Count what an RMSNorm saves: its input in fp32, the same normalised in fp32, and its result for the next matrix.
 
     In fp32 the input is the residual stream itself, so 12 bytes an element; in bf16 it is a copy: 4 + 4 + 2. Sequence
-    parallelism cuts the first two, `cut` ways.
+    parallelism cuts the first two, `cut` ways. The fused kernel saves its input as it is, a number a row, and the
+    result.
     """
-    return (8 / cut + e) * width
+    return ((e if kernel is Kernel.triton else 8) / cut + e) * width
 
 
-def _loss_bytes(m: ModelConfig, tp: int) -> float:
-    """Count the bytes of one token that logits and loss take at their peak: 12 for each entry of the vocabulary.
+def _loss_bytes(exp: ExperimentConfig, tokens: int, tp: int) -> float:
+    """Count the bytes that logits and loss of a micro batch take at their peak: 12 a token and entry of the vocabulary.
 
-    In fp32 the logits, their log-softmax and the gradient; in bf16 logits and their gradient (2 + 2), log-softmax and
-    gradient in fp32. Measured on an H200, bf16, 16384 tokens, 32768 entries: 6.25 GiB, 12.5 bytes.
+    Fused: the logits of a chunk of tokens, and both gradients, which are made in the forward pass. Else in fp32 the
+    logits, their log-softmax and the gradient; in bf16 logits and their gradient (2 + 2), log-softmax and gradient in
+    fp32. Measured on an H200, bf16, 16384 tokens, 32768 entries: 6.25 GiB, 12.5 bytes.
     """
-    return 12 * m.vocab_size / tp
+    vocab, e = exp.model.vocab_size / tp, element_bytes(exp)
+    if exp.kernels.linear_cross_entropy is Kernel.triton:
+        chunk = min(tokens, max(LEAST_TOKENS, CHUNK_LOGITS // vocab))
+        return e * (chunk * vocab + (tokens + vocab) * exp.model.d_model)
+    return 12 * tokens * vocab

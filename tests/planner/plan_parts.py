@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from deepseek_exp.config import ActivationCheckpointing, ExperimentConfig
+import torch
+
+from deepseek_exp.config import ActivationCheckpointing, ExperimentConfig, ModelConfig
+from deepseek_exp.kernels import Ops
+from deepseek_exp.models import Transformer, init_weights
+from deepseek_exp.models.block import Block
 from deepseek_exp.planner.layers import layers_of
 from deepseek_exp.planner.memory import Layout
 from deepseek_exp.planner.search import Plan, make_plan
@@ -26,3 +31,29 @@ def layout(
 def planned(exp: ExperimentConfig, how: Layout) -> Plan:
     """Plan one layout."""
     return make_plan(exp, how, layers_of(exp.model, exp.data.seq_len))
+
+
+def blocks(exp: ExperimentConfig, ops: Ops, dtype: torch.dtype) -> list[Block]:
+    """Build the first and the last block of a model."""
+    net = Transformer(exp.model, ops)
+    init_weights(net, exp.model, 0)
+    for p in net.parameters():
+        p.data = p.data.to(dtype)
+    return [net.blocks[0], net.blocks[-1]]
+
+
+def saved_bytes(block: Block, cfg: ModelConfig, dtype: torch.dtype) -> float:
+    """Measure the bytes of a token that PyTorch keeps of a block for the backward pass, its weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    saved = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return t
+
+    x = torch.randn(2, cfg.max_seq_len, cfg.d_model, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        block(x)
+    return sum(s.nbytes() for s in saved.values()) / (2 * cfg.max_seq_len)

@@ -8,13 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deepseek_exp.kernels import TORCH
-from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.models.block import KEPT
 from deepseek_exp.moe import MoE
 from deepseek_exp.planner import parameters
 from deepseek_exp.planner.layers import largest_gathered
 from deepseek_exp.planner.memory import block_activation_bytes, product_bytes
-from tests.planner.plan_parts import experiment, layout, planned
+from tests.planner.plan_parts import blocks, experiment, layout, planned, saved_bytes
 
 DENSE = ("model=v4_distill", "size=small")
 EXPERTS = ("model=v3_moe", "size=small")
@@ -114,26 +113,12 @@ def test_experts_are_shared_out_over_ep():
 @pytest.mark.parametrize("name", ["v1_dense", "v2_moe", "v2_5_sparse", "v3_moe", "v4_distill"])
 def test_a_block_saves_what_pytorch_saves(name, dtype):
     """Within 5%: masks, which all blocks share, are not counted, nor are order and inverse of the dispatched rows."""
-    cfg = experiment(f"model={name}", "size=small").model
-    net = Transformer(cfg, TORCH)
-    init_weights(net, cfg, 0)
-    net.to(dtype)
-    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    for block in (net.blocks[0], net.blocks[-1]):
-        saved = {}
-
-        def keep(t, saved=saved):
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in weights:
-                saved[storage.data_ptr()] = storage  # held, so that no address is used twice
-            return t
-
-        x = torch.randn(2, cfg.max_seq_len, cfg.d_model, dtype=dtype, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            block(x)
-        measured = sum(s.nbytes() for s in saved.values()) / (2 * cfg.max_seq_len)
-        counted = block_activation_bytes(cfg, 1, dtype.itemsize, is_moe=isinstance(block.feed_forward, MoE))
-        assert counted == pytest.approx(measured, rel=0.05)
+    exp = experiment(f"model={name}", "size=small")
+    for block in blocks(exp, TORCH, dtype):
+        counted = block_activation_bytes(
+            exp.model, exp.kernels, dtype.itemsize, is_moe=isinstance(block.feed_forward, MoE)
+        )
+        assert counted == pytest.approx(saved_bytes(block, exp.model, dtype), rel=0.05)
 
 
 class Products(TorchDispatchMode):
@@ -151,12 +136,9 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["v1_dense", "v2_moe", "v2_5_sparse", "v3_moe", "v4_distill", "v5_domain_moe"])
 def test_products_are_as_large_as_counted(name, dtype):
-    cfg = experiment(f"model={name}", "size=small").model
-    net = Transformer(cfg, TORCH)
-    init_weights(net, cfg, 0)
-    for p in net.parameters():
-        p.data = p.data.to(dtype)
-    for block in (net.blocks[0], net.blocks[-1]):
+    exp = experiment(f"model={name}", "size=small")
+    cfg = exp.model
+    for block in blocks(exp, TORCH, dtype):
         with Products() as products:
             block(torch.randn(2, cfg.max_seq_len, cfg.d_model, dtype=dtype))
         counted = product_bytes(cfg, 1, dtype.itemsize, is_moe=isinstance(block.feed_forward, MoE))

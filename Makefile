@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test ui lint golden bench setup clean
+.PHONY: run test ui lint golden bench bench-gpu setup clean
 
 run: $(READY)  ## train v1 on this machine; more arguments: make run ARGS="size=tiny seed=1"
 	$(PY) run.py $(ARGS)
@@ -30,6 +30,12 @@ bench: $(READY)  ## measure; tests/bench/README.md says what and keeps the resul
 	$(PY) tests/bench/start_time.py
 	$(PY) tests/bench/platform_tax.py
 	$(PY) tests/bench/kill.py 20
+	@! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(MAKE) bench-gpu
+
+bench-gpu: $(READY)  ## measure on one GPU: each kernel, and whole steps beside the peers
+	$(PY) tests/bench/kernels.py
+	$(PY) tests/bench/training.py dense
+	$(PY) tests/bench/training.py moe
 
 setup: $(READY)  ## only make the environment
 

@@ -52,14 +52,14 @@ def bare(cfg) -> float:
     """Seconds a step of the bare loop."""
     parts = build.build_parts(cfg)
     model, steps = parts.lit.model, cfg.trainer.max_steps
-    optimizer = build_optimizer(cfg.optim, model)
+    optimizer = build_optimizer(cfg.optim, model, cfg.kernels.adamw)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: lr_factor(s, cfg.optim.warmup_steps, steps, 0.1))
     batches, ends = iter(parts.datamodule.train_dataloader()), []
     for _ in range(steps):
         micro_batches = next(batches).tokens.to(parts.device).split(cfg.trainer.micro_batch_seqs)
         for tokens in micro_batches:
-            loss = model.ops.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean() / len(micro_batches)
-            loss.backward()
+            (loss, _), _ = model.losses(tokens)
+            (loss / len(micro_batches)).backward()
         clip_gradients(optimizer, cfg.optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -240,8 +240,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    *grads, dgate = _attention_backward(grad, *ctx.saved_tensors, *ctx.numbers)
-    return *grads, None if ctx.saved_tensors[3] is None else dgate, None, None, None, None
+    saved = ctx.saved_tensors  # once: a checkpoint computes them anew each time they are asked for
+    *grads, dgate = _attention_backward(grad, *saved, *ctx.numbers)
+    return *grads, None if saved[3] is None else dgate, None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)

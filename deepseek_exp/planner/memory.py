@@ -125,7 +125,7 @@ def _activations(exp: ExperimentConfig, stage: Layers, layout: Layout) -> tuple[
     recomputed = max(dense if stage.n_dense else 0.0, moe if stage.n_moe else 0.0)
     kept = (stage.n_dense + stage.n_moe) * m.d_model * e / cut + ends
     if layout.checkpointing is ActivationCheckpointing.selective:
-        dense, moe = (product_bytes(m, tp, e, is_moe=kind) for kind in (False, True))
+        dense, moe = (product_bytes(m, kernels, e, tp, ep, is_moe=kind) for kind in (False, True))
         kept += stage.n_dense * dense + stage.n_moe * moe
     return kept, recomputed
 
@@ -201,7 +201,7 @@ def _attention_bytes(m: ModelConfig, kernels: KernelsConfig, e: int) -> float:
     return normed + m.n_heads * ((4 * wide + v) * e + 4)
 
 
-def product_bytes(m: ModelConfig, tp: int, e: int, *, is_moe: bool) -> float:
+def product_bytes(m: ModelConfig, kernels: KernelsConfig, e: int, tp: int = 1, ep: int = 1, *, is_moe: bool) -> float:
     """Count the bytes of one token in what a block's matrix products and its attention give.
 
     Selective checkpointing keeps these and the block's input, and computes the rest again (Korthikanti et al. 2022,
@@ -213,14 +213,19 @@ def product_bytes(m: ModelConfig, tp: int, e: int, *, is_moe: bool) -> float:
         dense    gate, up (of sparse ones too), down       e each, the last whole
         experts  gate, up and down of the top_k rows       e each, the last whole
                  the router's scores in fp32, their sum over a token's rows; shared experts as dense
+        fused    attention: its result and 16 bytes a head; experts: gate, up and the sum
 
     Args:
         m: the model.
-        tp: tensor-parallel degree.
+        kernels: what computes each operation.
         e: bytes of an element.
+        tp: tensor-parallel degree.
+        ep: expert-parallel degree.
         is_moe: the block has experts.
     """
-    wide, _ = attention_widths(m)
+    (wide, v), a_head = attention_widths(m), 4
+    if kernels.local_global_attention is Kernel.triton and m.window:
+        wide, a_head = v, 16
     whole, cut = 2 * m.d_model, m.n_heads * wide  # wo and w_down
     if m.attention is AttentionKind.mla:
         whole += m.kv_lora_rank + m.qk_rope_head_dim + m.q_lora_rank
@@ -231,11 +236,12 @@ def product_bytes(m: ModelConfig, tp: int, e: int, *, is_moe: bool) -> float:
     if is_moe:
         k, shared = m.moe.top_k, m.moe.n_shared_experts
         cut += 2 * (k + shared) * m.moe.d_expert
-        whole += (k + (shared > 0)) * m.d_model
+        rows = 0 if kernels.experts is Kernel.triton and ep == 1 else k
+        whole += (rows + (shared > 0)) * m.d_model
         scores = m.moe.n_routed_experts + len(m.moe.domains)
     else:
         cut += 2 * m.d_ff
-    return e * whole + (e * cut + 4 * m.n_heads) / tp + 4 * scores
+    return e * whole + (e * cut + a_head * m.n_heads) / tp + 4 * scores
 
 
 def attention_widths(m: ModelConfig) -> tuple[int, int]:

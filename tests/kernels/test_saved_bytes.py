@@ -7,8 +7,8 @@ import torch
 
 from deepseek_exp.kernels import resolve
 from deepseek_exp.moe import MoE
-from deepseek_exp.planner.memory import block_activation_bytes
-from tests.planner.plan_parts import blocks, experiment, saved_bytes
+from deepseek_exp.planner.memory import block_activation_bytes, product_bytes
+from tests.planner.plan_parts import Products, blocks, experiment, saved_bytes
 
 
 @pytest.mark.parametrize("name", ["v1_dense", "v2_moe", "v3_moe", "v4_distill"])
@@ -18,3 +18,13 @@ def test_a_block_saves_what_is_counted(name):
     for block in blocks(exp, resolve(exp.kernels), torch.float32):
         counted = block_activation_bytes(exp.model, exp.kernels, 4, is_moe=isinstance(block.feed_forward, MoE))
         assert counted == pytest.approx(saved_bytes(block, exp.model, torch.float32), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["v1_dense", "v2_moe", "v3_moe", "v4_distill"])
+def test_products_are_as_large_as_counted(name):
+    exp = experiment(f"model={name}", "size=tiny", "kernels=fused", "model.max_seq_len=64")
+    for block in blocks(exp, resolve(exp.kernels), torch.float32):
+        with Products() as products:
+            block(torch.randn(2, 64, exp.model.d_model))
+        counted = product_bytes(exp.model, exp.kernels, 4, is_moe=isinstance(block.feed_forward, MoE))
+        assert counted == pytest.approx(products.n_bytes / (2 * 64), rel=0.05)

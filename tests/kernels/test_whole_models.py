@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deepseek_exp.config import ActivationCheckpointing
 from deepseek_exp.kernels import TORCH, resolve
 from deepseek_exp.models import Transformer, init_weights
 from tests.test_config import composed
@@ -12,10 +13,10 @@ from tests.test_config import composed
 MODELS = ("v1_dense", "v2_moe", "v2_5_sparse", "v3_moe", "v4_distill", "v5_domain_moe", "deepseek_v3")
 
 
-def gradients(cfg, ops, *, compiled=False):
+def gradients(cfg, ops, checkpointing=ActivationCheckpointing.none, *, compiled=False):
     """Give the nll of a micro batch and every parameter's gradient."""
     torch.manual_seed(0)
-    model = Transformer(cfg, ops)
+    model = Transformer(cfg, ops, checkpointing)
     init_weights(model, cfg, 0)
     tokens = torch.randint(0, cfg.vocab_size, (2, 21))
     losses = torch.compile(model.losses, backend="aot_eager", fullgraph=True) if compiled else model.losses
@@ -45,3 +46,13 @@ def test_heads_with_norms_and_biases():
 def test_compiled_without_a_break(version):
     exp = composed(f"model={version}", "size=tiny", "model.n_layers=2", "kernels=fused", "do=plan")
     assert_same(gradients(exp.model, resolve(exp.kernels), compiled=True), gradients(exp.model, TORCH))
+
+
+@pytest.mark.parametrize("version", ["v1_dense", "v3_moe"])
+@pytest.mark.parametrize("checkpointing", [ActivationCheckpointing.selective, ActivationCheckpointing.full])
+def test_what_is_computed_again_is_the_same(version, checkpointing):
+    exp = composed(f"model={version}", "size=tiny", "model.n_layers=2", "kernels=fused", "do=plan")
+    found, wanted = (
+        gradients(exp.model, resolve(exp.kernels), c) for c in (checkpointing, ActivationCheckpointing.none)
+    )
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

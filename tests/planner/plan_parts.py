@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from deepseek_exp.config import ActivationCheckpointing, ExperimentConfig, ModelConfig
 from deepseek_exp.kernels import Ops
 from deepseek_exp.models import Transformer, init_weights
-from deepseek_exp.models.block import Block
+from deepseek_exp.models.block import KEPT, Block
 from deepseek_exp.planner.layers import layers_of
 from deepseek_exp.planner.memory import Layout
 from deepseek_exp.planner.search import Plan, make_plan
@@ -57,3 +61,15 @@ def saved_bytes(block: Block, cfg: ModelConfig, dtype: torch.dtype) -> float:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         block(x)
     return sum(s.nbytes() for s in saved.values()) / (2 * cfg.max_seq_len)
+
+
+class Products(TorchDispatchMode):
+    """Adds up the bytes of what selective checkpointing keeps."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.name().partition(".")[0] in KEPT:
+            self.n_bytes += sum(t.nbytes for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        return out

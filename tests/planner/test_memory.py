@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from deepseek_exp.kernels import TORCH
-from deepseek_exp.models.block import KEPT
 from deepseek_exp.moe import MoE
 from deepseek_exp.planner import parameters
 from deepseek_exp.planner.layers import largest_gathered
 from deepseek_exp.planner.memory import block_activation_bytes, product_bytes
-from tests.planner.plan_parts import blocks, experiment, layout, planned, saved_bytes
+from tests.planner.plan_parts import Products, blocks, experiment, layout, planned, saved_bytes
 
 DENSE = ("model=v4_distill", "size=small")
 EXPERTS = ("model=v3_moe", "size=small")
@@ -121,18 +118,6 @@ def test_a_block_saves_what_pytorch_saves(name, dtype):
         assert counted == pytest.approx(saved_bytes(block, exp.model, dtype), rel=0.05)
 
 
-class Products(TorchDispatchMode):
-    """Adds up the bytes of what selective checkpointing keeps."""
-
-    n_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.name().partition(".")[0] in KEPT:
-            self.n_bytes += sum(t.nbytes for t in tree_leaves(out) if isinstance(t, torch.Tensor))
-        return out
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["v1_dense", "v2_moe", "v2_5_sparse", "v3_moe", "v4_distill", "v5_domain_moe"])
 def test_products_are_as_large_as_counted(name, dtype):
@@ -141,5 +126,5 @@ def test_products_are_as_large_as_counted(name, dtype):
     for block in blocks(exp, TORCH, dtype):
         with Products() as products:
             block(torch.randn(2, cfg.max_seq_len, cfg.d_model, dtype=dtype))
-        counted = product_bytes(cfg, 1, dtype.itemsize, is_moe=isinstance(block.feed_forward, MoE))
+        counted = product_bytes(cfg, exp.kernels, dtype.itemsize, is_moe=isinstance(block.feed_forward, MoE))
         assert counted == pytest.approx(products.n_bytes / (2 * cfg.max_seq_len), rel=0.02)

@@ -226,11 +226,11 @@ def _kernels(exp: ExperimentConfig) -> Iterator[Problem]:
     """Find kernels that cannot run here."""
     if exp.do is Do.plan or exp.launch.launcher is not Launcher.local or _runs_triton(exp):
         return
-    for name, kernel in dataclasses.asdict(exp.kernels).items():
-        if kernel is Kernel.triton:
-            rule = "needs a CUDA device and none is visible"
-            rule = "needs a CUDA device and device=cpu is asked for" if exp.device is Device.cpu else rule
-            yield Problem(f"kernels.{name}", kernel.value, rule, "use kernels=torch")
+    names = [name for name, kernel in dataclasses.asdict(exp.kernels).items() if kernel is Kernel.triton]
+    if names:
+        why = "device=cpu is asked for" if exp.device is Device.cpu else "none is visible"
+        key = f"kernels.{names[0]}" if len(names) == 1 else f"kernels.{{{','.join(names)}}}"
+        yield Problem(key, Kernel.triton.value, f"needs a CUDA device and {why}", "use kernels=torch")
 
 
 def _weight_bits(exp: ExperimentConfig) -> Iterator[Problem]:

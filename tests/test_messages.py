@@ -468,6 +468,7 @@ def test_kernels_for_a_gpu_that_is_not_there(monkeypatch, device, rule):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     argv = ["kernels.rms_norm=triton", f"device={device}"]
     assert problems_of(*argv) == (f"kernels.rms_norm='triton' needs a CUDA device and {rule}. Fix: use kernels=torch.")
+    assert problems_of(*argv, "kernels.rope=triton").startswith("kernels.{rms_norm,rope}='triton' needs a CUDA device")
     compose.check_command_line([*argv, "do=plan"])
     compose.check_command_line([*argv, "launch=torchrun"])  # the machines with the ranks may have one
     monkeypatch.setenv("TRITON_INTERPRET", "1")

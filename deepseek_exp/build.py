@@ -30,7 +30,7 @@ from deepseek_exp.parallel.shards import open_state
 from deepseek_exp.parallel.stage import Stage, copy_part, cut_model, set_weights
 from deepseek_exp.parallel.strategy import DeepSpeed3DStrategy
 from deepseek_exp.parallel.tensor import parallel_ops
-from deepseek_exp.planner import parameters
+from deepseek_exp.planner import optimizer_bytes, parameters
 from deepseek_exp.serve import load_release
 from deepseek_exp.topology import Axis
 from deepseek_exp.tracking import RunLog
@@ -73,18 +73,18 @@ def pick_device(device: Device) -> torch.device:
 
 
 def check_memory(cfg: ExperimentConfig, device: torch.device) -> None:
-    """Refuse a model whose weights, in training with gradients and two moments, do not fit the device's free memory.
+    """Refuse a model whose weights, in training with gradients and optimizer, do not fit the device's free memory.
 
-    fp32: 4 bytes a parameter, 16 in training. bf16: 2, and 18 in training with fp32 masters. Activations come on top.
+    A parameter's weight, and in training its gradient in fp32 and what the optimizer keeps of it: with AdamW 16 bytes
+    in all in fp32, 18 in bf16. Activations come on top.
 
     Raises:
         DeviceError: names the need and what there is.
     """
     counted = parameters(cfg.model)
     n_params = counted.total + counted.mtp
-    extra = 16 if cfg.trainer.precision is Precision.bf16 else 12
-    width = DTYPES[cfg.trainer.precision].itemsize
-    needed = n_params * (width + (extra if cfg.do.trains else 0))
+    in_training = 4 + optimizer_bytes(cfg) if cfg.do.trains else 0
+    needed = n_params * (DTYPES[cfg.trainer.precision].itemsize + in_training)
     free = free_memory(device)
     if needed > free:
         rule = f"needs {needed / 1e9:,.1f} GB for its {n_params:,} parameters"

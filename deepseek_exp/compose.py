@@ -89,8 +89,8 @@ def merge_saved(saved: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
     """Give the configuration of a checkpoint with what the command line says on top of it.
 
     A leaf is taken from the command line where an override names it, where an override selects its group's option, or
-    where the composed value is not the default (a recipe); every other leaf is the saved one. A section that the
-    checkpoint's version did not have has its default.
+    where the composed value is not the default (a recipe); every other leaf is the saved one. A section or a
+    key that the checkpoint's version did not have has its default, but for keys of the model, which have to be given.
 
     Args:
         saved: the resolved tree stored in the checkpoint.
@@ -115,6 +115,9 @@ def merge_saved(saved: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
     try:
         later = {name: section for name, section in default.items() if name not in saved}  # by versions since
         merged = OmegaConf.merge(schema, later, saved)
+        for path in schema_keys():
+            if not path.startswith("model.") and path.partition(".")[0] in saved and not _has(saved, path):
+                OmegaConf.update(merged, path, _select(default, path), merge=False)
         for path, value in _leaves(now):
             asked = any(path == n or path.startswith(n + ".") for n in named)
             if asked or value != _select(default, path):
@@ -421,6 +424,15 @@ def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     """Walk the schema's leaves; a free mapping (callbacks, an optimizer's arguments) is one leaf."""
     for path in schema_keys():
         yield path, _select(tree, path)
+
+
+def _has(tree: Any, path: str) -> bool:
+    """Say whether a tree goes as far as a path, whatever stands there."""
+    for name in path.split("."):
+        if not isinstance(tree, dict) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
 def _select(tree: Any, path: str) -> Any:

@@ -18,7 +18,7 @@ from deepseek_exp.lit import LanguageModel
 from deepseek_exp.optim import build_optimizer
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.parallel.stage import Part
-from deepseek_exp.planner.speed import bubble_fraction
+from deepseek_exp.planner import bubble_fraction
 
 
 class StageModel(LanguageModel):

@@ -224,7 +224,8 @@ def _device(exp: ExperimentConfig) -> Iterator[Problem]:
 
 def _kernels(exp: ExperimentConfig) -> Iterator[Problem]:
     """Find kernels that cannot run here."""
-    if exp.do is Do.plan or exp.launch.launcher is not Launcher.local or _runs_triton(exp):
+    computes = exp.do not in (Do.plan, Do.export)
+    if not computes or exp.launch.launcher is not Launcher.local or _runs_triton(exp):
         return
     names = [name for name, kernel in dataclasses.asdict(exp.kernels).items() if kernel is Kernel.triton]
     if names:

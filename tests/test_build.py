@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -31,6 +33,24 @@ def test_before_anything_is_read_or_built(tmp_path):
     with pytest.raises(DeviceError, match="needs 28,392"):
         build.build_parts(composed("model=v3_moe", "size=published", "device=cpu", f"output_dir={tmp_path}"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "a_parameter"),
+    [
+        ((), 4 + 4 + 8),  # weight, gradient, two moments
+        (("trainer.precision=bf16",), 2 + 4 + 4 + 8),  # and the master
+        (("trainer.precision=bf16", "kernels.adamw=triton", "optim.state_bits=8"), 2 + 4 + 4 + 2 + 8 / 256),
+    ],
+)
+def test_training_needs_what_its_optimizer_keeps(monkeypatch, overrides, a_parameter):
+    cfg = composed("size=tiny", "device=cpu", *overrides)
+    needed = 125_256 * a_parameter
+    monkeypatch.setattr(build, "free_memory", lambda device: math.ceil(needed))
+    build.check_memory(cfg, CPU)
+    monkeypatch.setattr(build, "free_memory", lambda device: math.floor(needed) - 1)
+    with pytest.raises(DeviceError, match="take a smaller size"):
+        build.check_memory(cfg, CPU)
 
 
 def test_before_a_model_is_sampled_from(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from deepseek_exp import compose, config, validate
 from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.errors import ConfigError
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.layout import degrees
 from deepseek_exp.models import Transformer
@@ -166,6 +167,15 @@ class TestMergeSaved:
         cfg = self.merged(saved, "resume=last")
         assert (cfg.parallel, cfg.cluster) == (composed().parallel, composed().cluster)
         assert self.merged(saved, "resume=last", "do=plan", "cluster=h100_8").cluster.gpu == "H100 SXM 80GB"
+
+    def test_a_key_that_came_later_has_its_default(self):
+        saved = self.saved("size=tiny", "optim.lr=0.1")
+        del saved["optim"]["state_bits"], saved["trainer"]["keep_checkpoints"]
+        cfg = self.merged(saved, "resume=last")
+        assert (cfg.optim.state_bits, cfg.trainer.keep_checkpoints, cfg.optim.lr) == (32, 2, 0.1)
+        del saved["model"]["qk_norm"]  # what a model is built from is not made up
+        with pytest.raises(ConfigError, match=r"model.qk_norm='\?\?\?' has no value"):
+            self.merged(saved, "resume=last")
 
     def test_a_mapping_is_replaced_whole(self):
         saved = self.saved("optim=adafactor")

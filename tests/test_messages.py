@@ -13,9 +13,11 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from deepseek_exp import compose, config, validate
+from deepseek_exp.config import Device, Do
 from deepseek_exp.errors import ConfigError
 from deepseek_exp.job import make_job
 from tests.runs import ROOT
+from tests.test_config import composed
 
 MESSAGES = {
     "optim.lrr=1": "optim.lrr=1 is not a configuration key. "
@@ -470,6 +472,9 @@ def test_kernels_for_a_gpu_that_is_not_there(monkeypatch, device, rule):
     assert problems_of(*argv) == (f"kernels.rms_norm='triton' needs a CUDA device and {rule}. Fix: use kernels=torch.")
     assert problems_of(*argv, "kernels.rope=triton").startswith("kernels.{rms_norm,rope}='triton' needs a CUDA device")
     compose.check_command_line([*argv, "do=plan"])
+    export = composed(*argv[:1], "do=plan")
+    export.do, export.device = Do.export, Device(device)
+    assert not any(p.key.startswith("kernels") for p in validate.problems(export))  # it reads files alone
     compose.check_command_line([*argv, "launch=torchrun"])  # the machines with the ranks may have one
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     compose.check_command_line(argv)

@@ -22,7 +22,7 @@ from deepseek_exp.parallel.expert import AllToAllDispatcher
 from deepseek_exp.parallel.groups import ENDS, KV, Groups
 from deepseek_exp.parallel.shards import Cut
 from deepseek_exp.parallel.tensor import apply_tensor_parallel, is_partial, match_plan, tensor_plan
-from deepseek_exp.planner.layers import stage_bounds
+from deepseek_exp.planner import stage_bounds
 from deepseek_exp.topology import Axis
 
 # what the blocks give, and the micro batch -> its loss

@@ -4,12 +4,16 @@ from deepseek_exp.planner.choice import choose, misfit
 from deepseek_exp.planner.cost import flops_per_token, parameters
 from deepseek_exp.planner.graph import plan_artifacts
 from deepseek_exp.planner.layers import stage_bounds
+from deepseek_exp.planner.memory import optimizer_bytes
 from deepseek_exp.planner.report import report
+from deepseek_exp.planner.speed import bubble_fraction
 
 __all__ = [
+    "bubble_fraction",
     "choose",
     "flops_per_token",
     "misfit",
+    "optimizer_bytes",
     "parameters",
     "plan_artifacts",
     "report",

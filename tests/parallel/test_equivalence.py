@@ -55,11 +55,14 @@ def test_a_layout_trains_what_one_process_trains(layouts, alone, model, degrees,
     assert_same(one, many)
 
 
-@pytest.mark.parametrize("model", ["v1_dense", "v3_moe"])
-def test_fused_kernels_in_a_layout(layouts, alone, model):
+@pytest.mark.parametrize(
+    ("model", "degrees"),
+    [("v1_dense", {"tp": 2, "dp": 2, "zero_stage": 0}), ("v3_moe", {"pp": 2, "tp": 2})],
+)
+def test_fused_kernels_in_a_layout(layouts, alone, model, degrees):
     few = ("trainer.max_steps=2", "trainer.eval_every_steps=2", "trainer.eval_batches=1", "optim.warmup_steps=1")
     few = (*few, f"model={model}", "data.seq_len=24", "model.n_layers=2")
-    assert_same(alone(*few), layouts.run(4, *few, "kernels=fused", *layout(pp=2, tp=2)))
+    assert_same(alone(*few), layouts.run(4, *few, "kernels=fused", *layout(**degrees)))
 
 
 @pytest.fixture(scope="module")

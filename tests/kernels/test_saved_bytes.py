@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepseek_exp.kernels import resolve
+from deepseek_exp.kernels import attention, linear_cross_entropy, resolve
 from deepseek_exp.moe import MoE
+from deepseek_exp.planner import memory
 from deepseek_exp.planner.memory import block_activation_bytes, product_bytes
 from tests.planner.plan_parts import Products, blocks, experiment, saved_bytes
 
@@ -28,3 +29,12 @@ def test_products_are_as_large_as_counted(name):
             block(torch.randn(2, 64, exp.model.d_model))
         counted = product_bytes(exp.model, exp.kernels, 4, is_moe=isinstance(block.feed_forward, MoE))
         assert counted == pytest.approx(products.n_bytes / (2 * 64), rel=0.05)
+
+
+def test_the_plan_counts_with_the_kernels_own_numbers():
+    """The planner imports no PyTorch, so it has them a second time."""
+    assert (memory.CHUNK_LOGITS, memory.LEAST_TOKENS) == (
+        linear_cross_entropy.CHUNK_LOGITS,
+        linear_cross_entropy.LEAST_TOKENS,
+    )
+    assert memory.GATE_PAD == attention.PAD

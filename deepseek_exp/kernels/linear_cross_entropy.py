@@ -15,11 +15,12 @@ et al. 2019, "Megatron-LM", section 3), all three at once.
 Rounding: logits and g are rounded to the inputs' type where plain PyTorch rounds them; between them all is fp32. 1 / N
 is in g, not left for the end: a factor before the rounding of g costs nothing, bf16 reaches as far down as fp32, and dh
 and dw are then final unless the loss is scaled. dw is added up in the weight's type, so in bf16 it is rounded once a
-chunk: over the 16 chunks below it is 0.48% off, with 8 chunks 0.35%, with one rounding 0.17%, and without bias (norm of
-the difference from float64, simulated on a CPU, random and Zipf targets). An fp32 sum takes 0.25 GiB there by itself.
+chunk: over 16 chunks it is 0.48% off, over 6 chunks 0.32%, with one rounding 0.17%, and without bias (norm of the
+difference from float64, random and Zipf targets). So there are 6 chunks at most. An fp32 sum would be exact, but take
+0.25 GiB in the example below, and its traffic 0.06 ms a chunk.
 
 Memory beyond the arguments: dh and dw, which any form ends with, and a chunk's logits. For 16384 tokens of width 2048,
-32768 entries and bf16: 64 + 128 + 64 MiB = 0.25 GiB; all logits would take 1 GiB. No float atomics; chunks follow one
+32768 entries and bf16: 64 + 128 + 176 MiB = 0.36 GiB; all logits would take 1 GiB. No float atomics; chunks follow one
 another in one order, so results repeat bit for bit.
 
 Work (the floor): 6 N D V FLOP, 6.6e12 there or 8.3 ms at 790 TFLOP/s. Beside the products a chunk's logits are read and
@@ -42,12 +43,14 @@ from torch import Tensor
 
 from deepseek_exp.kernels.tiles import TILE
 
-# Logits of a chunk: 64 MiB in bf16, which is what the argument above counts with; a table cut over ranks, or a small
-# one, gets longer chunks and fewer of them.
+# A chunk has this many logits or more, 64 MiB in bf16: a table cut over ranks, or a small one, gets longer chunks.
 CHUNK_LOGITS = 2**25
-# But no fewer tokens than this, whatever the table: less is too little work for a product that goes over all of dw, and
-# too few rows for dh's to fill a GPU. A chunk's logits are then at most 1024 / d_model of the size of dw.
+# Nor fewer tokens than this: less is too little work for a product that goes over all of dw, and too few rows for dh's
+# to fill a GPU.
 LEAST_TOKENS = 1024
+# Nor are there more chunks than this, for the rounding of dw; and their tokens are a multiple of this, a tile of the
+# products.
+MOST_CHUNKS, TOKEN_TILE = 6, 128
 # Columns of a row that a program takes at once, and its warps: 16 elements for each of 512 threads. sm_90 needs 40
 # registers for a thread, so that 396 rows are under way, 25 MiB there: still in the L2 cache when they are read again.
 WIDTH, WARPS = 8192, 16
@@ -120,6 +123,12 @@ def _multiply(x, by, n, SIZE: tl.constexpr):
     tl.store(x + at, product.to(x.dtype.element_ty), at < n)
 
 
+def tokens_of_chunk(n_tokens: int, n_entries: int) -> int:
+    """Say how many of the tokens have their logits at once."""
+    even = triton.cdiv(triton.cdiv(n_tokens, MOST_CHUNKS), TOKEN_TILE) * TOKEN_TILE
+    return min(n_tokens, max(LEAST_TOKENS, CHUNK_LOGITS // n_entries, even))
+
+
 def _through_chunks(
     h_ND: Tensor,
     weight_VD: Tensor,
@@ -138,7 +147,7 @@ def _through_chunks(
             leaves that of the logits in their place.
     """
     n_tokens, n_entries = len(h_ND), len(weight_VD)
-    chunk = min(n_tokens, max(LEAST_TOKENS, CHUNK_LOGITS // n_entries))
+    chunk = tokens_of_chunk(n_tokens, n_entries)
     space_TV = h_ND.new_empty(chunk, n_entries)
     for first in range(0, n_tokens, chunk):
         here = slice(first, first + chunk)

@@ -21,8 +21,6 @@ USABLE = 0.92
 # of one fp32 master weight, by optimizer class; assumption: any other keeps two numbers, as Adam does
 STATE_BYTES = {"torch.optim.SGD": 0, "torch.optim.Adafactor": 0}
 ADAM_BYTES = 8
-# of kernels/linear_cross_entropy.py: logits of a chunk, and tokens of one at least
-CHUNK_LOGITS, LEAST_TOKENS = 2**25, 1024
 # the fused attention kernel wants widths in multiples of eight (kernels/attention.py)
 GATE_PAD = 8
 
@@ -262,6 +260,11 @@ def norm_bytes(width: int, e: int, kernel: Kernel, cut: int = 1) -> float:
     return ((e if kernel is Kernel.triton else 8) / cut + e) * width
 
 
+def tokens_of_chunk(tokens: int, vocab: float) -> int:
+    """Count as kernels/linear_cross_entropy.py does, which this may not import: PyTorch comes with it."""
+    return min(tokens, max(1024, int(2**25 // vocab), -(-tokens // (6 * 128)) * 128))
+
+
 def _loss_bytes(exp: ExperimentConfig, tokens: int, tp: int) -> float:
     """Count the bytes that logits and loss of a micro batch take at their peak: 12 a token and entry of the vocabulary.
 
@@ -271,6 +274,5 @@ def _loss_bytes(exp: ExperimentConfig, tokens: int, tp: int) -> float:
     """
     vocab, e = exp.model.vocab_size / tp, element_bytes(exp)
     if exp.kernels.linear_cross_entropy is Kernel.triton:
-        chunk = min(tokens, max(LEAST_TOKENS, CHUNK_LOGITS // vocab))
-        return e * (chunk * vocab + (tokens + vocab) * exp.model.d_model)
+        return e * (tokens_of_chunk(tokens, vocab) * vocab + (tokens + vocab) * exp.model.d_model)
     return 12 * tokens * vocab

@@ -18,6 +18,7 @@ SHAPES = [((3,), 5, 7), ((2, 5), 6, 33), ((8,), 16, 64), ((1,), 1, 2)]
 def chunks_of_four_tokens_and_steps_of_sixteen_entries(monkeypatch):
     monkeypatch.setattr(module, "LEAST_TOKENS", 4)
     monkeypatch.setattr(module, "CHUNK_LOGITS", 1)
+    monkeypatch.setattr(module, "TOKEN_TILE", 4)
     monkeypatch.setattr(module, "WIDTH", 16)
 
 

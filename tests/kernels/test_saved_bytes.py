@@ -31,10 +31,12 @@ def test_products_are_as_large_as_counted(name):
         assert counted == pytest.approx(products.n_bytes / (2 * 64), rel=0.05)
 
 
-def test_the_plan_counts_with_the_kernels_own_numbers():
-    """The planner imports no PyTorch, so it has them a second time."""
-    assert (memory.CHUNK_LOGITS, memory.LEAST_TOKENS) == (
-        linear_cross_entropy.CHUNK_LOGITS,
-        linear_cross_entropy.LEAST_TOKENS,
-    )
+@pytest.mark.parametrize("vocab", [1000, 32768, 129280])
+@pytest.mark.parametrize("tokens", [1, 1000, 6144, 6145, 16384, 100_000])
+def test_the_plan_cuts_logits_as_the_kernel_does(tokens, vocab):
+    assert memory.tokens_of_chunk(tokens, vocab) == linear_cross_entropy.tokens_of_chunk(tokens, vocab)
+
+
+def test_the_plan_pads_as_the_kernel_does():
+    """The planner imports no PyTorch, so it has the number a second time."""
     assert memory.GATE_PAD == attention.PAD

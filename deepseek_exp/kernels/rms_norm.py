@@ -24,6 +24,10 @@ from torch import Tensor
 
 from deepseek_exp.kernels.tiles import n_programs, row_tile
 
+# Of the backward pass: elements of a tile, programs on a multiprocessor. Larger and fewer than elsewhere, since each
+# program has a sum of its own to write: 0.108 ms for 16384 rows of 4096 on an H200, against 0.137 with the usual.
+BACKWARD_TILE, BACKWARD_PROGRAMS = 8192, 2
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute `reference.rms_norm`; same arguments and result, in fp32 and bf16."""
@@ -95,9 +99,9 @@ def _launch_backward(
     grad: Tensor, grad_added: Tensor | None, s: Tensor, weight: Tensor, rstd_R: Tensor
 ) -> tuple[Tensor, Tensor]:
     grad, n_cols, n_rows = grad.contiguous(), s.shape[-1], len(rstd_R)
-    tile = row_tile(n_cols)
+    tile = row_tile(n_cols, BACKWARD_TILE)
     n_tiles = triton.cdiv(n_rows, tile.rows)
-    programs = min(n_tiles, n_programs(s.device))
+    programs = min(n_tiles, n_programs(s.device, BACKWARD_PROGRAMS))
     ds, dw_PD = torch.empty_like(s), torch.empty(programs, n_cols, dtype=torch.float32, device=s.device)
     _backward[(programs,)](
         grad, grad_added.contiguous() if grad_added is not None else grad, s, weight, rstd_R, ds, dw_PD,

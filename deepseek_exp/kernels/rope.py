@@ -29,6 +29,9 @@ from torch import Tensor
 
 from deepseek_exp.kernels.tiles import n_programs, row_tile
 
+# programs on a multiprocessor in the norm's backward pass: each needs 80 registers for a thread
+NORM_PROGRAMS = 3
+
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, norm_weight: Tensor | None = None, eps: float = 0.0) -> Tensor:
     """Compute `reference.rope`; same arguments and result, in fp32 and bf16; cos and sin get no gradient.
@@ -205,7 +208,7 @@ def _norm_rope_backward(
     batch, n_heads, seq, d = x.shape
     n_rows = batch * n_heads * seq
     n_tiles = triton.cdiv(n_rows, constants["ROWS"])
-    programs = min(n_tiles, n_programs(x.device))
+    programs = min(n_tiles, n_programs(x.device, NORM_PROGRAMS))
     dw_PD = torch.empty(programs, d, dtype=torch.float32, device=x.device)
     _norm_backward[(programs,)](
         grad, x, cos.contiguous(), sin.contiguous(), weight, dx, dw_PD, *grad.stride()[:3], *x.stride()[:3],

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from deepseek_exp.config import GroupScore, Score
 
-# elements of a tile: 16 for each of the 32 threads of one warp, so that a token's maxima need no barrier
-TILE = 512
+# elements of a tile: 8 for each of the 32 threads of one warp, so that a token's maxima need no barrier
+TILE = 256
 
 LOWEST = tl.constexpr(-(2**63))
 

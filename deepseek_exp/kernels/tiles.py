@@ -26,17 +26,17 @@ class Tile(NamedTuple):
     warps: int
 
 
-def row_tile(n_columns: int) -> Tile:
+def row_tile(n_columns: int, elements: int = TILE) -> Tile:
     """Choose the tile of a kernel that holds whole rows in registers."""
     width = triton.next_power_of_2(n_columns)
-    rows = max(1, TILE // width)
+    rows = max(1, elements // width)
     return Tile(rows, width, min(16, max(4, rows * width // 512)))
 
 
 @functools.cache
-def n_programs(device: torch.device) -> int:
-    """Give how many programs a kernel starts that walks over all tiles and keeps sums of its own: 4 a multiprocessor.
+def n_programs(device: torch.device, on_each: int = 4) -> int:
+    """Give how many programs a kernel starts that walks over all tiles and keeps sums: some on each multiprocessor.
 
     On a CPU, where the interpreter runs them one after the other, 3: so that tests see sums of several.
     """
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return on_each * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

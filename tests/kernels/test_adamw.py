@@ -126,11 +126,12 @@ def test_closure_and_schedule():
 
 class TestNorm:
     def test_equals_the_definition(self):
-        gradients = tensors(1) + [t.bfloat16() for t in tensors(2)]
-        norm = gradient_norm(gradients)
-        assert norm.dtype == torch.float64 and norm.shape == ()
-        assert norm.item() == pytest.approx(norm_by_definition(gradients).item(), rel=1e-14)
-        assert torch.equal(norm, gradient_norm(gradients))
+        wide, narrow = tensors(1), [t.bfloat16() for t in tensors(2)]
+        for gradients, bound in ((wide, 1e-14), (narrow, 1e-8), (wide + narrow, 1e-8)):  # bf16 is added in fours first
+            norm = gradient_norm(gradients)
+            assert norm.dtype == torch.float64 and norm.shape == ()
+            assert norm.item() == pytest.approx(norm_by_definition(gradients).item(), rel=bound)
+            assert torch.equal(norm, gradient_norm(gradients))
 
     def test_sums_are_wide(self):
         """fp32 would lose each of the small squares beside the large one."""
@@ -241,7 +242,7 @@ class TestMasters:
         optimizer = FusedAdamW([param])
         (grad,) = (t.bfloat16() for t in tensors(5, [(30, 41)]))
         (param * grad).sum().backward()
-        assert optimizer.clip(1.0).item() == pytest.approx(grad.double().norm().item(), rel=1e-14)
+        assert optimizer.clip(1.0).item() == pytest.approx(grad.double().norm().item(), rel=1e-8)
         optimizer.step()
         assert_close(moments(optimizer, "exp_avg"), [0.1 * grad.double() / grad.double().norm()])
         assert optimizer.grad_scale is None

@@ -38,7 +38,7 @@ def test_heights_are_bytes(pp):
     scale = sum(float(e.get("height")) for e in stacks[0]) / plan.memory[0].total
     for memory, stack in zip(plan.memory, stacks, strict=True):
         assert [float(e.get("height")) for e in stack] == pytest.approx(
-            [getattr(memory, name) * scale for name in MEMORY], abs=0.2
+            [getattr(memory, name) * scale for name in MEMORY], abs=0.3  # five roundings to 0.1 are in the scale
         )
         ends = [TOP + HEIGHT] + [float(e.get("y")) for e in stack]
         assert [a - b for a, b in itertools.pairwise(ends)] == pytest.approx(

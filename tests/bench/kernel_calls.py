@@ -2,7 +2,7 @@
 
 A step clips to a global norm, updates the fp32 masters of bf16 parameters and rounds them. What it cannot do without is
 what `kernels/adamw.py` counts and one more reading of the gradients, for their norm. The products are those of
-generation, one row and 16; they are timed as CUDA graphs, for their launches would take the host longer than the GPU.
+generation, one row and 16.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Step:
 
     state_bits: int
     by_bytes: ClassVar[bool] = True
+    graphed: ClassVar[bool] = False
     has_memory: ClassVar[bool] = True
 
     def large(self) -> Inputs:
@@ -132,6 +133,7 @@ class Product:
     bits: int
     n_rows: int
     by_bytes: ClassVar[bool] = False
+    graphed: ClassVar[bool] = True
     has_memory: ClassVar[bool] = False
 
     def make(self, d_out: int, d_in: int) -> Inputs:
@@ -147,10 +149,10 @@ class Product:
         x, weight, q, scale = inputs
         definition = torch.compile(reference.weight_only_linear, dynamic=False)
         return {
-            "ours": lambda: as_graph(lambda: weight_only_linear(x, q, scale, self.bits)),
-            "PyTorch bf16": lambda: as_graph(lambda: F.linear(x, weight)),
-            "PyTorch compiled": lambda: as_graph(lambda: definition(x, q, scale, self.bits)),
-            "torchao": lambda: as_graph(functools.partial(torchao_linear(weight, self.bits), x)),
+            "ours": lambda: lambda: weight_only_linear(x, q, scale, self.bits),
+            "PyTorch bf16": lambda: lambda: F.linear(x, weight),
+            "PyTorch compiled": lambda: lambda: definition(x, q, scale, self.bits),
+            "torchao": lambda: torch.no_grad()(functools.partial(torchao_linear(weight, self.bits), x)),
         }
 
     def floor(self, inputs: Inputs) -> tuple[float, float]:
@@ -168,10 +170,7 @@ class Product:
 
 
 def torchao_linear(weight: Tensor, bits: int) -> Function:
-    """Give torchao's product: 8 bits with a scale a row, 4 bits with one for 128 columns, in PyTorch's own int4 kernel.
-
-    Its configuration sets inductor's options for all that is compiled later, so these rows come last.
-    """
+    """Give torchao's product: 8 bits with a scale a row, 4 bits with one for 128 columns in PyTorch's own kernel."""
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -179,25 +178,6 @@ def torchao_linear(weight: Tensor, bits: int) -> Function:
     four = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d") if bits == 4 else None
     quantize_(linear, four or Int8WeightOnlyConfig())
     return torch.compile(linear, dynamic=False)
-
-
-@torch.no_grad()
-def as_graph(function: Call) -> Call:
-    """Capture a call into a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-
-    def replay(keep: Call = function) -> None:  # which holds what the graph reads
-        graph.replay()
-
-    return replay
 
 
 CALLS = {

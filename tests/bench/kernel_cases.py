@@ -23,6 +23,7 @@ from deepseek_exp.kernels.rms_norm import add_rms_norm, rms_norm
 from deepseek_exp.kernels.rope import rope
 from deepseek_exp.kernels.router import route
 from deepseek_exp.kernels.swiglu import swiglu
+from tests.bench.turns import one_line
 
 Inputs = tuple[Any, ...]
 Function = Callable[..., Any]
@@ -46,6 +47,7 @@ class Case:
         eager: PyTorch's fastest of its own; None: the definition.
         peers: name -> makes another's form of it, or raises where that is not there.
         by_bytes: memory alone limits it.
+        graphed: it is timed as a CUDA graph, for its launches may take the host longer than the GPU.
         has_memory: whether what it allocates is measured.
     """
 
@@ -58,6 +60,7 @@ class Case:
     eager: Function | None = None
     peers: dict[str, Callable[[], Function]] = field(default_factory=dict)
     by_bytes: bool = False
+    graphed: bool = True
     has_memory: bool = True
 
     def functions(self) -> dict[str, Callable[[], Function]]:
@@ -142,11 +145,12 @@ def scored(tokens: int, n: int) -> Callable[[], Inputs]:
     return lambda: (torch.randn(tokens, n, device=DEVICE), torch.randn(n, device=DEVICE) / 10, None, *chosen)
 
 
-def attended(batch: int, n_heads: int, n_kv: int, seq: int, width: int, window: int) -> Callable[[], Inputs]:
+def attended(
+    batch: int, n_heads: int, n_kv: int, seq: int, width: int, window: int, n_global: int = 4
+) -> Callable[[], Inputs]:
     def make() -> Inputs:
         q, k, v = (heads(batch, n, seq, width) for n in (n_heads, n_kv, n_kv))
-        n_global = 4 if window else 0
-        gate = torch.randn(n_heads, device=DEVICE).to(DTYPE) if window else None
+        gate = torch.randn(n_heads, device=DEVICE).to(DTYPE) if n_global else None
         return q, k, v, gate, width**-0.5, 0, window, n_global
 
     return make
@@ -210,17 +214,33 @@ def results(case: Case, function: Function, inputs: Inputs, dtype: torch.dtype |
 def both_ways(function: Function, given: Inputs) -> Call:
     """Make a call of forward and backward; a loss has the gradient 1 from above, as in training."""
     above: list[Tensor] = []
+    wanted = [t for t in given if isinstance(t, Tensor) and t.requires_grad]
 
     def run() -> None:
         outs = outputs(function, given)
         if not above:
             above.extend(torch.randn_like(o) if o.ndim else torch.ones_like(o) for o in outs)
-        torch.autograd.backward(outs, above)
-        for t in given:
-            if isinstance(t, Tensor):
-                t.grad = None
+        torch.autograd.grad(outs, wanted, above)
 
     return run
+
+
+def as_graph(function: Call) -> Call:
+    """Capture a call into a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+
+    def replay(keep: Call = function) -> None:  # which holds what the graph reads
+        graph.replay()
+
+    return replay
 
 
 def worst_ratio(exact: Sequence[Tensor], plain: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
@@ -237,11 +257,6 @@ def repeats(compute: Callable[[], Sequence[Tensor]]) -> bool:
     """Say whether REPEATS computations give the same bits."""
     first = compute()
     return all(torch.equal(a, b) for _ in range(REPEATS - 1) for a, b in zip(compute(), first, strict=True))
-
-
-def why(error: Exception) -> str:
-    """Say in one line what went wrong."""
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
 
 
 def table_errors(case: Case, tell: Callable[[str], None]) -> dict[str, float]:
@@ -261,7 +276,7 @@ def table_errors(case: Case, tell: Callable[[str], None]) -> dict[str, float]:
         try:
             outputs(make(), given)[0].backward()
         except Exception as error:  # what one of the peers lacks must not end the others
-            tell(f"the error of {name} is left out: {why(error)}")
+            tell(f"the error of {name} is left out: {one_line(error)}")
             continue
         found[name] = ((given[1].grad.double() - exact).norm() / exact.norm()).item()
     return found
@@ -302,6 +317,31 @@ def liger_cross_entropy(wide: bool) -> Callable[[], Function]:
         return lambda h, w, t: LigerFusedLinearCrossEntropyFunction.apply(h, w, t, *rest)[0]
 
     return make
+
+
+def flex_attention() -> Function:
+    """Give PyTorch's FlexAttention, compiled, with a mask of blocks and the gate among the scores."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    compiled = torch.compile(flex, dynamic=False)
+    masks: dict[tuple[int, ...], Any] = {}
+
+    def attend(q, k, v, gate, scale, n_memory, window, n_global):
+        def visible(batch, head, i, j):
+            return (i >= j) & ((i - j < window) | (j < n_global))
+
+        def gated(score, batch, head, i, j):
+            return score - torch.where(j < n_global, gate[head].float(), 0.0)
+
+        sizes = q.shape[2], k.shape[2]
+        if sizes not in masks:
+            masks[sizes] = create_block_mask(visible, None, None, *sizes, device=q.device)
+        return compiled(
+            q, k, v, gated if gate is not None else None, masks[sizes], scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+    return attend
 
 
 def cut_cross_entropy() -> Function:
@@ -351,18 +391,20 @@ CASES = {
             "Liger": liger_cross_entropy(wide=False), "Liger, fp32 sums": liger_cross_entropy(wide=True),
             "cut-cross-entropy": cut_cross_entropy,
         },
+        graphed=False,
     ),
     "routed_experts": Case(
         routed_experts, reference.routed_experts, mixture(40, 3, 8, 64, 32), mixture(16384, 6, 64, 2048, 1408),
-        (0, 1, 5, 6, 7), mixture_flops, eager=grouped_experts,
+        (0, 1, 5, 6, 7), mixture_flops, eager=grouped_experts, graphed=False,
     ),
     "route": Case(route, reference.route, scored(33, 8), scored(16384, 256), (0,), moved(5)),
-    "window attention": Case(
-        local_global_attention, reference.local_global_attention, attended(2, 4, 2, 70, 64, 16),
-        attended(1, 16, 16, 8192, 128, 512), (0, 1, 2, 3), attention_flops, eager=attention.local_global_attention,
-    ),
-    "window 1024 attention": Case(
-        local_global_attention, reference.local_global_attention, attended(2, 4, 2, 70, 64, 16),
-        attended(1, 16, 16, 8192, 128, 1024), (0, 1, 2, 3), attention_flops, eager=attention.local_global_attention,
-    ),
+    **{
+        f"attention, window {window}, {n_global} global": Case(
+            local_global_attention, reference.local_global_attention, attended(2, 4, 2, 70, 64, 16, n_global),
+            attended(1, 16, 16, 8192, 128, window, n_global), (0, 1, 2, 3), attention_flops,
+            eager=attention.local_global_attention, peers={"FlexAttention": flex_attention},
+        )
+        for window in (512, 1024)
+        for n_global in (0, 4)
+    },
 }  # fmt: skip

@@ -4,18 +4,19 @@
 
 Errors: the largest difference from the definition in float64 of each result and gradient, relative to the largest
 number there; "error" is the worst of the kernel's over PyTorch's own in bf16, wanted at most 2. Repeats: 20 runs give
-the same bits. Times: forward and backward together (kernel_cases.py), or one call (kernel_calls.py); medians over
-rounds that take turns among the forms: ours, PyTorch's, the same compiled, and others' where they are installed. One
-that cannot run is told in one line and left out. "Floor" is bytes over the copy bandwidth of this run, or FLOPs over
-its matrix throughput. Memory: the peak of what a call allocates, its gradients included. Under the table: the error of
-the output table's gradient in each form of linear_cross_entropy, and over the kernels that memory alone limits the
-geometric means of floor / ours and of Liger / ours. On a CPU, under Triton's interpreter, only the small shapes run, in
-fp32 and without times: a check of this script.
+the same bits. Times: forward and backward together (kernel_cases.py), or one call (kernel_calls.py), short ones as CUDA
+graphs, so that the host is in none of them; medians over rounds that take turns among the forms: ours, PyTorch's, the
+same compiled, and others' where they are installed. One that cannot run is told in one line and left out. Each
+operation has a process of its own; all check and compile at once, and then measure one after the other. "Floor" is
+bytes over the copy bandwidth of this run, or FLOPs over its matrix throughput. Memory: the peak of what a call
+allocates, its gradients included. Under the table: the error of the output table's gradient in each form of
+linear_cross_entropy, and over the kernels that memory alone limits the geometric means of floor / ours and of Liger /
+ours. On a CPU, under Triton's interpreter, only the small shapes run, in fp32 and without times: a check of this
+script.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 import sys
@@ -31,7 +32,8 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.bench.kernel_calls import CALLS, Product, Step
-from tests.bench.kernel_cases import CASES, DEVICE, DTYPE, Call, Case, Inputs, table_errors, why
+from tests.bench.kernel_cases import CASES, DEVICE, DTYPE, Call, Case, Inputs, as_graph, table_errors
+from tests.bench.turns import Child, Failure, Turns, one_line
 
 ROUNDS = 9
 KERNELS: dict[str, Case | Step | Product] = {**CASES, **CALLS}
@@ -95,20 +97,21 @@ def ceilings() -> tuple[float, float]:
     return 2 * 2**30 / statistics.median(copy) * 1e3, 2 * 8192**3 / statistics.median(product) * 1e3
 
 
-def measure(name: str, kernel: Case | Step | Product, bandwidth: float, flops: float) -> Row:
-    """Check and time one kernel and its peers."""
+def measure(turns: Turns, name: str, bandwidth: float, flops: float) -> None:
+    """Check one kernel, and in its turn time it and its peers; give the row, the errors of dw, and what to tell."""
+    kernel, errors, told = KERNELS[name], {}, []
     row = Row(name, kernel.by_bytes, *kernel.check())
-    if DEVICE.type == "cpu":
-        return row
-    inputs = kernel.large()
-    calls = working(row, kernel, inputs)
-    memory = [extra_bytes(call) if kernel.has_memory else None for call in calls.values()]
-    for form, times, extra in zip(calls, milliseconds(list(calls.values())), memory, strict=True):
-        middle = statistics.median(times)
-        row.forms[form] = Form(middle, (max(times) - min(times)) / middle, extra)
-    n_bytes, n_flops = kernel.floor(inputs)
-    row.floor_ms = max(n_bytes / bandwidth, n_flops / flops) * 1e3
-    return row
+    if DEVICE.type == "cuda":
+        inputs = kernel.large()
+        calls = working(row, kernel, inputs)
+        turns.give("ready")
+        turns.wait()
+        time_forms(row, kernel, calls)
+        n_bytes, n_flops = kernel.floor(inputs)
+        row.floor_ms = max(n_bytes / bandwidth, n_flops / flops) * 1e3
+    if name == "linear_cross_entropy":
+        errors = table_errors(kernel, told.append)
+    turns.give((row, errors, told))
 
 
 def working(row: Row, kernel: Case | Step | Product, inputs: Inputs) -> dict[str, Call]:
@@ -121,8 +124,18 @@ def working(row: Row, kernel: Case | Step | Product, inputs: Inputs) -> dict[str
             torch.cuda.synchronize()
             calls[form] = call
         except Exception as error:  # what one of the peers lacks must not end the others
-            row.left_out[form] = why(error)
+            row.left_out[form] = one_line(error)
     return calls
+
+
+def time_forms(row: Row, kernel: Case | Step | Product, calls: dict[str, Call]) -> None:
+    """Fill in what each form takes."""
+    memory = [extra_bytes(call) if kernel.has_memory else None for call in calls.values()]
+    if kernel.graphed:
+        calls = {form: as_graph(call) for form, call in calls.items()}
+    for form, times, extra in zip(calls, milliseconds(list(calls.values())), memory, strict=True):
+        middle = statistics.median(times)
+        row.forms[form] = Form(middle, (max(times) - min(times)) / middle, extra)
 
 
 def lines_of(row: Row) -> list[str]:
@@ -179,20 +192,22 @@ def main() -> None:
         say(f"copy {bandwidth / 1e12:.2f} TB/s, matrices {flops / 1e12:.0f} TFLOP/s\n")
     say("| kernel | form | ms | to ours | floor / it | spread | extra MiB | error | repeats |\n|---|" + "---|" * 8)
     rows, notes, errors = [], [], {}
-    for name in names:
-        torch._dynamo.reset()
-        try:
-            row = measure(name, KERNELS[name], bandwidth, flops)
-            say("\n".join(lines_of(row)))
-            rows.append(row)
-            notes += [f"{name}: {form} is left out: {reason}" for form, reason in row.left_out.items()]
-            if name == "linear_cross_entropy":
-                errors = table_errors(KERNELS[name], notes.append)
-        except Exception as error:  # one kernel must not end the others
-            notes.append(f"{name} FAILED: {why(error)}")
-        gc.collect()
-        if DEVICE.type == "cuda":
-            torch.cuda.empty_cache()
+    children = [Child.start(measure, name, bandwidth, flops) for name in names]
+    ready = {child.name: child.result() for child in children if DEVICE.type == "cuda"}
+    for child in children:
+        if isinstance(ready.get(child.name), Failure):
+            found = ready[child.name]
+        else:
+            child.go()
+            found = child.result()
+        if isinstance(found, Failure):
+            notes.append(f"{child.name} FAILED: {found.reason}")
+            continue
+        row, of_table, told = found
+        say("\n".join(lines_of(row)))
+        rows.append(row)
+        errors |= of_table
+        notes += told + [f"{child.name}: {form} is left out: {reason}" for form, reason in row.left_out.items()]
     say("\n" + "\n".join(notes))
     if errors:
         each = ", ".join(f"{form} {error:.2e}" for form, error in errors.items())

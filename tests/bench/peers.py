@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -20,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deepseek_exp import build
 from deepseek_exp.config import ExperimentConfig, ModelConfig
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
@@ -132,24 +130,24 @@ PEERS: dict[str, dict[str, Peer]] = {
 }
 
 
-def peer(cfg: ExperimentConfig, n_steps: int, make: Callable[[ModelConfig], nn.Module], compiled: bool) -> list[float]:
-    """Give the seconds of each step of a bare loop.
+def peer(cfg: ExperimentConfig, laps: Any, make: Callable[[ModelConfig], nn.Module], compiled: bool) -> None:
+    """Train in a bare loop; laps is what times steps, of training.py.
 
     Raises:
         ValueError: the optimizer is not what all rows have, or the first loss is not that of a new model.
     """
-    device = build.pick_device(cfg.device)
+    laps.begin()
+    device = laps.device
     with device:
         model = make(cfg.model).to(device).train()
     optimizer = build_optimizer(cfg.optim, model)
     check_optimizer(optimizer)
     masters = [p for group in optimizer.param_groups for p in group["params"]]
-    step, seconds = torch.compile(model) if compiled else model, []
+    step = torch.compile(model) if compiled else model
     with sdpa_kernel(
         FASTEST_FIRST, set_priority=True
     ):  # a compiled model's choice is made when it is compiled, in here
-        for tokens in random_tokens(cfg, n_steps, device):
-            began = time.perf_counter()
+        for tokens in random_tokens(cfg, laps.n_steps, device):
             for rows in tokens.split(cfg.trainer.micro_batch_seqs):
                 loss = step(input_ids=rows, labels=rows, use_cache=False).loss  # they shift the labels themselves
                 (loss * len(rows) / len(tokens)).backward()
@@ -157,11 +155,9 @@ def peer(cfg: ExperimentConfig, n_steps: int, make: Callable[[ModelConfig], nn.M
                 nn.utils.clip_grad_norm_(masters, cfg.optim.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-            synchronize(device)
-            seconds.append(time.perf_counter() - began)
-            if len(seconds) == 1:
+            if not laps.seconds:
                 check_first_loss(loss.item(), cfg.model.vocab_size)
-    return seconds
+            laps.ended()
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -1,45 +1,51 @@
-"""Whole training steps on one GPU: ours in several settings, and the peers, one after the other in rounds.
+"""Whole training steps on one GPU: ours in several settings, and the peers, which take turns (A B C A B C ...).
 
-    python tests/bench/training.py dense|moe [--size 1b] [--rounds 2] [--only "NAME;NAME"] [--json FILE] [overrides ...]
+    python tests/bench/training.py dense|moe [--size 1b] [--rounds 2] [--together 8] [--only "NAME;NAME"] [--json FILE]
+        [overrides ...]
 
 dense: v1's sizes without a window, so that Llama of transformers computes the same; moe: v2's. bf16, fp32 masters and
 fp32 Adam moments for all, random tokens, real routing. Ours is the platform's own step: data loading, Lightning and
 MLflow are inside the time. The peers are bare loops at their best settings: the same masters, fused AdamW, PyTorch's
-clipping over all tensors at once, and the fastest attention that PyTorch has; see peers.py. A peer that cannot run is
-told in one line and left out. Per row: the median of the rounds' medians over the steps after the first ones, MFU by
-`planner.flops_per_token` (989e12 FLOP/s), the peak of memory, and the spread of the rounds. On a CPU, for a check of
-this script: --size tiny device=cpu.
+clipping over all tensors at once, and the fastest attention that PyTorch has; see peers.py. Each row has a process of
+its own. All start at once; `together` of them are on the GPU at a time, and there one works at a time: first each warms
+up, then they take turns of some steps. One that cannot run is told in one line and left out. Per row: the median of the
+turns' medians, MFU by `planner.flops_per_token` (989e12 FLOP/s) and its share of what this run's matrix product
+reaches, the peak of memory, and the spread of the turns. On a CPU, for a check: --size tiny device=cpu.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.callbacks import Callback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek_exp import build
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.planner import flops_per_token
+from tests.bench.kernels import ceilings
 from tests.bench.peers import PEERS, attention_order, peer, synchronize
-from tests.bench.platform_tax import Clock, track
+from tests.bench.platform_tax import track
+from tests.bench.turns import Child, Failure, Turns
 from tests.test_config import composed
 
 PEAK = 989e12
-WARM, STEPS = 6, 16
+WARM, STEPS = 5, 8
 BASE = (
-    "data=synthetic", "trainer.precision=bf16", "trainer.deterministic=false", f"trainer.max_steps={STEPS}",
+    "data=synthetic", "trainer.precision=bf16", "trainer.deterministic=false",
     "trainer.eval_every_steps=1000", "trainer.checkpoint_every_steps=1000", "trainer.keep_checkpoints=0",
     "trainer.log_every_steps=1", "optim.warmup_steps=2", "data.seq_len=2048", "trainer.global_batch_seqs=8",
     "trainer.micro_batch_seqs=8",
@@ -58,55 +64,104 @@ OURS = {
         "kernels=fused", "trainer.compile=true", "trainer.activation_checkpointing=selective",
     ),
     "ours, fused, compiled, full": ("kernels=fused", "trainer.compile=true", "trainer.activation_checkpointing=full"),
-    "ours, fp32, eager": ("kernels=torch", "trainer.precision=fp32"),
+    "ours, torch, full": ("kernels=torch", "trainer.activation_checkpointing=full"),
+    "ours, torch, fp32": ("kernels=torch", "trainer.precision=fp32"),
+    "ours, torch, fp32 with TF32": ("kernels=torch", "trainer.precision=fp32"),
 }  # fmt: skip
 
 
-def ours(cfg: ExperimentConfig, folder: Path) -> list[float]:
-    """Give the seconds of each step of the platform."""
-    tracked = track(cfg, folder / f"run{time.time_ns()}")
-    parts, clock = build.build_parts(cfg), Clock()
+class Laps(Callback):
+    """Times steps, from the end of one to the end of the next, in turns with other processes.
+
+    Args:
+        turns: with whom it takes turns.
+        rounds: turns after the one that warms up.
+        device: that is waited for.
+    """
+
+    def __init__(self, turns: Turns, rounds: int, device: torch.device) -> None:
+        self.turns, self.rounds, self.device, self.seconds = turns, rounds, device, []
+        self.ends_of_turns = {WARM + STEPS * turn for turn in range(rounds + 1)}
+        self.n_steps = WARM + STEPS * rounds
+
+    def begin(self) -> None:
+        """Wait for the first turn."""
+        self.turns.wait()
+        self.began = time.perf_counter()
+
+    def ended(self) -> None:
+        """Note a step; at the end of a turn tell of it, and wait for the next."""
+        synchronize(self.device)
+        self.seconds.append(time.perf_counter() - self.began)
+        if len(self.seconds) in self.ends_of_turns:
+            on_gpu = self.device.type == "cuda"
+            peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+            if on_gpu:
+                torch.cuda.empty_cache()  # for those whose turn it is now
+            self.turns.give({"seconds": statistics.median(self.seconds[-STEPS:]), "peak": peak})
+            if len(self.seconds) < self.n_steps:
+                self.turns.wait()
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ended()
+
+
+def measure(turns: Turns, name: str, kind: str, given: tuple[str, ...], rounds: int) -> None:
+    """Measure one row."""
+    with tempfile.TemporaryDirectory() as top:
+        cfg = composed(*given, f"trainer.max_steps={WARM + STEPS * rounds}", f"output_dir={top}", *OURS.get(name, ()))
+        laps = Laps(turns, rounds, build.pick_device(cfg.device))
+        if name in OURS:
+            torch.set_float32_matmul_precision("high" if "TF32" in name else "highest")
+            ours(cfg, Path(top), laps)
+        else:
+            peer(cfg, laps, *PEERS[kind][name])
+
+
+def ours(cfg: ExperimentConfig, folder: Path, laps: Laps) -> None:
+    """Train on the platform."""
+    initialize = build.init_weights
+
+    def then_wait(*args: Any) -> None:
+        initialize(*args)
+        laps.begin()  # what comes next takes memory of the GPU
+
+    build.init_weights = then_wait
+    tracked = track(cfg, folder / "run")
+    parts = build.build_parts(cfg)
     trainer, _, _ = build.build_trainer(cfg, parts, tracked, tracked.wait_ready(60), {})
-    trainer.callbacks += [Synchronized(parts.device), clock]
+    trainer.callbacks.append(laps)
     trainer.limit_val_batches = 0
     trainer.fit(parts.lit, datamodule=parts.datamodule)
     tracked.finish("FINISHED", None)
-    return [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
 
 
-class Synchronized(Clock):
-    """Waits for the device at the end of a step, so that the clock behind it reads the step's own time."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device = device
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        synchronize(self.device)
-
-
-def rounds_of(arguments: argparse.Namespace, given: list[str]) -> dict[str, list[dict[str, float]]]:
-    """Measure every row in every round; one that fails is told and left out."""
+def rounds_of(arguments: argparse.Namespace, given: tuple[str, ...]) -> dict[str, list[dict[str, float]]]:
+    """Measure every row; one that fails is told and left out."""
     found: dict[str, list[dict[str, float]]] = {}
     only = arguments.only.split(";") if arguments.only else None
     names = [n for n in (*OURS, *PEERS[arguments.kind]) if only is None or n in only]
-    with tempfile.TemporaryDirectory() as top:
-        for _ in range(arguments.rounds):
-            for name in names:
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                torch._dynamo.reset()
-                try:
-                    cfg = composed(*given, f"output_dir={top}", *OURS.get(name, ()))
-                    seconds = ours(cfg, Path(top)) if name in OURS else peer(cfg, STEPS, *PEERS[arguments.kind][name])
-                except Exception as error:  # a peer or kernel that this machine lacks must not end the others
-                    say(f"{name}: {type(error).__name__}: {error}"[:300])
-                    continue
-                peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-                found.setdefault(name, []).append({"seconds": statistics.median(seconds[WARM:]), "peak": peak})
+    children = [Child.start(measure, name, arguments.kind, given, arguments.rounds) for name in names]
+    for some in batched(children, arguments.together):
+        alive = list(some)
+        for turn in range(arguments.rounds + 1):  # the first warms up
+            for child in list(alive):
+                child.go()
+                result = child.result()
+                if isinstance(result, Failure):
+                    say(f"{child.name}: {result.reason}")
+                    alive.remove(child)
+                elif turn:
+                    found.setdefault(child.name, []).append(result)
+        for child in some:
+            child.process.join()
     return found
+
+
+def batched(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
 
 
 def versions() -> dict[str, str]:
@@ -129,10 +184,11 @@ def main() -> None:
     parser.add_argument("kind", choices=sorted(KINDS))
     parser.add_argument("--size", default="1b")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--together", type=int, default=8)
     parser.add_argument("--only")
     parser.add_argument("--json", type=Path)
     arguments, overrides = parser.parse_known_args()
-    given = [f"size={arguments.size}", *BASE, *KINDS[arguments.kind], *overrides]
+    given = (f"size={arguments.size}", *BASE, *KINDS[arguments.kind], *overrides)
     cfg = composed(*given)
     tokens = cfg.trainer.global_batch_seqs * cfg.data.seq_len
     flops = flops_per_token(cfg.model, cfg.data.seq_len)
@@ -140,17 +196,20 @@ def main() -> None:
     say(f"{where}, torch {torch.__version__}, {arguments.kind} {arguments.size}, {tokens:,} tokens a step")
     order = attention_order()
     say(f"attention that PyTorch takes by itself, the first that can: {', '.join(order)}")
+    bandwidth, most = ceilings() if torch.cuda.is_available() else (math.inf, math.inf)
+    say(f"copy {bandwidth / 1e12:.2f} TB/s, matrices {most / 1e12:.0f} TFLOP/s; {versions()}")
     found = rounds_of(arguments, given)
-    say("\n| | tokens/s | MFU | step, ms | peak, GB | spread of rounds |\n|---|---|---|---|---|---|")
+    say(f"\n| | tokens/s | MFU | of matrices | step, ms | peak, GB | spread of turns |\n{'|---' * 7}|")
     for name, rounds in found.items():
         seconds = [r["seconds"] for r in rounds]
         middle = statistics.median(seconds)
-        cells = [f"{tokens / middle:,.0f}", f"{tokens / middle * flops / PEAK:.3f}", f"{middle * 1e3:.1f}"]
+        reached = tokens / middle * flops
+        cells = [f"{tokens / middle:,.0f}", f"{reached / PEAK:.3f}", f"{reached / most:.0%}", f"{middle * 1e3:.1f}"]
         cells += [f"{max(r['peak'] for r in rounds) / 1e9:.2f}", f"{(max(seconds) - min(seconds)) / middle:.1%}"]
         say(f"| {name} | {' | '.join(cells)} |")
     if arguments.json:
         facts = {"device": where, "torch": torch.__version__, "overrides": given, "flops_per_token": flops}
-        facts |= {"attention": order, "versions": versions()}
+        facts |= {"attention": order, "versions": versions(), "copy_bytes_per_second": bandwidth, "matrix_flops": most}
         arguments.json.write_text(json.dumps(facts | {"rows": found}, indent=1) + "\n")
 
 

@@ -6,6 +6,8 @@ that one conversion; tests/bench/fp8.py compares the GPU's own.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -14,10 +16,12 @@ from triton.runtime import interpreter
 
 from deepseek_exp.build import DTYPES, build_model
 from deepseek_exp.config import Precision
-from deepseek_exp.kernels import TORCH, fp8, fp8_quantize, reference, resolve
+from deepseek_exp.kernels import TORCH, experts, fp8, fp8_grouped, fp8_quantize, reference, resolve
+from deepseek_exp.kernels.fp8_experts import routed_experts
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.optim import build_optimizer
 from deepseek_exp.planner.memory import block_activation_bytes, product_bytes
+from tests.kernels.fused import outputs_and_gradients
 from tests.planner.plan_parts import Products, blocks, experiment, saved_bytes
 from tests.test_config import composed
 from tests.test_messages import problems_of
@@ -198,6 +202,90 @@ def test_outside_of_training_the_layers_are_as_they_are():
     with torch.no_grad():
         found = fp8.linears(x, layers, fused=True)
         assert all(torch.equal(a, layer(x)) for a, layer in zip(found, layers, strict=True))
+
+
+def grouped_case():
+    """Rows of four experts, one of which has none, and three rows past the end that hold anything."""
+    torch.manual_seed(0)
+    x, ends = numbers(40, 48), torch.tensor([17, 17, 20, 37], dtype=torch.int32)
+    x[37:] = float("nan")
+    return x, torch.randn(4, 32, 48) / 7, ends, numbers(40, 32, seed=3)
+
+
+def by_row(x):
+    q, scale = reference.quantize_fp8(x, fp8.INPUT, by_row=True)
+    return q.double() * scale.double()[:, None]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_grouped_products_equal_those_of_rounded_operands(fused):
+    x, weight, ends, grad = grouped_case()
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = fp8_grouped.grouped_mm(x, weight, ends, fused=fused)
+    y.backward(grad)
+    (w,) = rounded([weight], 0, fp8.INPUT)
+    wanted, dx = (reference.grouped_mm(by_row(t.detach()), m, ends) for t, m in ((x, w), (grad, w.transpose(1, 2))))
+    exact = [grad[a:b].double().T @ x.detach()[a:b].double() for a, b in ((0, 17), (17, 17), (17, 20), (20, 37))]
+    for a, b in ((y[:37], wanted[:37]), (x.grad[:37], dx[:37]), (weight.grad, torch.stack(exact))):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    with torch.no_grad():
+        as_is = fp8_grouped.grouped_mm(x, weight, ends, fused=fused)
+        torch.testing.assert_close(as_is[:37], reference.grouped_mm(x, weight, ends)[:37])
+
+
+def experts_case(dropped=0):
+    torch.manual_seed(0)
+    ids = torch.stack([torch.randperm(4)[:2] for _ in range(21)])
+    ids[:dropped, 0] = 4
+    x, weights = torch.randn(21, 48), torch.rand(21, 2)
+    w_gate, w_up, w_down = (torch.randn(4, *shape) / 7 for shape in ((32, 48), (32, 48), (48, 32)))
+    return x, weights, *reference.sort_by_expert(ids, 4), w_gate, w_up, w_down
+
+
+def composed_experts(x, weights, order, inverse, ends, w_gate, w_up, w_down):
+    """The same from operations of its own, each of which rounds; a dropped row counts as 0."""
+    taken = (torch.arange(len(order)) < ends[-1])[:, None]
+
+    def product(rows, w):
+        return torch.where(taken, fp8_grouped.grouped_mm(rows, w, ends, fused=False), 0)
+
+    rows = x[order // 2]
+    hidden = reference.swiglu(product(rows, w_gate), product(rows, w_up)) * weights.flatten()[order][:, None]
+    return product(hidden, w_down)[inverse].unflatten(0, (-1, 2)).sum(1)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dropped", [0, 5])
+def test_routed_experts(fused, dropped):
+    """Next to the composed form, where single numbers round the other way, and within rounding of the definition."""
+    found, composed_, exact = (
+        outputs_and_gradients(f, experts_case(dropped))
+        for f in (functools.partial(routed_experts, fused=fused), composed_experts, reference.routed_experts)
+    )
+    for a, b, c in zip(found, composed_, exact, strict=True):
+        assert (a - b).norm() < 3e-3 * b.norm() and (a - c).norm() < 0.1 * c.norm()
+    again = outputs_and_gradients(functools.partial(routed_experts, fused=fused), experts_case(dropped))
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_experts_compile_whole():
+    case = [t.requires_grad_() if t.is_floating_point() else t for t in experts_case()]
+    compiled = torch.compile(functools.partial(routed_experts, fused=True), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*case), routed_experts(*case, fused=True))
+    torch.library.opcheck(torch.ops.deepseek_exp.fp8_experts, (*case, True))
+    x, weight, ends, _ = grouped_case()
+    torch.library.opcheck(
+        torch.ops.deepseek_exp.fp8_grouped,
+        (x.nan_to_num().requires_grad_(), weight.requires_grad_(), ends, True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_experts_outside_of_training_are_as_they_are():
+    case = experts_case()
+    with torch.no_grad():
+        assert torch.equal(routed_experts(*case, fused=True), experts.routed_experts(*case))
 
 
 DENSE = ("model=v1_dense", "size=tiny", "model.n_layers=2", "data.seq_len=32")

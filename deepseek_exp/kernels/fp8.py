@@ -113,6 +113,7 @@ def product(a_MK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, dtype:
 @torch.library.custom_op("deepseek_exp::fp8_linears", mutates_args=())
 def _fp8_linears(x_TD: Tensor, weights: list[Tensor], fused: bool) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Give the products, and for the backward pass x transposed (its bits as uint8), its scale, weights' magnitudes."""
+    x_TD = x_TD.contiguous()
     q_TD, q_DT, scale = cast([x_TD], largest([x_TD], fused), INPUT, 0, fused, as_is=True, transposed=True)
     parts = largest(weights, fused)
     w_ND, _, w_scale = cast(weights, parts, INPUT, 0, fused, as_is=True)
@@ -126,7 +127,7 @@ def _fp8_linears_backward(
     grads: list[Tensor], q_DT: Tensor, scale: Tensor, weights: list[Tensor], parts: Tensor, fused: bool
 ) -> tuple[Tensor, Tensor]:
     """Give the gradient of x, (T, D), and those of all weights one below the other, (N, D)."""
-    dtype = grads[0].dtype
+    grads, dtype = [g.contiguous() for g in grads], grads[0].dtype
     g_TN, g_NT, g_scale = cast(grads, largest(grads, fused), GRADIENT, 1, fused, as_is=True, transposed=True)
     dw_ND = product(g_NT, q_DT.view(INPUT), g_scale, scale, dtype, fast=FAST_GRADIENTS)
     _, w_DN, w_scale = cast(weights, parts, INPUT, 0, fused, transposed=True)

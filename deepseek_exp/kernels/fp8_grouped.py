@@ -78,6 +78,7 @@ def matrices(w_EMN: Tensor, parts: Tensor, fused: bool, *, transposed: bool = Fa
 @torch.library.custom_op("deepseek_exp::fp8_grouped", mutates_args=())
 def _fp8_grouped(x_RN: Tensor, w_EMN: Tensor, ends_E: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
     """Give the products, and the magnitudes that the matrices' scale follows from."""
+    w_EMN = w_EMN.contiguous()
     parts = fp8.largest([w_EMN], fused)
     w = matrices(w_EMN, parts, fused)
     return product(cast_rows(x_RN, fused), *w, ends_E, x_RN.dtype, fast=FAST_FORWARD), parts

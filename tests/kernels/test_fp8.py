@@ -24,7 +24,6 @@ from deepseek_exp.planner.memory import block_activation_bytes, product_bytes
 from tests.kernels.fused import outputs_and_gradients
 from tests.planner.plan_parts import Products, blocks, experiment, saved_bytes
 from tests.test_config import composed
-from tests.test_messages import problems_of
 
 TYPES = [torch.float8_e4m3fn, torch.float8_e5m2]
 TORCH_TYPE = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
@@ -353,12 +352,3 @@ def test_the_plan_counts_what_is_kept(name, kernels):
             block(torch.randn(2, 64, exp.model.d_model, dtype=dtype))
         counted = product_bytes(exp.model, exp.kernels, dtype.itemsize, i=1, is_moe=is_moe)
         assert counted == pytest.approx(products.n_bytes / (2 * 64), rel=0.05)
-
-
-class TestRules:
-    def test_widths(self):
-        argv = ("model=v1_dense", "size=tiny", "trainer.precision=fp8", "model.d_ff=168")
-        assert problems_of(*argv) == (
-            "model.d_ff=168 makes a matrix 168 wide, not a multiple of 16, which trainer.precision='fp8' needs. "
-            "Fix: set trainer.precision=bf16, or change it."
-        )

@@ -142,9 +142,9 @@ def test_equals_products_of_rounded_operands(fused, widths, bias):
     ys = fp8.linears(x, layers, fused=fused)
     grads = [numbers(3, 7, n, seed=n) for n in widths]
     torch.autograd.backward(ys, grads)
-    (x_TD,) = rounded([x.flatten(0, 1)], 0, fp8.INPUT)
-    ws = rounded([layer.weight for layer in layers], 0, fp8.INPUT)
-    gs = rounded([g.flatten(0, 1) for g in grads], 1, fp8.GRADIENT)
+    (x_TD,) = rounded([x.flatten(0, 1)], 0, torch.float8_e4m3fn)
+    ws = rounded([layer.weight for layer in layers], 0, torch.float8_e4m3fn)
+    gs = rounded([g.flatten(0, 1) for g in grads], 1, torch.float8_e5m2)
     wanted = [x_TD @ w.T + (layer.bias.double() if bias else 0) for w, layer in zip(ws, layers, strict=True)]
     found = [y.flatten(0, 1) for y in ys] + [x.grad.flatten(0, 1)] + [layer.weight.grad for layer in layers]
     wanted += [sum(g @ w for g, w in zip(gs, ws, strict=True)), *(g.T @ x_TD for g in gs)]
@@ -325,13 +325,16 @@ def test_sampling_and_evaluation_take_the_weights_as_they_are():
 
 @pytest.mark.parametrize("version", ["v1_dense", "v3_moe"])
 def test_fused_models_train_as_with_the_definition(version):
-    """Whole models in fp32, MLA and multi-token prediction too: gradients with and without the kernel."""
+    """Whole models in fp32, MLA and prediction ahead too: with PyTorch's rounding, with the kernel, once compiled."""
     cfg, grads = composed(f"model={version}", "size=tiny", "model.head_dim=32", "data.seq_len=16"), []
     for fused in ("torch", "triton"):
         cfg.kernels.fp8_quantize = type(cfg.kernels.fp8_quantize)(fused)
         ops = resolve(cfg.kernels, fp8=True)
         model = Transformer(cfg.model, ops).train()
         init_weights(model, cfg.model, 0)
+        if fused == "triton" and version == "v3_moe":
+            torch._dynamo.reset()
+            model.losses = torch.compile(model.losses, backend="eager", fullgraph=True)
         (loss, _), ahead = model.losses(torch.arange(2 * 17).view(2, 17) * 7 % 512)
         (loss + sum(mean for mean, _ in ahead)).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
@@ -339,16 +342,18 @@ def test_fused_models_train_as_with_the_definition(version):
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "fused"])
-@pytest.mark.parametrize("name", ["v1_dense", "v3_moe", "v4_distill"])
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [("v1_dense", "torch"), ("v3_moe", "torch"), ("v4_distill", "torch"), ("v1_dense", "fused"), ("v3_moe", "fused")],
+)
 def test_the_plan_counts_what_is_kept(name, kernels):
-    exp = experiment(f"model={name}", "size=tiny", f"kernels={kernels}", "model.max_seq_len=64")
+    exp = experiment(f"model={name}", "size=tiny", f"kernels={kernels}", "model.max_seq_len=32")
     dtype = torch.bfloat16 if kernels == "torch" else torch.float32
     for block in blocks(exp, resolve(exp.kernels, fp8=True), dtype):
         is_moe = hasattr(block.feed_forward, "router")
         counted = block_activation_bytes(exp.model, exp.kernels, dtype.itemsize, i=1, is_moe=is_moe)
         assert counted == pytest.approx(saved_bytes(block, exp.model, dtype), rel=0.1)
         with Products() as products:
-            block(torch.randn(2, 64, exp.model.d_model, dtype=dtype))
+            block(torch.randn(2, 32, exp.model.d_model, dtype=dtype))
         counted = product_bytes(exp.model, exp.kernels, dtype.itemsize, i=1, is_moe=is_moe)
-        assert counted == pytest.approx(products.n_bytes / (2 * 64), rel=0.05)
+        assert counted == pytest.approx(products.n_bytes / (2 * 32), rel=0.05)

@@ -15,7 +15,7 @@ from torch import nn
 from triton.runtime import interpreter
 
 from deepseek_exp.build import DTYPES, build_model
-from deepseek_exp.config import Precision
+from deepseek_exp.config import ActivationCheckpointing, Precision
 from deepseek_exp.kernels import TORCH, experts, fp8, fp8_grouped, fp8_quantize, reference, resolve
 from deepseek_exp.kernels.fp8_experts import routed_experts
 from deepseek_exp.models import Transformer, init_weights
@@ -340,6 +340,17 @@ def test_fused_models_train_as_with_the_definition(version):
         grads.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", [(), ("kernels.experts=triton", "kernels.fp8_quantize=triton")])
+def test_checkpointing_changes_no_bit(kernels):
+    cfg, grads = composed("model=v2_moe", "size=tiny", "model.n_layers=1", "data.seq_len=16", *kernels), []
+    for checkpointing in ActivationCheckpointing:
+        model = Transformer(cfg.model, resolve(cfg.kernels, fp8=True), checkpointing).train()
+        init_weights(model, cfg.model, 0)
+        model.losses(torch.arange(2 * 17).view(2, 17) * 7 % 512)[0][0].backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from deepseek_exp.callbacks import Checkpoints, Metrics, Progress
 from deepseek_exp.config import Device, ExperimentConfig, Precision
 from deepseek_exp.data import PreparedData, TokenDataModule, prepare
 from deepseek_exp.errors import DeviceError, Problem
-from deepseek_exp.kernels import TORCH, resolve
+from deepseek_exp.kernels import TORCH, Ops, resolve
 from deepseek_exp.layout import degrees
 from deepseek_exp.lit import LanguageModel
 from deepseek_exp.lit_stage import StageModel
@@ -36,7 +36,7 @@ from deepseek_exp.topology import Axis
 from deepseek_exp.tracking import RunLog
 from deepseek_exp.tracking.logger import JournalLogger
 
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp8: torch.bfloat16}
 # said by Lightning about choices that are made on purpose here
 EXPECTED_WARNINGS = (
     ".*does not have many workers.*",
@@ -127,7 +127,7 @@ def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
     groups.barrier()
     data = prepare(cfg.data)
     tp = groups.axis[Axis.tp], groups.at.tp
-    ops = parallel_ops(cfg.kernels, *tp) if groups.degrees.tp > 1 else resolve(cfg.kernels)
+    ops = parallel_ops(_ops(cfg), cfg.kernels, *tp) if groups.degrees.tp > 1 else _ops(cfg)
     with torch.device("meta"):
         whole = Transformer(cfg.model, ops, cfg.trainer.activation_checkpointing)
     part = cut_model(cfg, whole, groups)
@@ -162,9 +162,13 @@ def _build_datamodule(
     )
 
 
+def _ops(cfg: ExperimentConfig) -> Ops:
+    return resolve(cfg.kernels, fp8=cfg.do.trains and cfg.trainer.precision is Precision.fp8)
+
+
 def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Transformer:
     """Build the model on a device, with weights from a checkpoint, else from `init_from`, else from the seed."""
-    model = Transformer(cfg.model, resolve(cfg.kernels), cfg.trainer.activation_checkpointing)
+    model = Transformer(cfg.model, _ops(cfg), cfg.trainer.activation_checkpointing)
     if weights is not None:
         model.load_state_dict(load_weights(weights))
     elif cfg.init_from is not None:

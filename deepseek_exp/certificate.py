@@ -9,7 +9,8 @@ own size, so that a weight whose gradient is hardly more than rounding moves by 
 rounding decides: the bound of the weights is 1e-5, or a thousandth of the sum of the learning rates where that is more.
 bf16: every operation rounds to 8 bits, so that two right layouts differ by some percent in the gradient norm, and
 single weights by as much as they were moved. There the bounds tell only a gross mistake from rounding, and the
-certificate says so.
+certificate says so. fp8 rounds the operands of products to 4 bits or 3, and each rank has scales of its own: the bounds
+are wider still.
 """
 
 from __future__ import annotations
@@ -43,10 +44,14 @@ class Bounds:
     weight: float
 
 
-BOUNDS = {Precision.fp32: Bounds(2e-6, 1e-5, 1e-5), Precision.bf16: Bounds(2e-2, 1e-1, 1e-2)}
+BOUNDS = {
+    Precision.fp32: Bounds(2e-6, 1e-5, 1e-5),
+    Precision.bf16: Bounds(2e-2, 1e-1, 1e-2),
+    Precision.fp8: Bounds(5e-2, 3e-1, 1e-2),
+}
 # of the sum of the learning rates, which is about the way of a weight under Adam
-SHARE_OF_WAY = {Precision.fp32: 1e-3, Precision.bf16: 2.0}
-ROUGH = "in bf16 these bounds tell only a gross mistake from rounding; trainer.precision=fp32 is the sharp test"
+SHARE_OF_WAY = {Precision.fp32: 1e-3, Precision.bf16: 2.0, Precision.fp8: 2.0}
+ROUGH = "in {} these bounds tell only a gross mistake from rounding; trainer.precision=fp32 is the sharp test"
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def compare(cfg: ExperimentConfig, one: Path, other: Path) -> Certificate:
     d = degrees(cfg)
     if d.world_size == 1:
         return Certificate(_facts(cfg), "a second run of one process", rows, "")
-    note = ROUGH if cfg.trainer.precision is Precision.bf16 else ""
+    note = ROUGH.format(cfg.trainer.precision.value) if cfg.trainer.precision.keeps_masters else ""
     return Certificate(_facts(cfg), f"dp {d.dp} x tp {d.tp} x pp {d.pp}", rows, note)
 
 

@@ -100,6 +100,12 @@ class Precision(StrEnum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp8 = "fp8"
+
+    @property
+    def keeps_masters(self) -> bool:
+        """Weights and activations are in bf16, beside fp32 masters; of fp8, products alone are in 8 bits."""
+        return self is not Precision.fp32
 
 
 class ActivationCheckpointing(StrEnum):
@@ -307,7 +313,10 @@ class TrainerConfig:
     max_steps: int = key("optimizer steps in all", ge=1)
     global_batch_seqs: int = key("sequences in one optimizer step", ge=1)
     micro_batch_seqs: int = key("sequences in one forward and backward pass; divides global_batch_seqs", ge=1)
-    precision: Precision = key("bf16 keeps fp32 master weights and accumulates gradients in fp32")
+    precision: Precision = key(
+        "bf16 keeps fp32 master weights and accumulates gradients in fp32; fp8: bf16, and the matrix products of the "
+        "blocks in 8-bit floating numbers while it trains (needs a GPU of compute capability 8.9 or more)"
+    )
     activation_checkpointing: ActivationCheckpointing = key(
         "what a block computes again in the backward pass; selective: all but matrix products and attention; full: all"
     )
@@ -329,6 +338,7 @@ class KernelsConfig:
     rms_norm: Kernel = key("RMSNorm, with the residual addition before it")
     rope: Kernel = key("rotary positions, with the norm of queries and keys before them")
     swiglu: Kernel = key("the gate of a feed-forward network")
+    fp8_quantize: Kernel = key("trainer.precision=fp8: rounding to 8 bits, as it is and transposed")
     local_global_attention: Kernel = key("attention; triton skips keys outside of the window, where there is one")
     router: Kernel = key("which experts a token goes to, from the router's logits")
     experts: Kernel = key("from tokens through their experts to their sums, where all experts are on one rank")
@@ -382,6 +392,7 @@ class ClusterConfig:
     memory_bandwidth: float = key("of one GPU's memory, read + written, bytes/s", gt=0)
     peak_bf16_flops: float = key("peak of one GPU in dense bf16, FLOP/s; what MFU is a share of", gt=0)
     peak_fp32_flops: float = key("peak of one GPU in fp32, FLOP/s", gt=0)
+    peak_fp8_flops: float | None = key("peak of one GPU in dense fp8, FLOP/s; null: it has none", gt=0)
     matmul_efficiency: float = key("share of the peak that a dense block reaches in training", gt=0, le=1)
     grouped_efficiency: float = key("share of the peak that the routed experts reach in training", gt=0, le=1)
     intra_node_bandwidth: float = key("of one GPU to the others of its machine, each way, bytes/s", gt=0)

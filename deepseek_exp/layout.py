@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from deepseek_exp.config import AttentionKind, ClusterConfig, Do, ExperimentConfig, ModelConfig
+from deepseek_exp.config import AttentionKind, ClusterConfig, Do, ExperimentConfig, ModelConfig, Precision
 from deepseek_exp.errors import Problem
 from deepseek_exp.topology import AUTO, Degrees, divisors, resolve
 
@@ -13,6 +13,8 @@ from deepseek_exp.topology import AUTO, Degrees, divisors, resolve
 ELEMENTWISE = ("AdamW", "Adam", "SGD", "RMSprop", "NAdam", "RAdam", "Adamax")
 # what uses a checkpoint whole, in one process, however it was trained
 IN_ONE_PROCESS = (Do.sample, Do.export)
+# what PyTorch's products of 8-bit floating numbers want widths in multiples of
+FP8_MULTIPLE = 16
 
 
 def n_gpus(cluster: ClusterConfig) -> int:
@@ -77,6 +79,8 @@ def _chosen(exp: ExperimentConfig) -> Iterator[Problem]:
             rule = "cannot be used with parallel.auto=true, which chooses it"
             fix = f"leave parallel.{name} out, or set parallel.auto=false"
             yield Problem(f"parallel.{name}", getattr(p, name), rule, fix)
+    if exp.trainer.precision is Precision.fp8:
+        yield from _fp8(exp, 1)
     if n_gpus(exp.cluster) > 1:
         yield from _several(exp, n_gpus(exp.cluster))
 
@@ -116,6 +120,8 @@ def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
     if exp.parallel.sequence_parallel:
         yield from _sequence(exp, d.tp)
     yield from _batch(d, t.global_batch_seqs, t.micro_batch_seqs)
+    if t.precision is Precision.fp8 and (exp.do.trains or exp.do is Do.plan):
+        yield from _fp8(exp, d.tp)
 
 
 def is_elementwise(exp: ExperimentConfig) -> bool:
@@ -155,6 +161,42 @@ def _sequence(exp: ExperimentConfig, tp: int) -> Iterator[Problem]:
     if exp.model.n_mtp_layers:
         rule = f"cannot be used with model.n_mtp_layers={exp.model.n_mtp_layers}, whose inputs are shorter sequences"
         yield Problem(key, True, rule, f"{off}, or model.n_mtp_layers=0")
+
+
+def _fp8(exp: ExperimentConfig, tp: int) -> Iterator[Problem]:
+    """Find matrices whose part on a rank is not as wide as products in 8 bits need it."""
+    for key, width, most in _widths(exp.model):
+        ways = min(tp, most)
+        rule = f"not a multiple of {FP8_MULTIPLE}, which trainer.precision='fp8' needs"
+        if width % FP8_MULTIPLE:
+            fix = "set trainer.precision=bf16, or change it"
+            yield Problem(f"model.{key}", _value(exp.model, key), f"makes a matrix {width} wide, {rule}", fix)
+        elif width // ways % FP8_MULTIPLE:
+            legal = _listed(n for n in divisors(ways) if width // n % FP8_MULTIPLE == 0)
+            rule = f"leaves {width // ways} of a width of {width} (model.{key}) to a rank, {rule}"
+            yield Problem("parallel.tp", tp, rule, f"use parallel.tp of {legal}, or trainer.precision=bf16")
+
+
+def _widths(m: ModelConfig) -> Iterator[tuple[str, int, int]]:
+    """List the widths of the blocks' matrices: a key that each follows from, the width, how many ways it is cut."""
+    any_ways = m.n_heads
+    yield "d_model", m.d_model, 1
+    if m.attention is AttentionKind.mla:
+        yield "q_lora_rank", m.q_lora_rank, 1
+        yield "kv_lora_rank", m.kv_lora_rank + m.qk_rope_head_dim, 1
+        yield "qk_nope_head_dim", m.n_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim), any_ways
+        yield "v_head_dim", m.n_heads * m.v_head_dim, any_ways
+    else:
+        yield "head_dim", m.n_heads * m.head_dim, any_ways
+        yield "head_dim", m.n_kv_heads * m.head_dim, m.n_kv_heads
+    if not m.moe.n_routed_experts or m.moe.n_dense_layers:
+        yield "d_ff", m.d_ff, any_ways
+    if m.moe.n_routed_experts:
+        yield "moe.d_expert", m.moe.d_expert, any_ways
+
+
+def _value(m: ModelConfig, key: str) -> int:
+    return m.moe.d_expert if key == "moe.d_expert" else int(getattr(m, key))
 
 
 def _tensor_rule(m: ModelConfig, tp: int) -> str | None:

@@ -26,6 +26,7 @@ from deepseek_exp.config import (
     Launcher,
     MixturePart,
     Order,
+    Precision,
     Source,
 )
 from deepseek_exp.errors import Problem
@@ -37,6 +38,10 @@ from deepseek_exp.topology import divisors
 ALLOWED_MODULES = ("torch.optim", "pytorch_lightning.callbacks", "deepseek_exp.callbacks")
 # arguments of torch.optim.AdamW that choose how it computes, not what
 HOW = ("fused", "foreach", "capturable")
+# the first GPUs with fp8 products, and those with PyTorch's grouped ones
+FP8_CAPABILITY, GROUPED_CAPABILITY = (8, 9), (9, 0)
+# the CUDA driver's numbers of COMPUTE_CAPABILITY_MAJOR and _MINOR
+CAPABILITY_ATTRIBUTES = (75, 76)
 TRACKING_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
 
@@ -234,6 +239,26 @@ def _kernels(exp: ExperimentConfig) -> Iterator[Problem]:
         yield Problem(key, Kernel.triton.value, f"needs a CUDA device and {why}", "use kernels=torch")
 
 
+def _fp8(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find hardware that has no products of 8-bit floating numbers; a CPU emulates them."""
+    if exp.trainer.precision is not Precision.fp8:
+        return
+    key, value, fix = "trainer.precision", Precision.fp8.value, "set trainer.precision=bf16"
+    if exp.do is Do.plan and exp.cluster.peak_fp8_flops is None:
+        rule = f"needs GPUs that compute in it, and cluster.gpu='{exp.cluster.gpu}' has cluster.peak_fp8_flops=null"
+        yield Problem(key, value, rule, f"{fix}, or take another cluster")
+    on_gpus = exp.do.trains and exp.launch.launcher is Launcher.local and exp.device is not Device.cpu and _n_gpus()
+    if not on_gpus:
+        return
+    has = _capability()
+    if has < FP8_CAPABILITY:
+        rule = f"needs a GPU of compute capability 8.9 or more, and this one has {has[0]}.{has[1]}"
+        yield Problem(key, value, rule, fix)
+    elif exp.model.moe.n_routed_experts and has != GROUPED_CAPABILITY:
+        rule = f"needs a GPU of compute capability 9.0 for the experts' products, and this one has {has[0]}.{has[1]}"
+        yield Problem(key, value, rule, fix)
+
+
 def _weight_bits(exp: ExperimentConfig) -> Iterator[Problem]:
     """Find what keeps a model from being sampled from with integers for weights."""
     bits = exp.sample.weight_bits
@@ -344,6 +369,14 @@ def _runs_triton(exp: ExperimentConfig) -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" or (exp.device is not Device.cpu and _n_gpus() > 0)
 
 
+def _capability() -> tuple[int, int]:
+    """Ask the CUDA driver for the compute capability of the first GPU."""
+    driver, found = ctypes.CDLL("libcuda.so.1"), (ctypes.c_int(), ctypes.c_int())
+    for value, attribute in zip(found, CAPABILITY_ATTRIBUTES, strict=True):
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
+    return found[0].value, found[1].value
+
+
 def _n_gpus() -> int:
     """Ask the CUDA driver itself for the GPUs there are, which takes milliseconds; it heeds CUDA_VISIBLE_DEVICES."""
     try:
@@ -366,6 +399,7 @@ RULES = (
     _targets,
     _device,
     _kernels,
+    _fp8,
     _fused_adamw,
     _weight_bits,
     layout_problems,

@@ -125,7 +125,7 @@ def _tile(n_columns: int) -> Tile:
     return Tile(TILE // width, width, 8)
 
 
-def _rows_of(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+def rows_of(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
     """Copy each token, read once, to its rows: (rows, d_model); dropped ones stay undefined."""
     x_TD, (n_tokens, k), n_cols = x_TD.contiguous(), inverse_TK.shape, x_TD.shape[1]
     x_RD, width = x_TD.new_empty(n_tokens * k, n_cols), min(1024, triton.next_power_of_2(n_cols))
@@ -135,7 +135,7 @@ def _rows_of(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
     return x_RD
 
 
-def _sum_rows(y_RD: Tensor, z_RD: Tensor | None, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+def sum_rows(y_RD: Tensor, z_RD: Tensor | None, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
     """Add up each token's rows of y, and of z where there is one: (tokens, d_model), rounded once."""
     (n_tokens, k), n_cols, two = inverse_TK.shape, y_RD.shape[1], z_RD is not None
     out_TD, width = y_RD.new_empty(n_tokens, n_cols), min(1024, triton.next_power_of_2(n_cols))
@@ -146,7 +146,8 @@ def _sum_rows(y_RD: Tensor, z_RD: Tensor | None, inverse_TK: Tensor, ends_E: Ten
     return out_TD
 
 
-def _hidden(gate_RF: Tensor, up_RF: Tensor, weights_TK: Tensor, order_R: Tensor, ends_E: Tensor) -> Tensor:
+def hidden(gate_RF: Tensor, up_RF: Tensor, weights_TK: Tensor, order_R: Tensor, ends_E: Tensor) -> Tensor:
+    """Give the hidden layer of each row, times its weight; dropped rows stay undefined."""
     hidden_RF, (n_rows, n_cols) = torch.empty_like(gate_RF), gate_RF.shape
     tile = _tile(n_cols)
     _swiglu[(triton.cdiv(n_rows, tile.rows), triton.cdiv(n_cols, tile.width))](
@@ -156,7 +157,7 @@ def _hidden(gate_RF: Tensor, up_RF: Tensor, weights_TK: Tensor, order_R: Tensor,
     return hidden_RF
 
 
-def _hidden_backward(
+def hidden_backward(
     grad_RF: Tensor, gate_RF: Tensor, up_RF: Tensor, weights_TK: Tensor, order_R: Tensor, ends_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give the gradients of gate, up and weights, and write the hidden layer over its own gradient."""
@@ -183,12 +184,12 @@ def _routed_experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give the sums, and gate and up of each row for the backward pass."""
     inverse_TK = inverse_R.view(weights_TK.shape)
-    x_RD = _rows_of(x_TD, inverse_TK, ends_E)
+    x_RD = rows_of(x_TD, inverse_TK, ends_E)
     gate_RF, up_RF = (F.grouped_mm(x_RD, w.transpose(1, 2), offs=ends_E) for w in (w_gate, w_up))
     del x_RD
-    hidden_RF = _hidden(gate_RF, up_RF, weights_TK, order_R, ends_E)
+    hidden_RF = hidden(gate_RF, up_RF, weights_TK, order_R, ends_E)
     y_RD = F.grouped_mm(hidden_RF, w_down.transpose(1, 2), offs=ends_E)
-    return _sum_rows(y_RD, None, inverse_TK, ends_E), gate_RF, up_RF
+    return sum_rows(y_RD, None, inverse_TK, ends_E), gate_RF, up_RF
 
 
 @torch.library.custom_op("deepseek_exp::routed_experts_backward", mutates_args=())
@@ -207,16 +208,16 @@ def _routed_experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Give the gradients of tokens, weights and the three stacks of matrices."""
     inverse_TK = inverse_R.view(weights_TK.shape)
-    grad_RD = _rows_of(grad_TD, inverse_TK, ends_E)
+    grad_RD = rows_of(grad_TD, inverse_TK, ends_E)
     hidden_RF = F.grouped_mm(grad_RD, w_down, offs=ends_E)  # its gradient as yet
-    dgate_RF, dup_RF, dweights_TK = _hidden_backward(hidden_RF, gate_RF, up_RF, weights_TK, order_R, ends_E)
+    dgate_RF, dup_RF, dweights_TK = hidden_backward(hidden_RF, gate_RF, up_RF, weights_TK, order_R, ends_E)
     dw_down = F.grouped_mm(grad_RD.T, hidden_RF, offs=ends_E)  # (experts, d_model, d_expert)
     del grad_RD, hidden_RF
-    x_RD = _rows_of(x_TD, inverse_TK, ends_E)
+    x_RD = rows_of(x_TD, inverse_TK, ends_E)
     dw_gate, dw_up = (F.grouped_mm(d.T, x_RD, offs=ends_E) for d in (dgate_RF, dup_RF))  # (experts, d_expert, d_model)
     del x_RD
     by_gate_RD, by_up_RD = (F.grouped_mm(d, w, offs=ends_E) for d, w in ((dgate_RF, w_gate), (dup_RF, w_up)))
-    dx_TD = _sum_rows(by_gate_RD, by_up_RD, inverse_TK, ends_E)
+    dx_TD = sum_rows(by_gate_RD, by_up_RD, inverse_TK, ends_E)
     return dx_TD, dweights_TK, dw_gate, dw_up, dw_down
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek_exp.config import Kernel, KernelsConfig
 from deepseek_exp.kernels import attention, grouped, reference
@@ -20,6 +21,7 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rope: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+    linears: Callable[[Tensor, Sequence[nn.Module]], list[Tensor]]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     top_k_swiglu: Callable[[Tensor, Tensor, int], Tensor]
     grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -34,6 +36,7 @@ TORCH = Ops(
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
     rope=reference.rope,
+    linears=reference.linears,
     swiglu=reference.swiglu,
     top_k_swiglu=reference.top_k_swiglu,
     grouped_mm=grouped.grouped_mm,
@@ -45,8 +48,13 @@ TORCH = Ops(
 )
 
 
-def resolve(cfg: KernelsConfig) -> Ops:
-    """Give the operations that a configuration names; Triton is imported where one of its kernels is asked for."""
+def resolve(cfg: KernelsConfig, *, fp8: bool = False) -> Ops:
+    """Give the operations that a configuration names; Triton is imported where one of its kernels is asked for.
+
+    Args:
+        cfg: what computes each operation.
+        fp8: compute the blocks' matrix products of a training pass in 8-bit floating numbers.
+    """
     triton: dict[str, Callable[..., Any]] = {}
     if cfg.rms_norm is Kernel.triton:
         from deepseek_exp.kernels.rms_norm import add_rms_norm, rms_norm
@@ -75,7 +83,24 @@ def resolve(cfg: KernelsConfig) -> Ops:
         triton |= {"linear_cross_entropy": linear_cross_entropy}
     if cfg.local_global_attention is Kernel.triton:
         triton |= {"local_global_attention": _windowed}
+    if fp8:
+        triton |= _in_fp8(cfg)
     return dataclasses.replace(TORCH, **triton)
+
+
+def _in_fp8(cfg: KernelsConfig) -> dict[str, Callable[..., Any]]:
+    from deepseek_exp.kernels import fp8, fp8_grouped
+
+    fused = cfg.fp8_quantize is Kernel.triton
+    made: dict[str, Callable[..., Any]] = {
+        "linears": functools.partial(fp8.linears, fused=fused),
+        "grouped_mm": functools.partial(fp8_grouped.grouped_mm, fused=fused),
+    }
+    if cfg.experts is Kernel.triton:
+        from deepseek_exp.kernels.fp8_experts import routed_experts
+
+        made["routed_experts"] = functools.partial(routed_experts, fused=fused)
+    return made
 
 
 def _windowed(

@@ -6,15 +6,20 @@ Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D head wid
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek_exp.config import GroupScore, Score
 
 # elements of an optimizer's moment that share one scale
 BLOCK = 256
+# of the 8-bit floating types: the largest number
+FP8_LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+# what is smaller than this counts as no larger: its inverse, times the above, is still a number of fp32
+FP8_LEAST = 2.0**-100
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -416,3 +421,38 @@ def weight_only_linear(x: Tensor, q: Tensor, scale: Tensor, bits: int, group_siz
         (..., d_out), the type of x.
     """
     return F.linear(x, dequantize_weight(q, scale, bits, group_size).to(x.dtype))
+
+
+def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """Apply several linear layers to one input.
+
+    Args:
+        x: (..., d_in).
+        layers: each maps (..., d_in) to (..., its d_out).
+
+    Returns:
+        What each gives.
+    """
+    return [layer(x) for layer in layers]
+
+
+def quantize_fp8(x: Tensor, dtype: torch.dtype, *, by_row: bool = False) -> tuple[Tensor, Tensor]:
+    """Round to 8-bit floating numbers, scaled so that the largest magnitude is the type's largest number.
+
+    q = round(x * (M / a)), scale = a / M, with a = max |x| and M = 448 for e4m3, 57344 for e5m2; x is about q * scale.
+    Source: Micikevicius et al. 2022, "FP8 Formats for Deep Learning", section 3 (the formats and their scaling in
+    software); that a is of the tensor itself is our choice, as is the NaN. In fp32 whatever x. Where a is infinite or
+    NaN so is everything that is computed of the tensor: the scale is NaN.
+
+    Args:
+        x: (..., columns), any floating type.
+        dtype: float8_e4m3fn or float8_e5m2.
+        by_row: each row has a scale of its own.
+
+    Returns:
+        q in the shape of x, and the scale, fp32: (), or (...) where each row has one.
+    """
+    wide, most = x.float(), FP8_LARGEST[dtype]
+    largest = (wide.abs().amax(-1, keepdim=True) if by_row else wide.abs().amax()).clamp(min=FP8_LEAST)
+    scale = torch.where(largest.isfinite(), largest / most, float("nan"))
+    return (wide * (most / largest)).to(dtype), scale.squeeze(-1) if by_row else scale

@@ -97,9 +97,13 @@ class Attention(nn.Module):
         context = x if memory is None else torch.cat([memory, x], dim=1)  # (batch, n_memory + seq, d_model)
         n_memory, n_cached = context.shape[1] - seq, cache.length if cache is not None else 0
         cos, sin = rope_table(self.cfg, self.head_dim, n_cached + n_memory + seq, x.device)
-        q = self.wq(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)  # (batch, heads, seq, head_dim)
-        k = self.wk(context).view(batch, n_memory + seq, -1, self.head_dim).transpose(1, 2)
-        v = self.wv(context).view(batch, n_memory + seq, -1, self.head_dim).transpose(1, 2)
+        if memory is None:
+            q, k, v = self.ops.linears(x, (self.wq, self.wk, self.wv))
+        else:
+            q, k, v = *self.ops.linears(x, (self.wq,)), *self.ops.linears(context, (self.wk, self.wv))
+        q = q.view(batch, seq, -1, self.head_dim).transpose(1, 2)  # (batch, heads, seq, head_dim)
+        k = k.view(batch, n_memory + seq, -1, self.head_dim).transpose(1, 2)
+        v = v.view(batch, n_memory + seq, -1, self.head_dim).transpose(1, 2)
         q_norm, k_norm = (norm.weight if norm is not None else None for norm in (self.q_norm, self.k_norm))
         q = self.ops.rope(q, cos[n_cached + n_memory :], sin[n_cached + n_memory :], q_norm, self.cfg.norm_eps)
         k = self.ops.rope(k, cos[n_cached:], sin[n_cached:], k_norm, self.cfg.norm_eps)
@@ -108,7 +112,7 @@ class Attention(nn.Module):
         out = self.ops.local_global_attention(
             q, k, v, self.gate, self.head_dim**-0.5, n_memory, self.cfg.window, self.cfg.n_global_tokens
         )  # (batch, heads, seq, head_dim)
-        return self.wo(out.transpose(1, 2).reshape(batch, seq, -1))  # (batch, seq, d_model)
+        return self.ops.linears(out.transpose(1, 2).reshape(batch, seq, -1), (self.wo,))[0]  # (batch, seq, d_model)
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> KVCache:
         """Make an empty cache for `max_len` tokens, of the type of `like`."""

@@ -18,6 +18,9 @@ from deepseek_exp.moe import FeedForward, MoE
 KEPT = {
     *(f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm")),
     "deepseek_exp::grouped_product",
+    "deepseek_exp::fp8_linears",
+    "deepseek_exp::fp8_grouped",
+    "deepseek_exp::fp8_experts",
     "deepseek_exp::local_global_attention",
     "deepseek_exp::routed_experts",
     "aten::_scaled_dot_product_flash_attention",

@@ -49,22 +49,31 @@ class LatentAttention(nn.Module):
         context = x if memory is None else torch.cat([memory, x], dim=1)  # (batch, n_memory + seq, d_model)
         n_memory, n_cached = context.shape[1] - seq, cache.length if cache is not None else 0
         cos, sin = rope_table(self.cfg, self.rope, n_cached + n_memory + seq, x.device)
-        q = self.wq_b(self.q_norm(self.wq_a(x))) if self.cfg.q_lora_rank else self.wq(x)
+        q, down = self._down(x, context)
         q = q.view(batch, seq, -1, self.nope + self.rope).transpose(1, 2)  # (batch, heads, seq, nope + rope)
         q = self.ops.rope(q, cos[n_cached + n_memory :], sin[n_cached + n_memory :], None, 0.0)
-        latent, k_rope = self.wkv_a(context)[:, None].split([self.cfg.kv_lora_rank, self.rope], dim=-1)
+        latent, k_rope = down[:, None].split([self.cfg.kv_lora_rank, self.rope], dim=-1)
         latent = self.kv_norm(latent)  # (batch, 1, n_memory + seq, latent)
         k_rope = self.ops.rope(k_rope, cos[n_cached:], sin[n_cached:], None, 0.0)  # (batch, 1, n_memory + seq, rope)
         if cache is not None:
             k_rope, latent = cache.append(k_rope, latent)  # (batch, 1, keys, ...)
         attend = self._absorbed if n_cached else self._expanded
         out = attend(q, latent, k_rope, n_memory)  # (batch, heads, seq, v_head_dim)
-        return self.wo(out.transpose(1, 2).reshape(batch, seq, -1))  # (batch, seq, d_model)
+        return self.ops.linears(out.transpose(1, 2).reshape(batch, seq, -1), (self.wo,))[0]  # (batch, seq, d_model)
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> KVCache:
         """Make an empty cache for `max_len` tokens: kv_lora_rank + qk_rope_head_dim numbers a token, as `like`."""
         widths = self.rope, self.cfg.kv_lora_rank
         return KVCache(*(like.new_zeros(batch, 1, max_len, width) for width in widths))
+
+    def _down(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Give queries (batch, seq, heads * (nope + rope)) and latent and rotary keys (batch, keys, latent + rope)."""
+        first, linears = self.wq_a if self.cfg.q_lora_rank else self.wq, self.ops.linears
+        if context is x:
+            q, down = linears(x, (first, self.wkv_a))
+        else:
+            q, down = *linears(x, (first,)), *linears(context, (self.wkv_a,))
+        return linears(self.q_norm(q), (self.wq_b,))[0] if self.cfg.q_lora_rank else q, down
 
     def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, n_memory: int) -> Tensor:
         kv = self.wkv_b(latent.squeeze(1)).unflatten(-1, (-1, self.nope + self.v_dim)).transpose(1, 2)

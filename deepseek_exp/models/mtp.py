@@ -24,6 +24,7 @@ class MTPModule(nn.Module):
         self, cfg: ModelConfig, ops: Ops, checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     ) -> None:
         super().__init__()
+        self.ops = ops
         self.embedding_norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops)
         self.hidden_norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops)
         self.projection = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)
@@ -42,4 +43,4 @@ class MTPModule(nn.Module):
             (batch, seq, d_model), normalised: it goes through the output table, and to the next depth.
         """
         both = torch.cat([self.embedding_norm(next_embedded), self.hidden_norm(h)], dim=-1)
-        return self.head_norm(self.block(self.projection(both), domain=domain))
+        return self.head_norm(self.block(self.ops.linears(both, (self.projection,))[0], domain=domain))

@@ -28,11 +28,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_model) to the same shape."""
-        return self.w_down(self.hidden(x))
+        return self.ops.linears(self.hidden(x), (self.w_down,))[0]
 
     def hidden(self, x: Tensor) -> Tensor:
         """Give the hidden units (..., d_ff)."""
-        gate, up = self.w_gate(x), self.w_up(x)  # (..., d_ff)
+        gate, up = self.ops.linears(x, (self.w_gate, self.w_up))  # (..., d_ff)
         if not self.d_ff_active:
             return self.ops.swiglu(gate, up)
         hidden = self.ops.top_k_swiglu(gate, up, self.d_ff_active)

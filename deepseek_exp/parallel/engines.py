@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from deepseek_exp.config import ExperimentConfig, Precision
+from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.data import Batch
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.parallel.stage import Part, Stage, gradient_sums
@@ -213,7 +213,7 @@ def deepspeed_config(exp: ExperimentConfig, groups: Groups, zero_stage: int) -> 
         "zero_force_ds_cpu_optimizer": False,
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
     }
-    if t.precision is Precision.bf16:
+    if t.precision.keeps_masters:
         # each gradient is added to its fp32 sum as the backward pass makes it, and its bf16 form let go of
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         # the defaults add gradients up in bf16, over micro batches and over ranks

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek_exp.config import AttentionKind, Kernel, KernelsConfig, ModelConfig
-from deepseek_exp.kernels import Ops, resolve
+from deepseek_exp.kernels import Ops
 from deepseek_exp.models import Transformer
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.topology import Axis
@@ -147,10 +147,11 @@ class VocabParallelHead(nn.Module):
         return self.ops.linear_cross_entropy(self.region.enter(h), self.weight, targets)
 
 
-def parallel_ops(kernels: KernelsConfig, group: Any, index: int) -> Ops:
-    """Give the operations that a configuration names, for arguments that are cut over tp where they are.
+def parallel_ops(ops: Ops, kernels: KernelsConfig, group: Any, index: int) -> Ops:
+    """Give operations for arguments that are cut over tp where they are.
 
     Args:
+        ops: those of one process.
         kernels: what computes each operation.
         group: of the tp axis.
         index: this rank's place in it.
@@ -169,7 +170,7 @@ def parallel_ops(kernels: KernelsConfig, group: Any, index: int) -> Ops:
         return linear_cross_entropy(h, weight, targets - index * len(weight), share)
 
     return dataclasses.replace(
-        resolve(kernels),
+        ops,
         linear_cross_entropy=fused if kernels.linear_cross_entropy is Kernel.triton else linear_cross_entropy,
         top_k_swiglu=lambda gate, up, k: parallel_top_k_swiglu(gate, up, k, group),
     )

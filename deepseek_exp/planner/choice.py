@@ -71,7 +71,7 @@ def _remedies(exp: ExperimentConfig) -> Iterator[str]:
     """Find changes of one key with which a layout fits."""
     t, c, seq_len = exp.trainer, exp.cluster, exp.data.seq_len
     bf16 = dataclasses.replace(exp, trainer=dataclasses.replace(t, precision=Precision.bf16))
-    if t.precision is not Precision.bf16 and best_plans(bf16, 1):
+    if t.precision is Precision.fp32 and best_plans(bf16, 1):
         yield "trainer.precision=bf16"
     for n in (seq_len // part for part in PARTS):
         if n and best_plans(dataclasses.replace(exp, data=dataclasses.replace(exp.data, seq_len=n)), 1):

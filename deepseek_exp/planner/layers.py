@@ -25,6 +25,7 @@ class Layers:
             multi-token prediction; cut by tp, and not among the parameters.
         flops: FLOPs of one token, forward and backward, but for those of the routed experts.
         expert_flops: those of the top_k experts of a token.
+        product_flops: of `flops` those of the blocks' linear layers, which precision=fp8 computes in 8 bits.
         n_dense: blocks with a dense feed-forward network.
         n_moe: blocks with experts; those of multi-token prediction count too.
         n_mtp: modules for multi-token prediction.
@@ -38,6 +39,7 @@ class Layers:
     copies: int = 0
     flops: float = 0.0
     expert_flops: float = 0.0
+    product_flops: float = 0.0
     n_dense: int = 0
     n_moe: int = 0
     n_mtp: int = 0
@@ -91,6 +93,7 @@ def layers_of(cfg: ModelConfig, seq_len: int) -> list[Layers]:
     for _ in range(cfg.n_mtp_layers):
         d = cfg.d_model
         frame = Layers(whole=2 * d * d + 3 * d, flops=6 * (2 * d * d + 3 * d + table), n_mtp=1)
+        frame += Layers(product_flops=12 * d * d)
         end += frame + _block(cfg, seq_len, is_moe=cfg.moe.n_routed_experts > 0)
     return [*blocks, end]
 
@@ -104,10 +107,11 @@ def _block(cfg: ModelConfig, seq_len: int, *, is_moe: bool) -> Layers:
     whole = 2 * cfg.d_model + (_latents(cfg) if latent else 2 * cfg.head_dim * cfg.qk_norm)
     width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim if latent else 2 * cfg.head_dim
     flops = 6 * frame + 6 * cfg.n_heads * width * cost.mean_reach(cfg, seq_len)
-    block = Layers(split=frame - kv - whole, kv=kv, whole=whole, flops=flops)
+    block = Layers(split=frame - kv - whole, kv=kv, whole=whole, flops=flops, product_flops=6 * frame)
     if not is_moe:
         active = cost.count_feed_forward(cfg, cfg.d_ff, cfg.d_ff_active or cfg.d_ff)
-        return block + Layers(split=cost.count_feed_forward(cfg, cfg.d_ff, cfg.d_ff), flops=6 * active, n_dense=1)
+        both = Layers(flops=6 * active, product_flops=6 * active)
+        return block + both + Layers(split=cost.count_feed_forward(cfg, cfg.d_ff, cfg.d_ff), n_dense=1)
     expert = cost.count_feed_forward(cfg, cfg.moe.d_expert, cfg.moe.d_expert)
     router, shared = cost.count_moe(cfg, 0) - cfg.moe.n_shared_experts * expert, cfg.moe.n_shared_experts * expert
     return block + Layers(
@@ -115,6 +119,7 @@ def _block(cfg: ModelConfig, seq_len: int, *, is_moe: bool) -> Layers:
         whole=router,
         experts=cfg.moe.n_routed_experts * expert,
         flops=6 * (router + shared),
+        product_flops=6 * shared,
         expert_flops=6 * cfg.moe.top_k * expert,
         n_moe=1,
     )

@@ -63,7 +63,12 @@ class Memory:
 
 def element_bytes(exp: ExperimentConfig) -> int:
     """Give the bytes of one weight or activation."""
-    return 2 if exp.trainer.precision is Precision.bf16 else 4
+    return 2 if exp.trainer.precision.keeps_masters else 4
+
+
+def input_bytes(exp: ExperimentConfig) -> int:
+    """Give the bytes that one element of a linear layer's input is kept in for the backward pass."""
+    return 1 if exp.trainer.precision is Precision.fp8 else element_bytes(exp)
 
 
 def optimizer_bytes(exp: ExperimentConfig) -> float:
@@ -113,23 +118,23 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
 
 def _activations(exp: ExperimentConfig, stage: Layers, layout: Layout) -> tuple[float, float]:
     """Give the bytes of a token that a stage keeps for the backward pass, of each micro batch and once."""
-    m, e, kernels = exp.model, element_bytes(exp), exp.kernels
+    m, e, i, kernels = exp.model, element_bytes(exp), input_bytes(exp), exp.kernels
     tp, ep, cut = layout.degrees.tp, layout.degrees.ep, layout.cut
-    dense, moe = (block_activation_bytes(m, kernels, e, tp, ep, cut, is_moe=kind) for kind in (False, True))
+    dense, moe = (block_activation_bytes(m, kernels, e, tp, ep, cut, i, is_moe=kind) for kind in (False, True))
     ends = stage.n_heads_out * norm_bytes(m.d_model, e, kernels.rms_norm, cut)
-    ends += stage.n_mtp * (3 * norm_bytes(m.d_model, e, kernels.rms_norm) + 2 * m.d_model * e)
+    ends += stage.n_mtp * (3 * norm_bytes(m.d_model, e, kernels.rms_norm) + 2 * m.d_model * i)
     if layout.checkpointing is ActivationCheckpointing.none:
         return stage.n_dense * dense + stage.n_moe * moe + ends, 0.0
     recomputed = max(dense if stage.n_dense else 0.0, moe if stage.n_moe else 0.0)
     kept = (stage.n_dense + stage.n_moe) * m.d_model * e / cut + ends
     if layout.checkpointing is ActivationCheckpointing.selective:
-        dense, moe = (product_bytes(m, kernels, e, tp, ep, is_moe=kind) for kind in (False, True))
+        dense, moe = (product_bytes(m, kernels, e, tp, ep, i, is_moe=kind) for kind in (False, True))
         kept += stage.n_dense * dense + stage.n_moe * moe
     return kept, recomputed
 
 
 def block_activation_bytes(
-    m: ModelConfig, kernels: KernelsConfig, e: int, tp: int = 1, ep: int = 1, cut: int = 1, *, is_moe: bool
+    m: ModelConfig, kernels: KernelsConfig, e: int, tp: int = 1, ep: int = 1, cut: int = 1, i: int = 0, *, is_moe: bool
 ) -> float:
     """Count the bytes of one token that a block keeps for its backward pass.
 
@@ -157,6 +162,9 @@ def block_activation_bytes(
         local_global_attention   with a window q, k, v as they are, a result that wo reads in place, 16 bytes a head
         experts                  gate and up: 2 top_k d_expert, and no rows; where ep is 1
 
+    In fp8 a linear layer keeps its input as a copy of one byte an element: the results of norms that nothing else
+    needs, the product in a feed-forward network, the input of wo. Routed experts keep their inputs as they are.
+
     Sequence parallelism cuts the norms' inputs and the residual stream by tp too (section 4.2.2). Korthikanti et al.
     cut the norms' results as well and gather them a second time for the backward pass; ours stay whole, as gathered.
 
@@ -167,25 +175,30 @@ def block_activation_bytes(
         tp: tensor-parallel degree.
         ep: expert-parallel degree.
         cut: ways that the positions are shared out between the cut matrices: tp with sequence parallelism.
+        i: bytes of an element of what a linear layer keeps of its input; 0: e, the input itself.
         is_moe: the block has experts.
     """
-    h, norm, halves = m.d_model, kernels.rms_norm, 3 if kernels.swiglu is Kernel.triton else 4
-    on_every_rank = 2 * norm_bytes(h, e, norm, cut)
+    h, norm, halves, i = m.d_model, kernels.rms_norm, 3 if kernels.swiglu is Kernel.triton else 4, i or e
+    on_every_rank = 2 * norm_bytes(h, e, norm, cut) - (1 if is_moe else 2) * (e - i) * h
     if m.attention is AttentionKind.mla:
         on_every_rank += sum(norm_bytes(width, e, norm) for width in (m.kv_lora_rank, m.q_lora_rank))
-    shared_out = _attention_bytes(m, kernels, e)
+        on_every_rank -= (e - i) * m.q_lora_rank
+    shared_out = _attention_bytes(m, kernels, e, i)
     if not is_moe:
         sparse = 8 * m.d_ff_active + m.d_ff if m.d_ff_active else 0
-        return on_every_rank + (shared_out + (4 if sparse else halves) * m.d_ff * e + sparse) / tp
+        return on_every_rank + (shared_out + (((4 if sparse else halves) - 1) * e + i) * m.d_ff + sparse) / tp
     is_fused = kernels.experts is Kernel.triton and ep == 1
     routed = (2 if is_fused else halves) * m.moe.top_k
     shared_out += (routed + halves * m.moe.n_shared_experts) * m.moe.d_expert * e
+    if i < e and m.moe.n_shared_experts:
+        shared_out -= (e - i) * m.moe.n_shared_experts * m.moe.d_expert
+        on_every_rank += i * h
     rows = 0 if is_fused else 2 * m.moe.top_k * h * e
     on_every_rank += rows + 3 * m.moe.n_routed_experts * 4 + (4 * h if e == 2 else 0)
     return on_every_rank + shared_out / tp
 
 
-def _attention_bytes(m: ModelConfig, kernels: KernelsConfig, e: int) -> float:
+def _attention_bytes(m: ModelConfig, kernels: KernelsConfig, e: int, i: int) -> float:
     """Count what attention keeps of a token: queries, keys, values and results, of all tensor ranks."""
     is_latent = m.attention is AttentionKind.mla
     n_kv = m.n_heads if is_latent else m.n_kv_heads
@@ -194,12 +207,15 @@ def _attention_bytes(m: ModelConfig, kernels: KernelsConfig, e: int) -> float:
     if kernels.local_global_attention is Kernel.triton and m.window:
         wide = m.qk_nope_head_dim + m.qk_rope_head_dim if is_latent else m.head_dim
         v = m.v_head_dim if is_latent else m.head_dim
-        return normed + m.n_heads * ((wide + v) * e + 16) + n_kv * (wide + v) * e
+        copy = v * i if i < e else 0  # of the result, for wo
+        return normed + m.n_heads * ((wide + v) * e + copy + 16) + n_kv * (wide + v) * e
     wide, v = attention_widths(m)
-    return normed + m.n_heads * ((4 * wide + v) * e + 4)
+    return normed + m.n_heads * (4 * wide * e + v * i + 4)
 
 
-def product_bytes(m: ModelConfig, kernels: KernelsConfig, e: int, tp: int = 1, ep: int = 1, *, is_moe: bool) -> float:
+def product_bytes(
+    m: ModelConfig, kernels: KernelsConfig, e: int, tp: int = 1, ep: int = 1, i: int = 0, *, is_moe: bool
+) -> float:
     """Count the bytes of one token in what a block's matrix products and its attention give.
 
     Selective checkpointing keeps these and the block's input, and computes the rest again (Korthikanti et al. 2022,
@@ -212,6 +228,7 @@ def product_bytes(m: ModelConfig, kernels: KernelsConfig, e: int, tp: int = 1, e
         experts  gate, up and down of the top_k rows       e each, the last whole
                  the router's scores in fp32, their sum over a token's rows; shared experts as dense
         fused    attention: its result and 16 bytes a head; experts: gate, up and the sum
+        fp8      also the inputs of linear layers           1 each
 
     Args:
         m: the model.
@@ -219,6 +236,7 @@ def product_bytes(m: ModelConfig, kernels: KernelsConfig, e: int, tp: int = 1, e
         e: bytes of an element.
         tp: tensor-parallel degree.
         ep: expert-parallel degree.
+        i: bytes of an element of what a linear layer keeps of its input, where that is a copy; 0: none.
         is_moe: the block has experts.
     """
     (wide, v), a_head = attention_widths(m), 4
@@ -239,7 +257,11 @@ def product_bytes(m: ModelConfig, kernels: KernelsConfig, e: int, tp: int = 1, e
         scores = m.moe.n_routed_experts + len(m.moe.domains)
     else:
         cut += 2 * m.d_ff
-    return e * whole + (e * cut + a_head * m.n_heads) / tp + 4 * scores
+    copied, copied_cut = (2 if not is_moe or m.moe.n_shared_experts else 1) * m.d_model, m.n_heads * v
+    copied += m.q_lora_rank if m.attention is AttentionKind.mla else 0
+    copied_cut += m.moe.n_shared_experts * m.moe.d_expert if is_moe else m.d_ff
+    inputs = i * (copied + copied_cut / tp) if 0 < i < e else 0
+    return e * whole + (e * cut + a_head * m.n_heads) / tp + 4 * scores + inputs
 
 
 def attention_widths(m: ModelConfig) -> tuple[int, int]:

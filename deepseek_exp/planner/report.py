@@ -130,7 +130,9 @@ def _best(exp: ExperimentConfig, best: Sequence[Plan]) -> Iterator[str]:
 def _hint(exp: ExperimentConfig) -> Iterator[str]:
     """Say what bf16 and a batch that suits the cluster would do, where the configuration has another."""
     t, c = exp.trainer, exp.cluster
-    fast = Precision.bf16 if c.peak_bf16_flops > c.peak_fp32_flops else t.precision
+    fast = t.precision
+    if t.precision is Precision.fp32 and c.peak_bf16_flops > c.peak_fp32_flops:
+        fast = Precision.bf16
     n_seqs = max(t.global_batch_seqs, SEQS_PER_GPU * n_gpus(c))
     words = [f"trainer.precision={fast.value}"] if fast is not t.precision else []
     words += [f"trainer.global_batch_seqs={n_seqs}"] if n_seqs != t.global_batch_seqs else []

@@ -14,6 +14,8 @@ from deepseek_exp.planner.traffic import axis_seconds, stage_traffic
 from deepseek_exp.topology import Axis
 
 SECONDS_PER_DAY = 86400
+# of the routed experts' products, those that are in 8 bits with precision=fp8; gradients of weights are in bf16
+NARROW_EXPERTS = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,26 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     compute = T * (flops / (peak matmul_efficiency) + expert_flops / (peak grouped_efficiency)), T tokens and the FLOPs
     of one on the rank; a recomputed block adds its forward pass, a third of that. Norms, activation functions, rotary
     embedding, the softmax of the loss and the launch of kernels count no FLOPs: the efficiencies, which are those of
-    whole steps, are lower for it. The optimizer reads gradient, weights and state and writes the last two.
+    whole steps, are lower for it. fp8 takes away what the products of the blocks, and two thirds of the experts', take
+    at bf16's peak more than at its own; what the efficiencies leave of the peak stays as long as it is. The optimizer
+    reads gradient, weights and state and writes the last two.
 
     Of pp and ep the share `cluster.overlap` hides behind the computing of the same micro batches, and of data behind
     that of the last one (ZeRO 2 and 3: of all); of tp, whose results the next matrix waits for, nothing does.
     """
     c, d = exp.cluster, layout.degrees
     e, n_micro = element_bytes(exp), layout.n_micro_batches(exp.trainer.global_batch_seqs)
-    peak = c.peak_bf16_flops if exp.trainer.precision is Precision.bf16 else c.peak_fp32_flops
+    peak = c.peak_bf16_flops if exp.trainer.precision.keeps_masters else c.peak_fp32_flops
+    saved = 0.0  # of the time of a product at the peak, in fp8
+    if exp.trainer.precision is Precision.fp8 and c.peak_fp8_flops:
+        saved = 1 - peak / c.peak_fp8_flops
     tokens = n_micro * layout.micro_batch_seqs * exp.data.seq_len
     paces, data, optimizer = [], 0.0, 0.0
     touched = 4 + 2 * (e + optimizer_bytes(exp))  # bytes a parameter
     for index, stage in enumerate(stages):
         dense, experts = stage.flops_on_rank(d.tp), stage.expert_flops / d.tp
-        compute = tokens / peak * (dense / c.matmul_efficiency + experts / c.grouped_efficiency)
+        narrow = saved * (stage.product_flops / d.tp + NARROW_EXPERTS * experts)
+        compute = tokens / peak * (dense / c.matmul_efficiency + experts / c.grouped_efficiency - narrow)
         again = compute / 3 if layout.checkpointing is ActivationCheckpointing.full else 0.0
         axes = axis_seconds(stage_traffic(exp, layout, stage, index), layout, c)
         left = exposed(axes[Axis.pp] + axes[Axis.ep], compute + again, c.overlap)

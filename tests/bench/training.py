@@ -60,6 +60,7 @@ OURS = {
     "ours, torch, compiled": ("kernels=torch", "trainer.compile=true"),
     "ours, fused, eager": ("kernels=fused",),
     "ours, fused, compiled": ("kernels=fused", "trainer.compile=true"),
+    "ours, fp8, fused, compiled": ("kernels=fused", "trainer.compile=true", "trainer.precision=fp8"),
     "ours, fused, compiled, selective": (
         "kernels=fused", "trainer.compile=true", "trainer.activation_checkpointing=selective",
     ),

@@ -1,0 +1,102 @@
+"""What stands against training in fp8, by its exact words, and what the plan makes of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_exp import compose, config, validate
+from deepseek_exp.planner import parameters
+from deepseek_exp.planner.layers import layers_of, stages_of
+from tests.planner.plan_parts import experiment, layout, planned
+from tests.test_messages import problems_of
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered():
+    config.register()
+
+
+class TestRules:
+    TINY = ("model=v1_dense", "size=tiny", "trainer.precision=fp8")
+
+    @pytest.mark.parametrize(
+        ("argv", "key", "width"),
+        [
+            (("model.d_ff=168",), "model.d_ff=168", 168),
+            (("model.d_model=72",), "model.d_model=72", 72),
+            (("model.head_dim=12", "model.n_heads=2", "model.n_kv_heads=2"), "model.head_dim=12", 24),
+            (("model=v3_moe",), "model.kv_lora_rank=64", 72),
+            (("model=v2_moe", "model.moe.d_expert=24"), "model.moe.d_expert=24", 24),
+        ],
+    )
+    def test_widths(self, argv, key, width):
+        line = (
+            f"{key} makes a matrix {width} wide, not a multiple of 16, which trainer.precision='fp8' needs. "
+            "Fix: set trainer.precision=bf16, or change it."
+        )
+        assert line in problems_of(*self.TINY, *argv).split("\n")
+        compose.check_command_line([*self.TINY, *argv, "trainer.precision=bf16"])
+        compose.check_command_line([*self.TINY, *argv, "do=eval"])
+
+    def test_what_tensor_parallelism_leaves(self):
+        assert problems_of(*self.TINY, "parallel.tp=2", "parallel.zero_stage=1") == (
+            "parallel.tp=2 leaves 88 of a width of 176 (model.d_ff) to a rank, not a multiple of 16, which "
+            "trainer.precision='fp8' needs. Fix: use parallel.tp of 1, or trainer.precision=bf16."
+        )
+        compose.check_command_line([*self.TINY, "parallel.tp=2", "parallel.zero_stage=1", "model.d_ff=192"])
+
+    def test_a_layout_that_is_chosen_keeps_to_it(self):
+        assert "model.d_ff=168 makes" in problems_of(*self.TINY, "model.d_ff=168", "parallel=auto")
+
+    def test_a_plan_for_gpus_without_it(self):
+        assert problems_of(*self.TINY, "do=plan", "cluster=a100_1024") == (
+            "trainer.precision='fp8' needs GPUs that compute in it, and cluster.gpu='A100 SXM 80GB' has "
+            "cluster.peak_fp8_flops=null. Fix: set trainer.precision=bf16, or take another cluster."
+        )
+        compose.check_command_line([*self.TINY, "do=plan", "cluster=h100_8"])
+
+    @pytest.mark.parametrize(
+        ("capability", "model", "rule"),
+        [
+            ((8, 0), "v1_dense", "8.9 or more, and this one has 8.0"),
+            ((8, 0), "v2_moe", "8.9 or more, and this one has 8.0"),
+            ((8, 9), "v2_moe", "9.0 for the experts' products, and this one has 8.9"),
+            ((8, 9), "v1_dense", None),
+            ((9, 0), "v2_moe", None),
+        ],
+    )
+    def test_gpus(self, monkeypatch, capability, model, rule):
+        monkeypatch.setattr(validate, "_n_gpus", lambda: 1)
+        monkeypatch.setattr(validate, "_capability", lambda: capability)
+        argv = [f"model={model}", "size=tiny", "trainer.precision=fp8"]
+        for fine in ("do=eval", "device=cpu", "trainer.precision=bf16"):
+            compose.check_command_line([*argv, fine])
+        if rule is None:
+            compose.check_command_line(argv)
+        else:
+            line = f"trainer.precision='fp8' needs a GPU of compute capability {rule}. Fix: set trainer.precision=bf16."
+            assert problems_of(*argv) == line
+
+
+def test_the_plan_is_faster_by_the_products_alone():
+    """Twice the peak halves their time at the peak; attention, tables, routers and experts' gradients stay."""
+    for model, share in (("v1_dense", 1.0), ("v2_moe", 2 / 3)):
+        argv = (f"model={model}", "size=1b", "cluster=h100_1")
+        seconds = {
+            p: planned(experiment(*argv, f"trainer.precision={p}"), layout()).seconds.compute for p in ("bf16", "fp8")
+        }
+        exp = experiment(*argv)
+        (stage,), c = stages_of(layers_of(exp.model, exp.data.seq_len), 1, exp.cluster), exp.cluster
+        tokens = exp.trainer.global_batch_seqs * exp.data.seq_len
+        halved = stage.product_flops + share * stage.expert_flops
+        saved = tokens * halved * (1 / c.peak_bf16_flops - 1 / c.peak_fp8_flops)
+        assert seconds["bf16"] - seconds["fp8"] == pytest.approx(saved)
+        rest = stage.flops - stage.product_flops - 6 * exp.model.vocab_size * exp.model.d_model
+        assert 0 < rest < 0.35 * stage.flops  # attention, routers, norms
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_weights_of_fp8_weigh_what_those_of_bf16_do(precision):
+    exp = experiment("model=v1_dense", "size=tiny", f"trainer.precision={precision}", "cluster=h100_1")
+    memory, n = planned(exp, layout()).memory[0], parameters(exp.model).total
+    assert (memory.weights, memory.gradients, memory.optimizer) == (2 * n, 4 * n, 12 * n)

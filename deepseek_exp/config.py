@@ -123,6 +123,13 @@ class Kernel(StrEnum):
     triton = "triton"
 
 
+class Linears(StrEnum):
+    """How several linear layers of one input make its gradient."""
+
+    torch = "torch"
+    accumulated = "accumulated"
+
+
 class AttentionKind(StrEnum):
     """How a block attends."""
 
@@ -338,6 +345,10 @@ class KernelsConfig:
     rms_norm: Kernel = key("RMSNorm, with the residual addition before it")
     rope: Kernel = key("rotary positions, with the norm of queries and keys before them")
     swiglu: Kernel = key("the gate of a feed-forward network")
+    linears: Linears = key(
+        "linear layers that share an input: torch adds the parts of its gradient up after their products, accumulated "
+        "inside of them; of no effect under trainer.precision=fp8, where they are one product"
+    )
     fp8_quantize: Kernel = key("trainer.precision=fp8: rounding to 8 bits, as it is and transposed")
     local_global_attention: Kernel = key("attention; triton skips keys outside of the window, where there is one")
     router: Kernel = key("which experts a token goes to, from the router's logits")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deepseek_exp.config import Kernel, KernelsConfig
+from deepseek_exp.config import Kernel, KernelsConfig, Linears
 from deepseek_exp.kernels import attention, grouped, reference
 
 
@@ -55,37 +55,41 @@ def resolve(cfg: KernelsConfig, *, fp8: bool = False) -> Ops:
         cfg: what computes each operation.
         fp8: compute the blocks' matrix products of a training pass in 8-bit floating numbers.
     """
-    triton: dict[str, Callable[..., Any]] = {}
+    chosen: dict[str, Callable[..., Any]] = {}
     if cfg.rms_norm is Kernel.triton:
         from deepseek_exp.kernels.rms_norm import add_rms_norm, rms_norm
 
-        triton |= {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
+        chosen |= {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
     if cfg.rope is Kernel.triton:
         from deepseek_exp.kernels.rope import rope
 
-        triton |= {"rope": rope}
+        chosen |= {"rope": rope}
     if cfg.swiglu is Kernel.triton:
         from deepseek_exp.kernels.swiglu import swiglu
 
-        triton |= {"swiglu": swiglu}
+        chosen |= {"swiglu": swiglu}
     if cfg.router is Kernel.triton:
         from deepseek_exp.kernels.router import route
 
-        triton |= {"route": route}
+        chosen |= {"route": route}
     if cfg.experts is Kernel.triton:
         from deepseek_exp.kernels.experts import routed_experts
         from deepseek_exp.kernels.sorting import sort_by_expert
 
-        triton |= {"sort_by_expert": sort_by_expert, "routed_experts": routed_experts}
+        chosen |= {"sort_by_expert": sort_by_expert, "routed_experts": routed_experts}
     if cfg.linear_cross_entropy is Kernel.triton:
         from deepseek_exp.kernels.linear_cross_entropy import linear_cross_entropy
 
-        triton |= {"linear_cross_entropy": linear_cross_entropy}
+        chosen |= {"linear_cross_entropy": linear_cross_entropy}
     if cfg.local_global_attention is Kernel.triton:
-        triton |= {"local_global_attention": _windowed}
+        chosen |= {"local_global_attention": _windowed}
+    if cfg.linears is Linears.accumulated:
+        from deepseek_exp.kernels.linears import linears
+
+        chosen |= {"linears": linears}
     if fp8:
-        triton |= _in_fp8(cfg)
-    return dataclasses.replace(TORCH, **triton)
+        chosen |= _in_fp8(cfg)
+    return dataclasses.replace(TORCH, **chosen)
 
 
 def _in_fp8(cfg: KernelsConfig) -> dict[str, Callable[..., Any]]:

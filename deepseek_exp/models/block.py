@@ -18,6 +18,7 @@ from deepseek_exp.moe import FeedForward, MoE
 KEPT = {
     *(f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm")),
     "deepseek_exp::grouped_product",
+    "deepseek_exp::linears",
     "deepseek_exp::fp8_linears",
     "deepseek_exp::fp8_grouped",
     "deepseek_exp::fp8_experts",

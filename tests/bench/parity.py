@@ -33,6 +33,7 @@ SETTINGS = {
     "torch, bf16": ("trainer.precision=bf16", "kernels=torch"),
     "fused, fp32": ("trainer.precision=fp32", "kernels=fused"),
     "fused, bf16": ("trainer.precision=bf16", "kernels=fused"),
+    "fused, fp8": ("trainer.precision=fp8", "kernels=fused"),
     "fused, bf16, 8-bit moments": ("trainer.precision=bf16", "kernels=fused", "optim.state_bits=8"),
 }
 LAST, SMOOTH = 50, 20

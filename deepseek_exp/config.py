@@ -349,6 +349,9 @@ class KernelsConfig:
         "linear layers that share an input: torch adds the parts of its gradient up after their products, accumulated "
         "inside of them; of no effect under trainer.precision=fp8, where they are one product"
     )
+    fp8_experts: bool = key(
+        "trainer.precision=fp8: the routed experts' products too; else they are in bf16, which an H200 computes faster"
+    )
     fp8_quantize: Kernel = key("trainer.precision=fp8: rounding to 8 bits, as it is and transposed")
     local_global_attention: Kernel = key("attention; triton skips keys outside of the window, where there is one")
     router: Kernel = key("which experts a token goes to, from the router's logits")

@@ -254,9 +254,9 @@ def _fp8(exp: ExperimentConfig) -> Iterator[Problem]:
     if has < FP8_CAPABILITY:
         rule = f"needs a GPU of compute capability 8.9 or more, and this one has {has[0]}.{has[1]}"
         yield Problem(key, value, rule, fix)
-    elif exp.model.moe.n_routed_experts and has != GROUPED_CAPABILITY:
-        rule = f"needs a GPU of compute capability 9.0 for the experts' products, and this one has {has[0]}.{has[1]}"
-        yield Problem(key, value, rule, fix)
+    elif exp.kernels.fp8_experts and exp.model.moe.n_routed_experts and has != GROUPED_CAPABILITY:
+        rule = f"needs a GPU of compute capability 9.0, and this one has {has[0]}.{has[1]}"
+        yield Problem("kernels.fp8_experts", True, rule, "set kernels.fp8_experts=false")
 
 
 def _weight_bits(exp: ExperimentConfig) -> Iterator[Problem]:

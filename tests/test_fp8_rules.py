@@ -60,9 +60,8 @@ class TestRules:
         [
             ((8, 0), "v1_dense", "8.9 or more, and this one has 8.0"),
             ((8, 0), "v2_moe", "8.9 or more, and this one has 8.0"),
-            ((8, 9), "v2_moe", "9.0 for the experts' products, and this one has 8.9"),
             ((8, 9), "v1_dense", None),
-            ((9, 0), "v2_moe", None),
+            ((8, 9), "v2_moe", None),
         ],
     )
     def test_gpus(self, monkeypatch, capability, model, rule):
@@ -77,11 +76,21 @@ class TestRules:
             line = f"trainer.precision='fp8' needs a GPU of compute capability {rule}. Fix: set trainer.precision=bf16."
             assert problems_of(*argv) == line
 
+    def test_experts(self, monkeypatch):
+        monkeypatch.setattr(validate, "_n_gpus", lambda: 1)
+        argv = ["size=tiny", "trainer.precision=fp8", "kernels.fp8_experts=true"]
+        monkeypatch.setattr(validate, "_capability", lambda: (8, 9))
+        compose.check_command_line(["model=v1_dense", *argv])
+        rule = "needs a GPU of compute capability 9.0, and this one has 8.9. Fix: set kernels.fp8_experts=false."
+        assert problems_of("model=v2_moe", *argv) == f"kernels.fp8_experts=true {rule}"
+        monkeypatch.setattr(validate, "_capability", lambda: (9, 0))
+        compose.check_command_line(["model=v2_moe", *argv])
+
 
 def test_the_plan_is_faster_by_the_products_alone():
     """Twice the peak halves their time at the peak; attention, tables, routers and experts' gradients stay."""
-    for model, share in (("v1_dense", 1.0), ("v2_moe", 2 / 3)):
-        argv = (f"model={model}", "size=1b", "cluster=h100_1")
+    for model, experts, share in (("v1_dense", "true", 1.0), ("v2_moe", "true", 2 / 3), ("v2_moe", "false", 0.0)):
+        argv = (f"model={model}", "size=1b", "cluster=h100_1", f"kernels.fp8_experts={experts}")
         seconds = {
             p: planned(experiment(*argv, f"trainer.precision={p}"), layout()).seconds.compute for p in ("bf16", "fp8")
         }

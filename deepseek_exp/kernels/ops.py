@@ -96,15 +96,14 @@ def _in_fp8(cfg: KernelsConfig) -> dict[str, Callable[..., Any]]:
     from deepseek_exp.kernels import fp8, fp8_grouped
 
     fused = cfg.fp8_quantize is Kernel.triton
-    made: dict[str, Callable[..., Any]] = {
-        "linears": functools.partial(fp8.linears, fused=fused),
-        "grouped_mm": functools.partial(fp8_grouped.grouped_mm, fused=fused),
-    }
-    if cfg.experts is Kernel.triton:
+    chosen: dict[str, Callable[..., Any]] = {"linears": functools.partial(fp8.linears, fused=fused)}
+    if cfg.fp8_experts:
+        chosen["grouped_mm"] = functools.partial(fp8_grouped.grouped_mm, fused=fused)
+    if cfg.fp8_experts and cfg.experts is Kernel.triton:
         from deepseek_exp.kernels.fp8_experts import routed_experts
 
-        made["routed_experts"] = functools.partial(routed_experts, fused=fused)
-    return made
+        chosen["routed_experts"] = functools.partial(routed_experts, fused=fused)
+    return chosen
 
 
 def _windowed(

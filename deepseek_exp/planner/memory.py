@@ -284,7 +284,7 @@ def norm_bytes(width: int, e: int, kernel: Kernel, cut: int = 1) -> float:
 
 def tokens_of_chunk(tokens: int, vocab: float) -> int:
     """Count as kernels/linear_cross_entropy.py does, which this may not import: PyTorch comes with it."""
-    return min(tokens, max(1024, int(2**25 // vocab), -(-tokens // (6 * 128)) * 128))
+    return min(tokens, max(1024, int(2**25 // vocab), -(-tokens // (4 * 128)) * 128))
 
 
 def _loss_bytes(exp: ExperimentConfig, tokens: int, tp: int) -> float:

@@ -67,9 +67,9 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     compute = T * (flops / (peak matmul_efficiency) + expert_flops / (peak grouped_efficiency)), T tokens and the FLOPs
     of one on the rank; a recomputed block adds its forward pass, a third of that. Norms, activation functions, rotary
     embedding, the softmax of the loss and the launch of kernels count no FLOPs: the efficiencies, which are those of
-    whole steps, are lower for it. fp8 takes away what the products of the blocks, and two thirds of the experts', take
-    at bf16's peak more than at its own; what the efficiencies leave of the peak stays as long as it is. The optimizer
-    reads gradient, weights and state and writes the last two.
+    whole steps, are lower for it. fp8 takes away what the products of the blocks, and where kernels.fp8_experts says so
+    two thirds of the experts', take at bf16's peak more than at its own; what the efficiencies leave of the peak stays
+    as long as it is. The optimizer reads gradient, weights and state and writes the last two.
 
     Of pp and ep the share `cluster.overlap` hides behind the computing of the same micro batches, and of data behind
     that of the last one (ZeRO 2 and 3: of all); of tp, whose results the next matrix waits for, nothing does.
@@ -85,7 +85,8 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     touched = 4 + 2 * (e + optimizer_bytes(exp))  # bytes a parameter
     for index, stage in enumerate(stages):
         dense, experts = stage.flops_on_rank(d.tp), stage.expert_flops / d.tp
-        narrow = saved * (stage.product_flops / d.tp + NARROW_EXPERTS * experts)
+        narrow_experts = NARROW_EXPERTS * experts if exp.kernels.fp8_experts else 0.0
+        narrow = saved * (stage.product_flops / d.tp + narrow_experts)
         compute = tokens / peak * (dense / c.matmul_efficiency + experts / c.grouped_efficiency - narrow)
         again = compute / 3 if layout.checkpointing is ActivationCheckpointing.full else 0.0
         axes = axis_seconds(stage_traffic(exp, layout, stage, index), layout, c)

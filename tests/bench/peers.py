@@ -155,7 +155,7 @@ def peer(cfg: ExperimentConfig, laps: Any, make: Callable[[ModelConfig], nn.Modu
                 nn.utils.clip_grad_norm_(masters, cfg.optim.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-            if not laps.seconds:
+            if not laps.done:
                 check_first_loss(loss.item(), cfg.model.vocab_size)
             laps.ended()
 

@@ -9,7 +9,7 @@ MLflow are inside the time. The peers are bare loops at their best settings: the
 clipping over all tensors at once, and the fastest attention that PyTorch has; see peers.py. Each row has a process of
 its own. All start at once; `together` of them are on the GPU at a time, and there one works at a time: first each warms
 up, then they take turns of some steps. One that cannot run is told in one line and left out. Per row: the median of the
-turns' medians, MFU by `planner.flops_per_token` (989e12 FLOP/s) and its share of what this run's matrix product
+turns, MFU by `planner.flops_per_token` (989e12 FLOP/s) and its share of what this run's matrix product
 reaches, the peak of memory, and the spread of the turns. On a CPU, for a check: --size tiny device=cpu.
 """
 
@@ -72,7 +72,7 @@ OURS = {
 
 
 class Laps(Callback):
-    """Times steps, from the end of one to the end of the next, in turns with other processes.
+    """Times steps in turns with other processes; within a turn the host does not wait for the device.
 
     Args:
         turns: with whom it takes turns.
@@ -81,28 +81,30 @@ class Laps(Callback):
     """
 
     def __init__(self, turns: Turns, rounds: int, device: torch.device) -> None:
-        self.turns, self.rounds, self.device, self.seconds = turns, rounds, device, []
-        self.ends_of_turns = {WARM + STEPS * turn for turn in range(rounds + 1)}
-        self.n_steps = WARM + STEPS * rounds
+        self.turns, self.rounds, self.device, self.done = turns, rounds, device, 0
+        self.ends_of_turns = {WARM + (STEPS + 1) * turn for turn in range(rounds + 1)}
+        self.n_steps = max(self.ends_of_turns)
 
     def begin(self) -> None:
         """Wait for the first turn."""
         self.turns.wait()
-        self.began = time.perf_counter()
+        self.began = time.perf_counter()  # of steps that only warm up
 
     def ended(self) -> None:
-        """Note a step; at the end of a turn tell of it, and wait for the next."""
-        synchronize(self.device)
-        self.seconds.append(time.perf_counter() - self.began)
-        if len(self.seconds) in self.ends_of_turns:
-            on_gpu = self.device.type == "cuda"
+        """Count a step; at the end of a turn tell what each took, and wait for the next turn."""
+        self.done += 1
+        if self.done in self.ends_of_turns:
+            synchronize(self.device)
+            seconds, on_gpu = (time.perf_counter() - self.began) / STEPS, self.device.type == "cuda"
             peak = torch.cuda.max_memory_allocated() if on_gpu else 0
             if on_gpu:
                 torch.cuda.empty_cache()  # for those whose turn it is now
-            self.turns.give({"seconds": statistics.median(self.seconds[-STEPS:]), "peak": peak})
-            if len(self.seconds) < self.n_steps:
+            self.turns.give({"seconds": seconds, "peak": peak})
+            if self.done < self.n_steps:
                 self.turns.wait()
-        self.began = time.perf_counter()
+        if self.done - 1 in self.ends_of_turns:  # the first of a turn asks the device for memory again
+            synchronize(self.device)
+            self.began = time.perf_counter()
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.ended()
@@ -111,7 +113,9 @@ class Laps(Callback):
 def measure(turns: Turns, name: str, kind: str, given: tuple[str, ...], rounds: int) -> None:
     """Measure one row."""
     with tempfile.TemporaryDirectory() as top:
-        cfg = composed(*given, f"trainer.max_steps={WARM + STEPS * rounds}", f"output_dir={top}", *OURS.get(name, ()))
+        cfg = composed(
+            *given, f"trainer.max_steps={WARM + (STEPS + 1) * rounds}", f"output_dir={top}", *OURS.get(name, ())
+        )
         laps = Laps(turns, rounds, build.pick_device(cfg.device))
         if name in OURS:
             torch.set_float32_matmul_precision("high" if "TF32" in name else "highest")

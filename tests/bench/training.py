@@ -159,6 +159,7 @@ def rounds_of(arguments: argparse.Namespace, given: tuple[str, ...]) -> dict[str
                     alive.remove(child)
                 elif turn:
                     found.setdefault(child.name, []).append(result)
+                    say(f"{child.name}, turn {turn}: {result['seconds'] * 1e3:.1f} ms a step")
         for child in some:
             child.process.join()
     return found

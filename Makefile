@@ -32,10 +32,15 @@ bench: $(READY)  ## measure; tests/bench/README.md says what and keeps the resul
 	$(PY) tests/bench/kill.py 20
 	@! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(MAKE) bench-gpu
 
-bench-gpu: $(READY)  ## measure on one GPU: each kernel, and whole steps beside the peers
+bench-gpu: $(READY)  ## measure on one GPU: kernels, whole steps beside the peers, where their time goes, loss curves
 	$(PY) tests/bench/kernels.py
 	$(PY) tests/bench/training.py dense
 	$(PY) tests/bench/training.py moe
+	$(PY) tests/bench/training.py dense --size 3b
+	$(PY) tests/bench/fp8.py
+	$(PY) tests/bench/step_profile.py dense
+	$(PY) tests/bench/step_profile.py moe --size 1b
+	$(PY) tests/bench/parity.py
 
 setup: $(READY)  ## only make the environment
 

@@ -12,7 +12,8 @@ One launch updates the tensors of a group, see multi_tensor.py; it runs between 
 changes from step to step is passed as fp32 numbers, worked out in float64; Triton compiles nothing anew for these.
 
 Bytes moved a parameter (the floor): fp32 without master 28; bf16 with a bf16 gradient 28, with an fp32 gradient 30;
-with 8-bit moments 16 of the 28, and 1/16 for their scales. Not measured yet.
+with 8-bit moments 16 of the 28, and 1/16 for their scales. Measured with clipping, 293 million parameters in bf16 on an
+H200: 2.18 ms, 95% of the floor; with 8-bit moments 2.41 ms, 52%: there it is not the memory that takes the time.
 
 Suffixes: B blocks of 256 elements, D elements of a block.
 """

@@ -9,7 +9,7 @@ these itself, so that the host waits for nothing and no third kernel runs. A lar
 it is looked for in: results repeat bit for bit. With a scale for each row one reading does.
 
 Bytes moved for n elements of e bytes (the floor): n e for the scale, then n e + n for each of the two layouts; by row
-n e + n. Not measured yet.
+n e + n. Measured, 16384 x 8192 from bf16 on an H200: both layouts 0.143 ms, 89% of the copy's bandwidth.
 
 Suffixes: S matrices of a stack, R rows, C columns.
 """
@@ -27,7 +27,7 @@ from deepseek_exp.kernels.reference import FP8_LARGEST, FP8_LEAST
 from deepseek_exp.kernels.tiles import n_programs, row_tile
 
 # elements that a program reads at once for the scale: 64 bytes a thread are needed to keep the memory busy; with half
-# of it an H200 read 2.3 TB/s
+# of it an H200 read 2.3 TB/s (this one is not measured)
 READ = 8192
 # rows and columns of a tile that is written both ways: a run of 128 bytes either way
 SIDE = 128

@@ -1,16 +1,17 @@
 """Whole training steps on one GPU: ours in several settings, and the peers, which take turns (A B C A B C ...).
 
-    python tests/bench/training.py dense|moe [--size 1b] [--rounds 2] [--together 8] [--only "NAME;NAME"] [--json FILE]
+    python tests/bench/training.py dense|moe [--size 1b] [--rounds 2] [--together 2] [--only "NAME;NAME"] [--json FILE]
         [overrides ...]
 
 dense: v1's sizes without a window, so that Llama of transformers computes the same; moe: v2's. bf16, fp32 masters and
 fp32 Adam moments for all, random tokens, real routing. Ours is the platform's own step: data loading, Lightning and
 MLflow are inside the time. The peers are bare loops at their best settings: the same masters, fused AdamW, PyTorch's
 clipping over all tensors at once, and the fastest attention that PyTorch has; see peers.py. Each row has a process of
-its own. All start at once; `together` of them are on the GPU at a time, and there one works at a time: first each warms
-up, then they take turns of some steps. One that cannot run is told in one line and left out. Per row: the median of the
-turns, MFU by `planner.flops_per_token` (989e12 FLOP/s) and its share of what this run's matrix product
-reaches, the peak of memory, and the spread of the turns. On a CPU, for a check: --size tiny device=cpu.
+its own. `together` of them are on the GPU at a time (an MoE of 1b takes 51 GB there, its activations come on top), and
+the next ones start meanwhile; one works at a time: first each warms up, then they take turns of some steps. One that
+cannot run is told in one line and left out. Per row: the median of the turns, MFU by `planner.flops_per_token` (989e12
+FLOP/s) and its share of what this run's matrix product reaches, the peak of memory, and the spread of the turns. On a
+CPU, for a check: --size tiny device=cpu.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -147,8 +147,14 @@ def rounds_of(arguments: argparse.Namespace, given: tuple[str, ...]) -> dict[str
     found: dict[str, list[dict[str, float]]] = {}
     only = arguments.only.split(";") if arguments.only else None
     names = [n for n in (*OURS, *PEERS[arguments.kind]) if only is None or n in only]
-    children = [Child.start(measure, name, arguments.kind, given, arguments.rounds) for name in names]
-    for some in batched(children, arguments.together):
+    batches = [names[i : i + arguments.together] for i in range(0, len(names), arguments.together)]
+
+    def start(some: list[str]) -> list[Child]:
+        return [Child.start(measure, name, arguments.kind, given, arguments.rounds) for name in some]
+
+    following = start(batches[0])
+    for batch in range(len(batches)):
+        some, following = following, start(batches[batch + 1]) if batch + 1 < len(batches) else []
         alive = list(some)
         for turn in range(arguments.rounds + 1):  # the first warms up
             for child in list(alive):
@@ -159,15 +165,11 @@ def rounds_of(arguments: argparse.Namespace, given: tuple[str, ...]) -> dict[str
                     alive.remove(child)
                 elif turn:
                     found.setdefault(child.name, []).append(result)
-                    say(f"{child.name}, turn {turn}: {result['seconds'] * 1e3:.1f} ms a step")
+                    ms, peak = result["seconds"] * 1e3, result["peak"] / 1e9
+                    say(f"{child.name}, turn {turn}: {ms:.1f} ms a step, peak {peak:.2f} GB")
         for child in some:
             child.process.join()
     return found
-
-
-def batched(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for first in range(0, len(items), size):
-        yield items[first : first + size]
 
 
 def versions() -> dict[str, str]:
@@ -190,7 +192,7 @@ def main() -> None:
     parser.add_argument("kind", choices=sorted(KINDS))
     parser.add_argument("--size", default="1b")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--together", type=int, default=8)
+    parser.add_argument("--together", type=int, default=2)
     parser.add_argument("--only")
     parser.add_argument("--json", type=Path)
     arguments, overrides = parser.parse_known_args()

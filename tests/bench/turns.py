@@ -75,4 +75,5 @@ def _run(target: Callable[..., None], pipe: Connection, name: str, *args: Any) -
     try:
         target(Turns(pipe), name, *args)
     except Exception as error:  # the parent says it, and goes on with the others
-        pipe.send(Failure(one_line(error)))
+        with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+            pipe.send(Failure(one_line(error)))

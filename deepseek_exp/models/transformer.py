@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -167,16 +168,21 @@ def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
 
     Matrices are normal with deviation init_std; those that write into the residual stream (wo, w_down) are divided by
     sqrt(2 n_layers) (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3). Norm
-    scales are 1, gates and biases 0. Drawn on the CPU in fp32 whatever the device.
+    scales are 1, gates and biases 0. Drawn on the CPU in fp32 whatever the device, several parameters at a time: each
+    has random numbers of its own.
 
     Args:
         model: with parameters on a real device.
         cfg: gives init_std and n_layers.
         seed: the experiment's seed.
     """
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(initial_weight(name, p.shape, cfg, seed))
+
+    def fill(named: tuple[str, nn.Parameter]) -> None:
+        name, p = named
+        p.data.copy_(initial_weight(name, p.shape, cfg, seed))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(fill, model.named_parameters()))  # which raises what one of them does
 
 
 def initial_weight(name: str, shape: Sequence[int], cfg: ModelConfig, seed: int) -> Tensor:
@@ -184,7 +190,7 @@ def initial_weight(name: str, shape: Sequence[int], cfg: ModelConfig, seed: int)
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
     std = cfg.init_std / (2 * cfg.n_layers) ** 0.5 if name.endswith(RESIDUAL) else cfg.init_std
-    return torch.randn(shape, generator=_generator(seed, name)) * std
+    return torch.randn(shape, generator=_generator(seed, name)).mul_(std)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

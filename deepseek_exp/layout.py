@@ -165,7 +165,7 @@ def _sequence(exp: ExperimentConfig, tp: int) -> Iterator[Problem]:
 
 def _fp8(exp: ExperimentConfig, tp: int) -> Iterator[Problem]:
     """Find matrices whose part on a rank is not as wide as products in 8 bits need it."""
-    for key, width, most in _widths(exp.model):
+    for key, width, most in _widths(exp.model, routed=exp.kernels.fp8_experts):
         ways = min(tp, most)
         rule = f"not a multiple of {FP8_MULTIPLE}, which trainer.precision='fp8' needs"
         if width % FP8_MULTIPLE:
@@ -177,8 +177,11 @@ def _fp8(exp: ExperimentConfig, tp: int) -> Iterator[Problem]:
             yield Problem("parallel.tp", tp, rule, f"use parallel.tp of {legal}, or trainer.precision=bf16")
 
 
-def _widths(m: ModelConfig) -> Iterator[tuple[str, int, int]]:
-    """List the widths of the blocks' matrices: a key that each follows from, the width, how many ways it is cut."""
+def _widths(m: ModelConfig, *, routed: bool) -> Iterator[tuple[str, int, int]]:
+    """List the widths of the blocks' matrices, of routed experts if asked for.
+
+    Of each: a key that it follows from, the width, how many ways it is cut.
+    """
     any_ways = m.n_heads
     yield "d_model", m.d_model, 1
     if m.attention is AttentionKind.mla:
@@ -191,8 +194,10 @@ def _widths(m: ModelConfig) -> Iterator[tuple[str, int, int]]:
         yield "head_dim", m.n_kv_heads * m.head_dim, m.n_kv_heads
     if not m.moe.n_routed_experts or m.moe.n_dense_layers:
         yield "d_ff", m.d_ff, any_ways
-    if m.moe.n_routed_experts:
+    if m.moe.n_routed_experts and routed:
         yield "moe.d_expert", m.moe.d_expert, any_ways
+    if m.moe.n_routed_experts and m.moe.n_shared_experts:
+        yield "moe.d_expert", m.moe.n_shared_experts * m.moe.d_expert, any_ways
 
 
 def _value(m: ModelConfig, key: str) -> int:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from deepseek_exp import compose, config, validate
+from deepseek_exp.kernels import TORCH
+from deepseek_exp.models import Transformer
 from deepseek_exp.planner import parameters
 from deepseek_exp.planner.layers import layers_of, stages_of
 from tests.planner.plan_parts import experiment, layout, planned
@@ -26,7 +30,8 @@ class TestRules:
             (("model.d_model=72",), "model.d_model=72", 72),
             (("model.head_dim=12", "model.n_heads=2", "model.n_kv_heads=2"), "model.head_dim=12", 24),
             (("model=v3_moe",), "model.kv_lora_rank=64", 72),
-            (("model=v2_moe", "model.moe.d_expert=24"), "model.moe.d_expert=24", 24),
+            (("model=v2_moe", "model.moe.d_expert=24", "kernels.fp8_experts=true"), "model.moe.d_expert=24", 24),
+            (("model=v2_moe", "model.moe.d_expert=24", "model.moe.n_shared_experts=1"), "model.moe.d_expert=24", 24),
         ],
     )
     def test_widths(self, argv, key, width):
@@ -102,6 +107,28 @@ def test_the_plan_is_faster_by_the_products_alone():
         assert seconds["bf16"] - seconds["fp8"] == pytest.approx(saved)
         rest = stage.flops - stage.product_flops - 6 * exp.model.vocab_size * exp.model.d_model
         assert 0 < rest < 0.35 * stage.flops  # attention, routers, norms
+
+
+def test_experts_in_bf16_may_be_of_any_width():
+    for shared in (0, 2):
+        compose.check_command_line(
+            [*TestRules.TINY, "model=v2_moe", "model.moe.d_expert=24", f"model.moe.n_shared_experts={shared}"]
+        )
+
+
+@pytest.mark.parametrize("name", ["v1_dense", "v2_moe", "v3_moe", "v4_distill"])
+def test_the_plan_knows_the_linear_layers(name):
+    """All of the blocks' and of prediction ahead, but for MLA's way up, which stays in bf16."""
+    exp = experiment(f"model={name}", "size=tiny", "model.qkv_bias=false")
+    with torch.device("meta"):
+        model = Transformer(exp.model, TORCH)
+    matrices = sum(
+        layer.weight.numel()
+        for part, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and not part.endswith("wkv_b") and not part.startswith("head")
+    )
+    (stage,) = stages_of(layers_of(exp.model, exp.data.seq_len), 1, exp.cluster)
+    assert stage.product_flops == 6 * matrices
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])

@@ -24,7 +24,7 @@ from deepseek_exp.kernels import reference
 
 
 def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
-    """Compute `reference.linears`; same arguments and results."""
+    """Compute `reference.linears`; same arguments and results. A bias is added after the product has been rounded."""
     if len(layers) == 1 or not torch.is_grad_enabled():
         return reference.linears(x, layers)
     products = _linears(x.flatten(0, -2), [layer.weight for layer in layers])

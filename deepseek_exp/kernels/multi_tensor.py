@@ -6,7 +6,7 @@ through addresses: what writes through them raises version counters by hand and 
 
 The norm reads each gradient once (the floor), squares and adds in float64, each program over its own tiles and then
 over programs in one order, so that results repeat bit for bit. Squares of bf16 numbers have 16 bits and are first added
-in fours, in fp32.
+in fours, in fp32, which holds those of magnitudes between 1e-18 and 1e18.
 
 Suffixes: D elements of a tile, S sums of neighbours, T neighbours.
 """
@@ -66,7 +66,10 @@ def _square_sums(
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Compute `optim.gradient_norm`, squares always summed in the same order; of bf16 to about 1e-9.
+    """Compute `optim.gradient_norm`, squares always summed in the same order.
+
+    Of bf16 to about 1e-9, and for magnitudes between 1e-18 and 1e18, whose squares fp32 holds: what is smaller counts
+    for less or for nothing, what is larger makes the norm infinite.
 
     Args:
         gradients: fp32 and bf16 tensors of any shapes on one device.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from deepseek_exp.config import ActivationCheckpointing, AttentionKind, ModelConfig
 from deepseek_exp.kernels import Ops
@@ -73,8 +73,9 @@ class Block(nn.Module):
         """
         if self.checkpointing is not ActivationCheckpointing.none and torch.is_grad_enabled():
             args = (x, memory, cache, domain)
-            kept = _keeping_products if self.checkpointing is ActivationCheckpointing.selective else noop_context_fn
-            x, counts = checkpoint(self._compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=kept)
+            selective = self.checkpointing is ActivationCheckpointing.selective
+            kept = {"context_fn": _keeping_products} if selective else {}  # the compiler takes no other function here
+            x, counts = checkpoint(self._compute, *args, use_reentrant=False, preserve_rng_state=False, **kept)
         else:
             x, counts = self._compute(x, memory, cache, domain)
         if counts is not None:

@@ -107,7 +107,7 @@ def _block(cfg: ModelConfig, seq_len: int, *, is_moe: bool) -> Layers:
     whole = 2 * cfg.d_model + (_latents(cfg) if latent else 2 * cfg.head_dim * cfg.qk_norm)
     width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim if latent else 2 * cfg.head_dim
     flops = 6 * frame + 6 * cfg.n_heads * width * cost.mean_reach(cfg, seq_len)
-    block = Layers(split=frame - kv - whole, kv=kv, whole=whole, flops=flops, product_flops=6 * frame)
+    block = Layers(split=frame - kv - whole, kv=kv, whole=whole, flops=flops, product_flops=6 * _linears(cfg))
     if not is_moe:
         active = cost.count_feed_forward(cfg, cfg.d_ff, cfg.d_ff_active or cfg.d_ff)
         both = Layers(flops=6 * active, product_flops=6 * active)
@@ -123,6 +123,16 @@ def _block(cfg: ModelConfig, seq_len: int, *, is_moe: bool) -> Layers:
         expert_flops=6 * cfg.moe.top_k * expert,
         n_moe=1,
     )
+
+
+def _linears(cfg: ModelConfig) -> int:
+    """Count the weights of attention's linear layers, but for MLA's wkv_b, which no precision rounds to 8 bits."""
+    d, n = cfg.d_model, cfg.n_heads
+    if cfg.attention is not AttentionKind.mla:
+        return 2 * d * (n + cfg.n_kv_heads) * cfg.head_dim
+    q = n * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
+    q = cfg.q_lora_rank * (d + q) if cfg.q_lora_rank else d * q
+    return q + d * (cfg.kv_lora_rank + cfg.qk_rope_head_dim) + n * cfg.v_head_dim * d
 
 
 def _latents(cfg: ModelConfig) -> int:

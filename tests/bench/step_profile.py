@@ -33,13 +33,14 @@ from tests.test_config import composed
 BEFORE, STEPS = 6, 3
 # the first kind with a part in a kernel's name takes it
 KINDS_OF_KERNELS = {
-    "attention": ("flash", "fmha", "sdpa", "attention", "backward_queries", "backward_keys"),
+    "compiled": ("triton_",),
+    "attention": ("cudnn", "flash", "sdpa", "attention", "backward_queries", "backward_keys"),
     "grouped products": ("grouped", "Group"),
     "products": ("gemm", "nvjet", "cutlass", "s16816", "xmma"),
     "loss": ("_cross_entropy", "nll", "log_softmax"),
-    "optimizer and gradient norm": ("_update", "adam", "Adam", "foreach", "_sum_squares", "multi_tensor"),
+    "optimizer and gradient norm": ("_update", "adam", "Adam", "foreach", "_square_sums", "multi_tensor"),
+    "rounding to 8 bits": ("_cast", "_largest"),
     "copies and fills": ("Memcpy", "Memset", "copy", "fill"),
-    "compiled": ("triton_",),
 }  # fmt: skip
 
 

@@ -196,6 +196,9 @@ def main() -> None:
     parser.add_argument("--only")
     parser.add_argument("--json", type=Path)
     arguments, overrides = parser.parse_known_args()
+    known = [*OURS, *PEERS[arguments.kind]]
+    for name in set(arguments.only.split(";") if arguments.only else ()) - set(known):
+        parser.error(f"--only: there is no row {name!r}, but {'; '.join(known)}")
     given = (f"size={arguments.size}", *BASE, *KINDS[arguments.kind], *overrides)
     cfg = composed(*given)
     tokens = cfg.trainer.global_batch_seqs * cfg.data.seq_len

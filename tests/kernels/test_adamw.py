@@ -133,6 +133,11 @@ class TestNorm:
             assert norm.item() == pytest.approx(norm_by_definition(gradients).item(), rel=bound)
             assert torch.equal(norm, gradient_norm(gradients))
 
+    @pytest.mark.parametrize("size", [1e-18, 1e18])
+    def test_reach_of_bf16(self, size):
+        gradient = torch.full((1000,), size, dtype=torch.bfloat16)
+        assert gradient_norm([gradient]).item() == pytest.approx(gradient.double().norm().item(), rel=1e-6)
+
     def test_sums_are_wide(self):
         """fp32 would lose each of the small squares beside the large one."""
         gradient = torch.full((20000,), 1e-3)

@@ -48,6 +48,12 @@ def test_compiled_without_a_break(version):
     assert_same(gradients(exp.model, resolve(exp.kernels), compiled=True), gradients(exp.model, TORCH))
 
 
+@pytest.mark.parametrize("checkpointing", ActivationCheckpointing)
+def test_compiled_with_checkpointing(checkpointing):
+    model = composed("size=tiny", "model.n_layers=2", "do=plan").model
+    assert_same(gradients(model, TORCH, checkpointing, compiled=True), gradients(model, TORCH))
+
+
 @pytest.mark.parametrize("version", ["v1_dense", "v3_moe"])
 @pytest.mark.parametrize("checkpointing", [ActivationCheckpointing.selective, ActivationCheckpointing.full])
 def test_what_is_computed_again_is_the_same(version, checkpointing):

@@ -113,7 +113,7 @@ def test_two_nodes_of_slurm(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     port = f"launch.master_port={30500 + os.getpid() % 1000}"
     done = runs.run(trained, *EVAL, "launch=slurm", "launch.n_nodes=2", "launch.submit=true", port)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr + "\n" + "\n".join(f.read_text() for f in trained.rglob("slurm.log"))
     assert re.fullmatch(r"wrote     outputs/runs/\S+/ranks/job.sbatch\nsubmitted Submitted batch job 7\n", done.stdout)
     check_finished(trained)
 

@@ -240,8 +240,11 @@ def _kernels(exp: ExperimentConfig) -> Iterator[Problem]:
 
 
 def _fp8(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find hardware that has no products of 8-bit floating numbers; a CPU emulates them."""
+    """Find products of 8-bit floating numbers that nothing asks for or the hardware has not; a CPU emulates them."""
     if exp.trainer.precision is not Precision.fp8:
+        if exp.kernels.fp8_experts:
+            fix = "set trainer.precision=fp8, or kernels.fp8_experts=false"
+            yield Problem("kernels.fp8_experts", True, "needs trainer.precision='fp8'", fix)
         return
     key, value, fix = "trainer.precision", Precision.fp8.value, "set trainer.precision=bf16"
     if exp.do is Do.plan and exp.cluster.peak_fp8_flops is None:

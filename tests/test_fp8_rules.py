@@ -40,7 +40,7 @@ class TestRules:
             "Fix: set trainer.precision=bf16, or change it."
         )
         assert line in problems_of(*self.TINY, *argv).split("\n")
-        compose.check_command_line([*self.TINY, *argv, "trainer.precision=bf16"])
+        compose.check_command_line([*self.TINY, *argv, "trainer.precision=bf16", "kernels.fp8_experts=false"])
         compose.check_command_line([*self.TINY, *argv, "do=eval"])
 
     def test_what_tensor_parallelism_leaves(self):
@@ -90,14 +90,20 @@ class TestRules:
         assert problems_of("model=v2_moe", *argv) == f"kernels.fp8_experts=true {rule}"
         monkeypatch.setattr(validate, "_capability", lambda: (9, 0))
         compose.check_command_line(["model=v2_moe", *argv])
+        rule = "needs trainer.precision='fp8'. Fix: set trainer.precision=fp8, or kernels.fp8_experts=false."
+        assert problems_of(*argv, "trainer.precision=bf16") == f"kernels.fp8_experts=true {rule}"
 
 
 def test_the_plan_is_faster_by_the_products_alone():
     """Twice the peak halves their time at the peak; attention, tables, routers and experts' gradients stay."""
     for model, experts, share in (("v1_dense", "true", 1.0), ("v2_moe", "true", 2 / 3), ("v2_moe", "false", 0.0)):
-        argv = (f"model={model}", "size=1b", "cluster=h100_1", f"kernels.fp8_experts={experts}")
+        argv = (f"model={model}", "size=1b", "cluster=h100_1")
+        of = {"bf16": "false", "fp8": experts}
         seconds = {
-            p: planned(experiment(*argv, f"trainer.precision={p}"), layout()).seconds.compute for p in ("bf16", "fp8")
+            p: planned(
+                experiment(*argv, f"trainer.precision={p}", f"kernels.fp8_experts={of[p]}"), layout()
+            ).seconds.compute
+            for p in of
         }
         exp = experiment(*argv)
         (stage,), c = stages_of(layers_of(exp.model, exp.data.seq_len), 1, exp.cluster), exp.cluster

@@ -6,8 +6,8 @@ Autograd makes one product for each part of dx, rounds it, and adds the parts af
 first adds to what is there already, before it rounds (cuBLAS, beta = 1): for n layers and T tokens of width D that
 saves 2 (n - 1) of the 3 (n - 1) T D e bytes that the sums move, and their launches. Everything else is PyTorch's.
 
-Measured on an H200 in compiled steps of 16384 tokens: the sums that autograd makes took 4 ms of 210 (22 layers of width
-2048); the products that add instead take hardly longer than those that do not.
+Measured on an H200 in compiled steps of 16384 tokens, 22 layers of width 2048: the sums that autograd makes took 2.3 ms
+of 210. What a step gains by this alone was not measured.
 
 Suffixes: T tokens, D d_in, N d_out.
 """

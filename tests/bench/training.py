@@ -81,7 +81,7 @@ class Laps(Callback):
     """
 
     def __init__(self, turns: Turns, rounds: int, device: torch.device) -> None:
-        self.turns, self.rounds, self.device, self.done = turns, rounds, device, 0
+        self.turns, self.device, self.done = turns, device, 0
         self.ends_of_turns = {WARM + (STEPS + 1) * turn for turn in range(rounds + 1)}
         self.n_steps = max(self.ends_of_turns)
 

@@ -326,8 +326,8 @@ def test_sampling_and_evaluation_take_the_weights_as_they_are():
 @pytest.mark.parametrize("version", ["v1_dense", "v3_moe"])
 def test_fused_models_train_as_with_the_definition(version):
     """Whole models in fp32, MLA and prediction ahead too: with PyTorch's rounding, with the kernel, once compiled."""
-    cfg = composed(f"model={version}", "size=tiny", "model.head_dim=32", "data.seq_len=16", "kernels.fp8_experts=true")
-    grads = []
+    cfg = composed(f"model={version}", "size=tiny", "model.head_dim=32", "data.seq_len=16")
+    cfg.kernels.fp8_experts, grads = True, []
     for fused in ("torch", "triton"):
         cfg.kernels.fp8_quantize = type(cfg.kernels.fp8_quantize)(fused)
         ops = resolve(cfg.kernels, fp8=True)
@@ -347,8 +347,8 @@ def test_fused_models_train_as_with_the_definition(version):
     "kernels",
     [
         (),
-        ("kernels.fp8_experts=true",),
-        ("kernels.fp8_experts=true", "kernels.experts=triton", "kernels.fp8_quantize=triton"),
+        ("trainer.precision=fp8", "kernels.fp8_experts=true"),
+        ("trainer.precision=fp8", "kernels.fp8_experts=true", "kernels.experts=triton", "kernels.fp8_quantize=triton"),
     ],
 )
 def test_checkpointing_changes_no_bit(kernels):

@@ -36,6 +36,14 @@ from deepseek_exp.kernels.reference import BLOCK, dequantize_blocks, quantize_bl
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # blocks of a tile: 4 elements a thread, which all types load alike, so that none is moved between threads
 ROWS = 4
+# the smallest number of fp32 that has an inverse there
+LEAST: tl.constexpr = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def _inverse(top_B):
+    """Give 1 / the largest of each block, 0 where fp32 has no such number: nothing of that block is worth a code."""
+    return tl.where(top_B >= LEAST, 1 / tl.maximum(top_B, LEAST), 0.0)
 
 
 @triton.jit
@@ -61,9 +69,9 @@ def _update_tile(
     if BITS == 8:
         m_largest = pointer(row + 5, tl.float32, ALIGNED) + block
         v_largest = pointer(row + 6, tl.float32, ALIGNED) + block
-        m_BD = tl.div_rn(m_BD, 127.0)
+        m_BD *= 1 / 127
         m_BD = m_BD * tl.abs(m_BD) * tl.load(m_largest, here_B, other)
-        v_BD = tl.div_rn(v_BD, 255.0)
+        v_BD *= 1 / 255
         v_BD = v_BD * v_BD
         v_BD = v_BD * v_BD * tl.load(v_largest, here_B, other)
     m_BD += rest1 * (g_BD - m_BD)
@@ -76,11 +84,11 @@ def _update_tile(
     if BITS == 8:
         top_B = tl.max(tl.abs(m_BD), 1, keep_dims=True)
         tl.store(m_largest, top_B, here_B)
-        code_BD = tl.floor(tl.sqrt_rn(tl.div_rn(tl.abs(m_BD), tl.where(top_B > 0, top_B, 1.0))) * 127.0 + 0.5)
+        code_BD = tl.floor(tl.sqrt(tl.abs(m_BD) * _inverse(top_B)) * 127.0 + 0.5)
         m_BD = tl.where(m_BD < 0, -code_BD, code_BD).to(tl.int32)
         top_B = tl.max(v_BD, 1, keep_dims=True)
         tl.store(v_largest, top_B, here_B)
-        root_BD = tl.sqrt_rn(tl.sqrt_rn(tl.div_rn(v_BD, tl.where(top_B > 0, top_B, 1.0))))
+        root_BD = tl.sqrt(tl.sqrt(v_BD * _inverse(top_B)))
         v_BD = tl.maximum(tl.floor(root_BD * 255.0 + 0.5), tl.where(v_BD > 0, 1.0, 0.0)).to(tl.int32)
     tl.store(m + at, m_BD.to(M_TYPE), here)
     tl.store(v + at, v_BD.to(V_TYPE), here)

@@ -327,7 +327,7 @@ class TrainerConfig:
     activation_checkpointing: ActivationCheckpointing = key(
         "what a block computes again in the backward pass; selective: all but matrix products and attention; full: all"
     )
-    compile: bool = key("compile the model with torch.compile")
+    compile: bool = key("compile with torch.compile: the model, in a layout of several ranks its blocks one by one")
     deterministic: bool = key("use only kernels whose results repeat bit for bit")
     n_threads: int = key("CPU threads of one operation; 0: PyTorch's choice", ge=0)
     log_every_steps: int = key("steps between logged training metrics", ge=1)

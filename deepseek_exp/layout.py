@@ -91,8 +91,6 @@ def _several(exp: ExperimentConfig, n_ranks: int) -> Iterator[Problem]:
     if memory_len:
         rule = f"{ranks}: the memory of a segment lies on one"
         yield Problem("model.memory_len", memory_len, rule, "set model.memory_len=0, or parallel=single")
-    if exp.trainer.compile:
-        yield Problem("trainer.compile", True, f"{ranks} yet", "set trainer.compile=false, or parallel=single")
 
 
 def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
@@ -117,6 +115,9 @@ def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
         legal = _listed(ep for ep in divisors(d.dp) if _expert_rule(m, d, ep) is None)
         yield Problem("parallel.ep", d.ep, rule, f"use parallel.ep of {legal}")
     yield from _zero(exp, d)
+    if t.compile and exp.parallel.zero_stage == 3 and d.world_size > 1:
+        rule = "cannot be used with parallel.zero_stage=3 (weights come and go inside of what is compiled)"
+        yield Problem("trainer.compile", True, rule, "set trainer.compile=false, or parallel.zero_stage=1")
     if exp.parallel.sequence_parallel:
         yield from _sequence(exp, d.tp)
     yield from _batch(d, t.global_batch_seqs, t.micro_batch_seqs)

@@ -290,10 +290,9 @@ MESSAGES = {
     "cluster. Fix: lower parallel.tp and parallel.pp, or set parallel.dp.",
     "parallel=auto parallel.tp=2": "parallel.tp=2 cannot be used with parallel.auto=true, which chooses it. "
     "Fix: leave parallel.tp out, or set parallel.auto=false.",
-    "parallel=auto trainer.compile=true": "trainer.compile=true cannot be used with 8 ranks yet. "
-    "Fix: set trainer.compile=false, or parallel=single.",
-    "parallel=3d trainer.compile=true do=plan": "trainer.compile=true cannot be used with 8 ranks yet. "
-    "Fix: set trainer.compile=false, or parallel=single.",
+    "parallel=zero3 parallel.dp=2 trainer.micro_batch_seqs=4 trainer.compile=true do=plan": "trainer.compile=true "
+    "cannot be used with parallel.zero_stage=3 (weights come and go inside of what is compiled). "
+    "Fix: set trainer.compile=false, or parallel.zero_stage=1.",
     "parallel=3d model.memory_len=63 data.order=contiguous do=plan": "model.memory_len=63 cannot be used with 8 ranks: "
     "the memory of a segment lies on one. Fix: set model.memory_len=0, or parallel=single.",
     "parallel=3d parallel.pp=1 parallel.zero_stage=2 do=plan": "parallel.zero_stage=2 cannot be used with "

@@ -117,6 +117,11 @@ class MoE(nn.Module):
         y_TD = self.ops.routed_experts(x_TD, weights_TK, order_R, inverse_R, ends_E, e.w_gate, e.w_up, e.w_down)
         return y_TD, load_E, len(order_R) - ends_E[-1].long()
 
+    def exchange_by(self, dispatcher: Dispatcher) -> None:
+        """Bring tokens to experts on other ranks; how many rows that makes no compiled graph can know beforehand."""
+        self.dispatcher = dispatcher
+        self._through_experts = torch.compiler.disable(self._through_experts)  # type: ignore[method-assign]
+
     def record(self, counts: Tensor) -> None:
         """Add what one forward pass counted."""
         self.counts += counts

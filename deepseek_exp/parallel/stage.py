@@ -143,11 +143,24 @@ def cut_model(exp: ExperimentConfig, whole: Transformer, groups: Groups) -> Part
                 module._buffers[key] = _fresh(module, key, buffer, groups.device)
     for module in whole.modules():
         if isinstance(module, MoE) and groups.degrees.ep > 1:
-            module.dispatcher = AllToAllDispatcher(groups.axis[Axis.ep])
+            module.exchange_by(AllToAllDispatcher(groups.axis[Axis.ep]))
     apply_tensor_parallel(whole, groups, sequence_parallel=exp.parallel.sequence_parallel)
+    if exp.trainer.compile:
+        _compile([*(whole.blocks[i] for i in blocks), *(module.block for module in whole.mtp)])
     here = [name for name, m in whole.named_modules() if isinstance(m, MoE)]
     first = list(layers).index(here[0]) if here else 0
     return Part(whole, blocks, placements, order, len(layers), first, max(layers.values(), default=0))
+
+
+def _compile(blocks: Sequence[nn.Module]) -> None:
+    """Compile blocks one by one, with the exchanges inside of them; equal ones share what the compiler makes.
+
+    Every shape has its own graph: with sizes that are symbols attention would break it in two. What would need more
+    graphs than the compiler keeps stops, where it would go on without them.
+    """
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for block in blocks:
+        block.compile(dynamic=False)
 
 
 def cut(whole: Tensor, cuts: Sequence[Cut]) -> Tensor:

@@ -11,7 +11,7 @@ its own. `together` of them are on the GPU at a time (an MoE of 1b takes 51 GB t
 the next ones start meanwhile; one works at a time: first each warms up, then they take turns of some steps. One that
 cannot run is told in one line and left out. Per row: the median of the turns, MFU by `planner.flops_per_token` (989e12
 FLOP/s) and its share of what this run's matrix product reaches, the peak of memory, and the spread of the turns. On a
-CPU, for a check: --size tiny device=cpu.
+CPU, for a check: --size tiny device=cpu data.seq_len=64.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ run: $(READY)  ## train v1 on this machine; more arguments: make run ARGS="size=
 	$(PY) run.py $(ARGS)
 
 test: $(READY)  ## run the tests
-	$(PY) -m pytest -n 2 $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 ui: $(READY)  ## MLflow's web page over all runs, at http://127.0.0.1:5000
 	@mkdir -p outputs

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from tests import runs
+from tests import forks, runs
 from tests.test_run import all_runs, store
 
 
@@ -50,7 +50,7 @@ def test_a_resume_in_the_middle_changes_nothing(finished, copy_of_finished):
     (whole,) = runs.run_dirs(finished[0])
     (run_dir,) = runs.run_dirs(copy_of_finished)
     shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
-    done = runs.run(copy_of_finished, "resume=last")
+    done = forks.run(copy_of_finished, "resume=last")
     assert done.returncode == 0 and "step-00000008\n" in done.stdout, done.stderr
     before, after = runs.weights(whole, 12), runs.weights(run_dir, 12)
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
@@ -59,7 +59,7 @@ def test_a_resume_in_the_middle_changes_nothing(finished, copy_of_finished):
 
 
 def test_eval_gives_the_loss_of_each_part(copy_of_finished):
-    done = runs.run(copy_of_finished, "do=eval", "resume=last")
+    done = forks.run(copy_of_finished, "do=eval", "resume=last")
     assert done.returncode == 0, done.stderr
     trained, measured = runs.run_dirs(copy_of_finished)
     for name in ("val/loss", "val/loss/sums", "val/loss/words"):
@@ -69,7 +69,7 @@ def test_eval_gives_the_loss_of_each_part(copy_of_finished):
 def test_going_on_with_the_changed_text_of_one_part_is_refused(copy_of_finished):
     words = copy_of_finished / "words.txt"
     words.write_text("new\n" + words.read_text())
-    done = runs.run(copy_of_finished, "resume=last", "trainer.max_steps=20")
+    done = forks.run(copy_of_finished, "resume=last", "trainer.max_steps=20")
     assert done.returncode == 1
     assert "its train of words has changed" in done.stderr
     assert "sums" not in done.stderr.split("Fix:")[0].splitlines()[-1]

@@ -16,7 +16,7 @@ from hydra import initialize_config_dir
 from deepseek_exp import compose, config, do
 from deepseek_exp.job import Job, make_job
 from deepseek_exp.parallel import launch, member
-from tests import runs
+from tests import forks, runs
 from tests.parallel.test_launch import family, wait_for
 from tests.test_run import all_runs
 
@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text("".join(f"line {i} has {i * i} in it\n" for i in range(4000)))
     own = [o for o in runs.QUICK if o != "data=synthetic"]
-    done = runs.run(folder, *own, "data=text", f"data.path={folder}/text.txt", "trainer.max_steps=4")
+    done = forks.run(folder, *own, "data=text", f"data.path={folder}/text.txt", "trainer.max_steps=4")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -60,7 +60,7 @@ def test_rank_0_speaks_and_is_recorded(trained):
 
 
 def test_a_killed_rank_fails_the_run(trained):
-    process = runs.start(trained, *EVAL)
+    process = forks.start(trained, *EVAL)
     wait_for(lambda: len(family(newest(trained).relative_to(trained) / "ranks/job.json")) == 2, 60)
     first = family(newest(trained).relative_to(trained) / "ranks/job.json")[0]
     rank = int(first.environ()["RANK"])
@@ -77,7 +77,7 @@ def test_an_error_of_the_user_reads_as_in_one_process(trained):
     text = trained / "text.txt"
     before = text.read_text()
     text.write_text(before + "more and more\n" * 2000)
-    alone, together = runs.run(trained, *EVAL[:2]), runs.run(trained, *EVAL)
+    alone, together = forks.run(trained, *EVAL[:2]), forks.run(trained, *EVAL)
     text.write_text(before)
     assert "any more: its tokenizer has changed" in alone.stderr
     message = alone.stderr.splitlines()[-1]  # after what preparing the text said
@@ -87,7 +87,7 @@ def test_an_error_of_the_user_reads_as_in_one_process(trained):
 
 def test_two_nodes_by_the_commands_that_are_printed(trained):
     port = f"launch.master_port={29500 + os.getpid() % 1000}"
-    done = runs.run(trained, *EVAL, "launch=torchrun", "launch.n_nodes=2", "launch.master_addr=127.0.0.1", port)
+    done = forks.run(trained, *EVAL, "launch=torchrun", "launch.n_nodes=2", "launch.master_addr=127.0.0.1", port)
     assert done.returncode == 0, done.stderr
     command = done.stdout.strip().splitlines()[-1]
     assert done.stdout.startswith("run this on each of the 2 machines:\n\ncd ")
@@ -112,7 +112,7 @@ def test_two_nodes_of_slurm(trained, tmp_path, monkeypatch):
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     port = f"launch.master_port={30500 + os.getpid() % 1000}"
-    done = runs.run(trained, *EVAL, "launch=slurm", "launch.n_nodes=2", "launch.submit=true", port)
+    done = forks.run(trained, *EVAL, "launch=slurm", "launch.n_nodes=2", "launch.submit=true", port)
     assert done.returncode == 0, done.stderr + "\n" + "\n".join(f.read_text() for f in trained.rglob("slurm.log"))
     assert re.fullmatch(r"wrote     outputs/runs/\S+/ranks/job.sbatch\nsubmitted Submitted batch job 7\n", done.stdout)
     check_finished(trained)

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from deepseek_exp import compose
-from tests import runs
+from tests import forks, runs
 from tests.bench import kill
 
 
@@ -126,14 +126,14 @@ class TestUseOfACheckpoint:
     def test_sample(self, finished):
         folder, _ = finished
         args = ("do=sample", "resume=last", "sample.max_new_tokens=20", "'sample.prompt=7 + '".strip("'"))
-        first, second = runs.run(folder, *args), runs.run(folder, *args)
+        first, second = runs.run(folder, *args), forks.run(folder, *args)
         assert first.returncode == 0, first.stderr
         assert first.stdout.startswith("7 + ") and first.stdout == second.stdout
-        other = runs.run(folder, *args, "seed=9")
+        other = forks.run(folder, *args, "seed=9")
         assert other.returncode == 0 and other.stdout != first.stdout
 
     def test_sample_longer_than_the_model(self, finished):
-        done = runs.run(finished[0], "do=sample", "sample.max_new_tokens=64", "sample.prompt=a")
+        done = forks.run(finished[0], "do=sample", "sample.max_new_tokens=64", "sample.prompt=a")
         assert done.returncode == 2
         assert done.stderr == (
             "sample.max_new_tokens=64 and a prompt of 1 tokens are more than model.max_seq_len=64. "
@@ -167,17 +167,17 @@ class TestUseOfACheckpoint:
 
     def test_sampling_needs_no_training_text(self, copy_of_finished):
         shutil.rmtree(copy_of_finished / "outputs" / "cache")
-        done = runs.run(copy_of_finished, "do=sample", "sample.max_new_tokens=3")
+        done = forks.run(copy_of_finished, "do=sample", "sample.max_new_tokens=3")
         assert done.returncode == 0 and not (copy_of_finished / "outputs" / "cache").exists()
 
     def test_text_that_changed_since_is_refused(self, tmp_path):
         text = tmp_path / "text.txt"
         text.write_text("".join(f"line {i} has {i * i} in it\n" for i in range(4000)))
         own = [o for o in runs.QUICK if o != "data=synthetic"]
-        done = runs.run(tmp_path, *own, "data=text", f"data.path={text}", "trainer.max_steps=4")
+        done = forks.run(tmp_path, *own, "data=text", f"data.path={text}", "trainer.max_steps=4")
         assert done.returncode == 0, done.stderr
         text.write_text("".join(f"line {i} has {i * i} in it\n" for i in range(4001)))
-        done = runs.run(tmp_path, "resume=last", "trainer.max_steps=8")
+        done = forks.run(tmp_path, "resume=last", "trainer.max_steps=8")
         assert done.returncode == 1
         assert (
             done.stderr.strip()
@@ -192,18 +192,18 @@ class TestUseOfACheckpoint:
         (run_dir,) = runs.run_dirs(copy_of_finished)
         damaged = run_dir / "checkpoints" / "step-00000012" / "state.safetensors"
         os.truncate(damaged, 1000)
-        done = runs.run(copy_of_finished, "do=sample", "sample.max_new_tokens=4")
+        done = forks.run(copy_of_finished, "do=sample", "sample.max_new_tokens=4")
         assert done.returncode == 0, done.stderr
         assert "step-00000012 is damaged (state.safetensors is truncated: 1000 of" in done.stdout
-        exact = runs.run(copy_of_finished, "do=sample", f"resume={damaged.parent}")
+        exact = forks.run(copy_of_finished, "do=sample", f"resume={damaged.parent}")
         assert exact.returncode == 1 and "is damaged" in exact.stderr
 
     def test_going_on_with_more_steps(self, finished, tmp_path):
         """The same MLflow run goes on: one run, its history continued."""
-        done = runs.run(tmp_path, *runs.QUICK, "trainer.max_steps=4")
+        done = forks.run(tmp_path, *runs.QUICK, "trainer.max_steps=4")
         assert done.returncode == 0, done.stderr
         run_id = all_runs(tmp_path)[0].info.run_id
-        done = runs.run(tmp_path, f"resume={run_id}", "trainer.max_steps=6", "optim.lr=1e-5", "optim.min_lr_ratio=1")
+        done = forks.run(tmp_path, f"resume={run_id}", "trainer.max_steps=6", "optim.lr=1e-5", "optim.min_lr_ratio=1")
         assert done.returncode == 0, done.stderr
         assert runs.trace(runs.run_dirs(tmp_path)[0], "optim/lr")[5] == 1e-5
         (run,) = all_runs(tmp_path)
@@ -216,7 +216,7 @@ class TestKill:
         """Three of the kills that tests/bench/kill.py does twenty of: early, in between, right after a checkpoint."""
         reference = kill.unbroken(tmp_path / "reference")
         for step in (3, 18, 28):
-            assert kill.differences(tmp_path / f"kill{step}", reference, step) == []
+            assert kill.differences(tmp_path / f"kill{step}", reference, step, by=forks) == []
 
     def test_sigterm_saves_and_a_memory_goes_on(self, tmp_path):
         """With segment memory and two micro batches a step, stopped where no checkpoint was due."""
@@ -224,8 +224,8 @@ class TestKill:
         overrides = (*runs.QUICK, "trainer.max_steps=60", *memory)
         (tmp_path / "a").mkdir()
         (tmp_path / "b").mkdir()
-        assert runs.run(tmp_path / "a", *overrides).returncode == 0
-        process = runs.start(tmp_path / "b", *overrides)
+        assert forks.run(tmp_path / "a", *overrides).returncode == 0
+        process = forks.start(tmp_path / "b", *overrides)
         runs.signal_at_step(process, tmp_path / "b", 20, signal.SIGTERM)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 128 + signal.SIGTERM, err
@@ -245,7 +245,7 @@ class TestKill:
 
 class TestFailure:
     def test_a_loss_that_is_not_finite_ends_the_run(self, tmp_path):
-        done = runs.run(tmp_path, *runs.QUICK, "optim.lr=1e30", "optim.clip_norm=0")
+        done = forks.run(tmp_path, *runs.QUICK, "optim.lr=1e30", "optim.clip_norm=0")
         assert done.returncode == 1
         want = (
             r"optim.lr=1e\+30 made the (loss|gradient's norm) (nan|inf) at step \d+. "
@@ -256,7 +256,7 @@ class TestFailure:
         assert run.info.status == "FAILED" and re.fullmatch(want, run.data.tags["error"])
 
     def test_unreachable_server(self, tmp_path):
-        done = runs.run(tmp_path, *runs.QUICK, "tracking.uri=http://127.0.0.1:9")
+        done = forks.run(tmp_path, *runs.QUICK, "tracking.uri=http://127.0.0.1:9")
         assert done.returncode == 1
         assert done.stderr.strip().splitlines()[-1].startswith("tracking.uri='http://127.0.0.1:9' does not answer")
 
@@ -293,13 +293,13 @@ class TestSweep:
     def test_a_jobs_checkpoint_is_found_by_its_run_id(self, swept):
         folder, _ = swept
         run = next(r for r in all_runs(folder) if r.data.params.get("optim.lr") == "0.001")
-        done = runs.run(folder, "do=sample", f"resume={run.info.run_id}", "sample.max_new_tokens=3")
+        done = forks.run(folder, "do=sample", f"resume={run.info.run_id}", "sample.max_new_tokens=3")
         assert done.returncode == 0, done.stderr
 
 
 def test_gradient_checkpointing_and_precision_and_callbacks(tmp_path):
     """The keys of the training loop that no other test here turns on, in one run."""
-    done = runs.run(
+    done = forks.run(
         tmp_path,
         *runs.QUICK,
         "trainer.precision=bf16",
@@ -319,7 +319,7 @@ def test_gradient_checkpointing_and_precision_and_callbacks(tmp_path):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_training_follows_the_eager_one(finished, tmp_path):
-    done = runs.run(tmp_path, *runs.QUICK, "trainer.compile=true", "trainer.max_steps=12")
+    done = forks.run(tmp_path, *runs.QUICK, "trainer.compile=true", "trainer.max_steps=12")
     assert done.returncode == 0, done.stderr
     eager, compiled = (runs.trace(runs.run_dirs(f)[0], "train/loss") for f in (finished[0], tmp_path))
     assert compiled == pytest.approx(eager, rel=1e-3)

@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -38,15 +39,18 @@ def unbroken(folder: Path) -> Path:
     return runs.run_dirs(folder)[0]
 
 
-def differences(folder: Path, reference: Path, step: int) -> list[str]:
-    """Kill a run once it has logged `step`, resume it to its end, and name what differs from the reference."""
+def differences(folder: Path, reference: Path, step: int, by: ModuleType = runs) -> list[str]:
+    """Kill a run once it has logged `step`, resume it to its end, and name what differs from the reference.
+
+    Both are started by the `start` and `run` of a module.
+    """
     folder.mkdir(parents=True)
-    process = runs.start(folder, *OVERRIDES)
+    process = by.start(folder, *OVERRIDES)
     runs.signal_at_step(process, folder, step, signal.SIGKILL)
     process.communicate()
     (run_dir,) = runs.run_dirs(folder)
     has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
-    done = runs.run(folder, *(["resume=last"] if has_checkpoint else OVERRIDES))
+    done = by.run(folder, *(["resume=last"] if has_checkpoint else OVERRIDES))
     if done.returncode:
         return [f"resume failed: {done.stderr[-2000:]}"]
     run_dir = runs.run_dirs(folder)[-1]

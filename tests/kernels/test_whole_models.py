@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -30,10 +32,19 @@ def assert_same(found, wanted):
         assert (found[name] - value).abs().max() <= 2e-5 * value.abs().max() + 1e-9, name
 
 
+def fused(version):
+    return composed(f"model={version}", "size=tiny", "model.n_layers=2", "kernels=fused", "do=plan")
+
+
+@functools.cache
+def fused_gradients(version):
+    exp = fused(version)
+    return gradients(exp.model, resolve(exp.kernels))
+
+
 @pytest.mark.parametrize("version", MODELS)
 def test_every_version(version):
-    exp = composed(f"model={version}", "size=tiny", "model.n_layers=2", "kernels=fused", "do=plan")
-    assert_same(gradients(exp.model, resolve(exp.kernels)), gradients(exp.model, TORCH))
+    assert_same(fused_gradients(version), gradients(fused(version).model, TORCH))
 
 
 def test_heads_with_norms_and_biases():
@@ -44,7 +55,7 @@ def test_heads_with_norms_and_biases():
 
 @pytest.mark.parametrize("version", ["v1_dense", "v3_moe"])
 def test_compiled_without_a_break(version):
-    exp = composed(f"model={version}", "size=tiny", "model.n_layers=2", "kernels=fused", "do=plan")
+    exp = fused(version)
     assert_same(gradients(exp.model, resolve(exp.kernels), compiled=True), gradients(exp.model, TORCH))
 
 
@@ -57,8 +68,6 @@ def test_compiled_with_checkpointing(checkpointing):
 @pytest.mark.parametrize("version", ["v1_dense", "v3_moe"])
 @pytest.mark.parametrize("checkpointing", [ActivationCheckpointing.selective, ActivationCheckpointing.full])
 def test_what_is_computed_again_is_the_same(version, checkpointing):
-    exp = composed(f"model={version}", "size=tiny", "model.n_layers=2", "kernels=fused", "do=plan")
-    found, wanted = (
-        gradients(exp.model, resolve(exp.kernels), c) for c in (checkpointing, ActivationCheckpointing.none)
-    )
+    exp, wanted = fused(version), fused_gradients(version)
+    found = gradients(exp.model, resolve(exp.kernels), checkpointing)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

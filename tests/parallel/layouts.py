@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib
 import json
 import math
@@ -387,6 +388,7 @@ def serve() -> None:
     with contextlib.redirect_stdout(open(os.devnull, "w")):  # noqa: PTH123
         for module in IMPORTED:
             importlib.import_module(module)
+    gc.freeze()  # a collection would have each fork copy what it leaves alone
     while line := sys.stdin.readline():
         answers.write(json.dumps(run_job(json.loads(line))) + "\n")
         answers.flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests import runs
+from tests import forks, runs
 from tests.bench.kill_ranks import WORDS, differences, has_done, kill_all_saving, kill_one, resume, unbroken, wait_until
 
 SHORT = (*WORDS, "trainer.max_steps=12", "trainer.checkpoint_every_steps=3", "trainer.eval_every_steps=6")
@@ -13,11 +13,11 @@ def test_a_killed_rank_and_then_a_killed_save(tmp_path):
     reference = unbroken(tmp_path / "reference", (*SHORT, *TWO))
     folder = tmp_path / "killed"
     folder.mkdir()
-    process = runs.start(folder, *SHORT, *TWO)
+    process = forks.start(folder, *SHORT, *TWO)
     wait_until(lambda: has_done(folder, 4, 1), process)
     death = kill_one(folder, process, 1)
     assert death.wrong == []
-    process = runs.start(folder, "resume=last")
+    process = forks.start(folder, "resume=last")
     wait_until(lambda: has_done(folder, 5, 2), process)
     death = kill_all_saving(folder, process, 0.01)
     assert death.wrong == []

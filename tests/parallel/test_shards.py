@@ -22,7 +22,7 @@ from deepseek_exp.parallel import manifest
 from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, begin, in_one_file, load_weights
 from deepseek_exp.parallel.files import MODEL, write_tensors
 from deepseek_exp.parallel.shards import Cut, Piece, Whole, box_of, open_state, save_shard, shard_name
-from tests import runs
+from tests import forks, runs
 from tests.models.test_transformer import build, some_tokens
 from tests.parallel.test_checkpoint import assert_equal
 from tests.test_config import composed
@@ -480,17 +480,17 @@ def test_run_py_goes_on_from_shards_as_if_they_were_one_file(tmp_path):
     used = {}
     for form in ("one", "many"):
         where = ("do=export", f"resume={path}", f"export.path={form}")
-        exported, sampled = (runs.run(tmp_path, *words) for words in (where, ("do=sample", f"resume={path}")))
+        exported, sampled = (forks.run(tmp_path, *words) for words in (where, ("do=sample", f"resume={path}")))
         assert exported.returncode == sampled.returncode == 0, exported.stderr + sampled.stderr
         used[form] = load_file(tmp_path / form / MODEL), sampled.stdout
         if form == "one":
             to_shards(path)
     assert not (path / MODEL).exists()
     assert_equal(in_order(used["many"]), in_order(used["one"]))
-    measured = runs.run(tmp_path, "do=eval", f"resume={path}")
+    measured = forks.run(tmp_path, "do=eval", f"resume={path}")
     assert measured.returncode == 0, measured.stderr
     shutil.rmtree(last)
-    again = runs.run(tmp_path, f"resume={path}")
+    again = forks.run(tmp_path, f"resume={path}")
     assert again.returncode == 0, again.stderr
     assert set(runs.trace(run_dir, "train/loss")) == set(range(1, 13))  # and the same again from step 9 on
     assert_equal(in_order(runs.weights(run_dir, 12)), in_order(want))

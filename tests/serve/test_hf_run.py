@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_exp.serve import from_pretrained
-from tests import runs
+from tests import forks, runs
 from tests.serve.releases import some_tokenizer, their_model, transformers
 from tests.serve.test_parity import distance, some_tokens
 
@@ -53,9 +53,9 @@ def test_export_loads_in_transformers(trained):
     tokens = some_tokens()
     with torch.no_grad():
         assert distance(ours.model(tokens), theirs(tokens).logits) < 1e-5
-    again = runs.run(folder, "do=export", "resume=last")
+    again = forks.run(folder, "do=export", "resume=last")
     assert again.returncode == 2 and "is there already and not an empty folder" in again.stderr
-    other = runs.run(folder, "do=export", "resume=last", "export.path=elsewhere")
+    other = forks.run(folder, "do=export", "resume=last", "export.path=elsewhere")
     assert other.returncode == 0 and (folder / "elsewhere" / "config.json").is_file()
 
 
@@ -63,7 +63,7 @@ def test_goes_on_without_the_weights_of_the_release(trained):
     folder, _, _ = trained
     weights = folder / "release" / "model.safetensors"
     weights.rename(folder / "moved")
-    done = runs.run(folder, "resume=last", "trainer.max_steps=3")
+    done = forks.run(folder, "resume=last", "trainer.max_steps=3")
     (folder / "moved").rename(weights)
     assert done.returncode == 0, done.stderr
 
@@ -73,9 +73,9 @@ def test_evaluates_and_samples_without_a_run(trained):
     losses = []
     for override in ("init_from=release", "resume=last"):
         extra = QUICK if override.startswith("init") else ["trainer.eval_batches=2"]
-        done = runs.run(folder, "do=eval", override, *extra)
+        done = forks.run(folder, "do=eval", override, *extra)
         assert done.returncode == 0, done.stderr
         losses.append(float(done.stdout.split("loss ")[1].split()[0]))
     assert losses[0] > losses[1]
-    done = runs.run(folder, "do=sample", "init_from=release", "sample.max_new_tokens=5", "sample.prompt=the cat")
+    done = forks.run(folder, "do=sample", "init_from=release", "sample.max_new_tokens=5", "sample.prompt=the cat")
     assert done.returncode == 0 and done.stdout.startswith("the cat"), done.stderr

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from deepseek_exp.kernels import experts, fp8
 from deepseek_exp.kernels.experts import hidden, hidden_backward, rows_of, sum_rows
-from deepseek_exp.kernels.fp8 import FAST_FORWARD, FAST_GRADIENTS
 from deepseek_exp.kernels.fp8_grouped import cast_rows, matrices, product
 
 
@@ -65,13 +64,12 @@ def _fp8_experts(
     parts = torch.stack([fp8.largest([w], fused) for w in stacks])
     rows = _rounded_rows(x_TD, order_R, inverse_TK, ends_E, fused)
     gate_RF, up_RF = (
-        product(rows, *matrices(w, p, fused), ends_E, dtype, fast=FAST_FORWARD)
-        for w, p in zip(stacks[:2], parts[:2], strict=True)
+        product(rows, *matrices(w, p, fused), ends_E, dtype) for w, p in zip(stacks[:2], parts[:2], strict=True)
     )
     del rows
     hidden_RF = hidden(gate_RF, up_RF, weights_TK, order_R, ends_E)
     w = matrices(w_down, parts[2], fused)
-    y_RD = product(cast_rows(hidden_RF, fused), *w, ends_E, dtype, fast=FAST_FORWARD)
+    y_RD = product(cast_rows(hidden_RF, fused), *w, ends_E, dtype)
     return sum_rows(y_RD, None, inverse_TK, ends_E), gate_RF, up_RF, parts
 
 
@@ -95,7 +93,7 @@ def _fp8_experts_backward(
     inverse_TK, dtype = inverse_R.view(weights_TK.shape), x_TD.dtype
 
     def back(rows: tuple[Tensor, Tensor], w: Tensor, p: Tensor) -> Tensor:
-        return product(rows, *matrices(w, p, fused, transposed=True), ends_E, dtype, fast=FAST_GRADIENTS)
+        return product(rows, *matrices(w, p, fused, transposed=True), ends_E, dtype)
 
     hidden_RF = back(_rounded_rows(grad_TD, order_R, inverse_TK, ends_E, fused), w_down, parts[2])  # its gradient yet
     dgate_RF, dup_RF, dweights_TK = hidden_backward(hidden_RF, gate_RF, up_RF, weights_TK, order_R, ends_E)

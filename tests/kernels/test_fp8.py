@@ -273,7 +273,7 @@ def test_experts_compile_whole():
     case = [t.requires_grad_() if t.is_floating_point() else t for t in experts_case()]
     compiled = torch.compile(functools.partial(routed_experts, fused=True), backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(*case), routed_experts(*case, fused=True))
-    torch.library.opcheck(torch.ops.deepseek_exp.fp8_experts, (*case, True))
+    torch.library.opcheck(torch.ops.deepseek_exp.routed_experts, (*case, "fp8_fused"))
     x, weight, ends, _ = grouped_case()
     torch.library.opcheck(
         torch.ops.deepseek_exp.fp8_grouped,

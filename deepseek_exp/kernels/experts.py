@@ -5,9 +5,9 @@
 Sources: Dai et al. 2024, "DeepSeekMoE", section 2; Shazeer 2020, "GLU Variants Improve Transformer", equation 6; the
 definition is reference.py's. A weight is applied before `down`, which is linear: the sum over a token's rows is then
 a plain one, and the weight's gradient is a sum over the hidden layer of what the backward pass has at hand anyway, so
-the experts' outputs are not kept. The products are PyTorch's grouped GEMM (see grouped.py); the rest is Triton, in
-fp32 between load and store. A token is copied to its rows and collects them again, one program for each token, and no
-value is added up in an order that could change: results repeat bit for bit.
+the experts' outputs are not kept. The products are PyTorch's grouped GEMM (see grouped.py), or those of fp8_experts.py;
+the rest is Triton, in fp32 between load and store. A token is copied to its rows and collects them again, one program
+for each token, and no value is added up in an order that could change: results repeat bit for bit.
 
 Kept for the backward pass, of e bytes an element: 2 F e a row (gate and up) and the tokens, D e / K a row; rows are
 gathered and the hidden layer is computed again. Plain PyTorch keeps (2 D + 4 F) e a row: the gathered row and the
@@ -26,6 +26,7 @@ Suffixes: T tokens, K experts of a token, R = T * K rows sorted by expert, E exp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,12 +47,15 @@ def routed_experts(
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
+    *,
+    products: str = "wide",
 ) -> Tensor:
     """Compute `reference.routed_experts`; same arguments and result, in fp32 and bf16.
 
     Tokens and matrices are of one type, the weights of a token's experts may be fp32. D and F are multiples of 8.
+    `products`: the name of one of `PRODUCTS`.
     """
-    return _routed_experts(x_TD, weights_TK, order_R, inverse_R, ends_E, w_gate, w_up, w_down)[0]
+    return _routed_experts(x_TD, weights_TK, order_R, inverse_R, ends_E, w_gate, w_up, w_down, products)[0]
 
 
 @triton.jit
@@ -173,6 +177,41 @@ def hidden_backward(
     return dgate_RF, dup_RF, dweights_TK
 
 
+class Products:
+    """The experts' products, in the type of the operands; another form may round operands first.
+
+    Operands that are rows are whatever `tokens` and `rows` of the same form give.
+    """
+
+    def n_parts(self, w_EMN: Tensor) -> int:
+        """Give how many numbers `parts` has for a stack of matrices."""
+        return 0
+
+    def parts(self, stacks: Sequence[Tensor]) -> Tensor:
+        """Give what rounds stacks of matrices the same way in both passes: (stacks, parts), fp32."""
+        return stacks[0].new_empty(len(stacks), 0, dtype=torch.float32)
+
+    def tokens(self, x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Any:
+        """Copy tokens to their rows, as an operand."""
+        return rows_of(x_TD, inverse_TK, ends_E)
+
+    def rows(self, x_RN: Tensor) -> Any:
+        """Make rows an operand."""
+        return x_RN
+
+    def mm(self, rows: Any, w_EMN: Tensor, part: Tensor, ends_E: Tensor, *, transposed: bool = False) -> Tensor:
+        """Multiply each row with the matrix of its expert, or with that one transposed: (rows, M), or (rows, N)."""
+        return F.grouped_mm(rows, w_EMN if transposed else w_EMN.transpose(1, 2), offs=ends_E)
+
+    def exact(self, rows: Any, x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+        """Give the rows that `tokens` made an operand of, not rounded."""
+        return rows
+
+
+# the forms there are by name: an operation takes no objects
+PRODUCTS = {"wide": Products()}
+
+
 @torch.library.custom_op("deepseek_exp::routed_experts", mutates_args=())
 def _routed_experts(
     x_TD: Tensor,
@@ -183,15 +222,17 @@ def _routed_experts(
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the sums, and gate and up of each row for the backward pass."""
-    inverse_TK = inverse_R.view(weights_TK.shape)
-    x_RD = rows_of(x_TD, inverse_TK, ends_E)
-    gate_RF, up_RF = (F.grouped_mm(x_RD, w.transpose(1, 2), offs=ends_E) for w in (w_gate, w_up))
-    del x_RD
+    products: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give the sums; for the backward pass gate and up of each row, and the parts of the three stacks."""
+    form, inverse_TK = PRODUCTS[products], inverse_R.view(weights_TK.shape)
+    parts = form.parts((w_gate, w_up, w_down))
+    rows = form.tokens(x_TD, order_R, inverse_TK, ends_E)
+    gate_RF, up_RF = (form.mm(rows, w, part, ends_E) for w, part in ((w_gate, parts[0]), (w_up, parts[1])))
+    del rows
     hidden_RF = hidden(gate_RF, up_RF, weights_TK, order_R, ends_E)
-    y_RD = F.grouped_mm(hidden_RF, w_down.transpose(1, 2), offs=ends_E)
-    return sum_rows(y_RD, None, inverse_TK, ends_E), gate_RF, up_RF
+    y_RD = form.mm(form.rows(hidden_RF), w_down, parts[2], ends_E)
+    return sum_rows(y_RD, None, inverse_TK, ends_E), gate_RF, up_RF, parts
 
 
 @torch.library.custom_op("deepseek_exp::routed_experts_backward", mutates_args=())
@@ -207,50 +248,51 @@ def _routed_experts_backward(
     w_down: Tensor,
     gate_RF: Tensor,
     up_RF: Tensor,
+    parts: Tensor,
+    products: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Give the gradients of tokens, weights and the three stacks of matrices."""
-    inverse_TK = inverse_R.view(weights_TK.shape)
-    grad_RD = rows_of(grad_TD, inverse_TK, ends_E)
-    hidden_RF = F.grouped_mm(grad_RD, w_down, offs=ends_E)  # its gradient as yet
+    form, inverse_TK = PRODUCTS[products], inverse_R.view(weights_TK.shape)
+    rows = form.tokens(grad_TD, order_R, inverse_TK, ends_E)
+    hidden_RF = form.mm(rows, w_down, parts[2], ends_E, transposed=True)  # its gradient as yet
+    grad_RD = form.exact(rows, grad_TD, inverse_TK, ends_E)
+    del rows
     dgate_RF, dup_RF, dweights_TK = hidden_backward(hidden_RF, gate_RF, up_RF, weights_TK, order_R, ends_E)
     dw_down = F.grouped_mm(grad_RD.T, hidden_RF, offs=ends_E)  # (experts, d_model, d_expert)
     del grad_RD, hidden_RF
     x_RD = rows_of(x_TD, inverse_TK, ends_E)
     dw_gate, dw_up = (F.grouped_mm(d.T, x_RD, offs=ends_E) for d in (dgate_RF, dup_RF))  # (experts, d_expert, d_model)
     del x_RD
-    by_gate_RD, by_up_RD = (F.grouped_mm(d, w, offs=ends_E) for d, w in ((dgate_RF, w_gate), (dup_RF, w_up)))
+    by_gate_RD, by_up_RD = (
+        form.mm(form.rows(d), w, part, ends_E, transposed=True)
+        for d, w, part in ((dgate_RF, w_gate, parts[0]), (dup_RF, w_up, parts[1]))
+    )
     dx_TD = sum_rows(by_gate_RD, by_up_RD, inverse_TK, ends_E)
     return dx_TD, dweights_TK, dw_gate, dw_up, dw_down
 
 
 @_routed_experts.register_fake
-def _(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    order_R: Tensor,
-    inverse_R: Tensor,
-    ends_E: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x_TD: Tensor, weights_TK: Tensor, order_R: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, w_gate, *_, products = rest
     gate_RF = x_TD.new_empty(len(order_R), w_gate.shape[1])
-    return x_TD.new_empty(x_TD.shape), gate_RF, torch.empty_like(gate_RF)
+    parts = x_TD.new_empty(3, PRODUCTS[products].n_parts(w_gate), dtype=torch.float32)
+    return x_TD.new_empty(x_TD.shape), gate_RF, torch.empty_like(gate_RF), parts
 
 
 @_routed_experts_backward.register_fake
-def _(grad_TD: Tensor, x_TD: Tensor, weights_TK: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+def _(grad_TD: Tensor, x_TD: Tensor, weights_TK: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in (x_TD, weights_TK, *rest[3:6]))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.products = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _differentiate(ctx: Any, grad_TD: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    dx_TD, dweights_TK, *dw = _routed_experts_backward(grad_TD, *ctx.saved_tensors)
-    return dx_TD, dweights_TK, None, None, None, *dw
+    dx_TD, dweights_TK, *dw = _routed_experts_backward(grad_TD, *ctx.saved_tensors, ctx.products)
+    return dx_TD, dweights_TK, None, None, None, *dw, None
 
 
 _routed_experts.register_autograd(_differentiate, setup_context=_save)

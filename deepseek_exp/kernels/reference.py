@@ -452,7 +452,8 @@ def quantize_fp8(x: Tensor, dtype: torch.dtype, *, by_row: bool = False) -> tupl
     Returns:
         q in the shape of x, and the scale, fp32: (), or (...) where each row has one.
     """
-    wide, most = x.float(), FP8_LARGEST[dtype]
+    wide = x.float()
     largest = (wide.abs().amax(-1, keepdim=True) if by_row else wide.abs().amax()).clamp(min=FP8_LEAST)
+    most = torch.full_like(largest, FP8_LARGEST[dtype])  # with a Python number PyTorch would multiply by a reciprocal
     scale = torch.where(largest.isfinite(), largest / most, float("nan"))
     return (wide * (most / largest)).to(dtype), scale.squeeze(-1) if by_row else scale

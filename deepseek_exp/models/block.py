@@ -21,7 +21,6 @@ KEPT = {
     "deepseek_exp::linears",
     "deepseek_exp::fp8_linears",
     "deepseek_exp::fp8_grouped",
-    "deepseek_exp::fp8_experts",
     "deepseek_exp::local_global_attention",
     "deepseek_exp::routed_experts",
     "aten::_scaled_dot_product_flash_attention",

@@ -2,13 +2,14 @@
 
     python tests/bench/fp8.py
 
-Checked first: the kernel gives the definition's bits, forward and gradients repeat bit for bit. Times in milliseconds,
-medians over rounds in which all forms of a row take turns. torchao's Float8Linear (tensorwise, compiled) is measured
-where it is installed. Errors are relative norms of the difference from bf16's operands in fp32.
+Checked first: the kernel gives the definition's bits, computed on the CPU; forward and gradients repeat bit for bit.
+Times in milliseconds, medians over rounds in which all forms of a row take turns. torchao's Float8Linear (tensorwise,
+compiled) is measured where it is installed. Errors are relative norms of the difference from bf16's operands in fp32.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek_exp.kernels import experts, fp8, fp8_experts, fp8_quantize, reference
 
 TOKENS, SHAPES = 16384, [(3072, 8192), (8192, 3072), (2048, 5632)]
+EXPERTS_TOKENS = [16384, 65536]
 D_MODEL, D_EXPERT, N_EXPERTS, TOP_K = 2048, 1408, 64, 6
 ROUNDS, REPEATS = 7, 5
 DEVICE = torch.device("cuda")
@@ -51,22 +53,22 @@ def times(forms: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(*(t.contiguous().view(torch.uint8).cpu() for t in (a, b)))
 
 
 def check() -> list[str]:
-    """Compare the kernel with the definition bit for bit; names what differs."""
+    """Compare the kernel with the definition, computed on the CPU, bit for bit; names what differs."""
     wrong = []
     magnitudes = (4 * torch.randn(1000, 3072, device=DEVICE)).exp2()
     for dtype in reference.FP8_LARGEST:
         for x in (rand(1000, 3072), (rand(1000, 3072) * magnitudes).bfloat16(), torch.zeros_like(rand(40, 64))):
-            wanted, scale = reference.quantize_fp8(x, dtype)
+            wanted, scale = reference.quantize_fp8(x.cpu(), dtype)
             parts = fp8.largest([x], True)
             q, q_T, found = fp8.cast([x], parts, dtype, 0, True, as_is=True, transposed=True)
-            n_off = int((q.view(torch.uint8) != wanted.view(torch.uint8)).sum())
-            if n_off or not same_bits(q_T[:, : len(x)], q.view(torch.uint8).T) or found != scale:
+            n_off = int((q.view(torch.uint8).cpu() != wanted.view(torch.uint8)).sum())
+            if n_off or not same_bits(q_T[:, : len(x)], q.view(torch.uint8).T) or found.item() != scale.item():
                 wrong.append(f"{dtype}: {n_off} of {x.numel()} differ, scale {found.item()} and {scale.item()}")
-            rows, by_row = fp8_quantize.cast_rows(x, dtype), reference.quantize_fp8(x, dtype, by_row=True)
+            rows, by_row = fp8_quantize.cast_rows(x, dtype), reference.quantize_fp8(x.cpu(), dtype, by_row=True)
             if not all(same_bits(a, b) for a, b in zip(rows, by_row, strict=True)):
                 wrong.append(f"{dtype}: rows differ")
     for bad in (float("nan"), float("inf")):
@@ -149,13 +151,13 @@ def torchao_layer(layer: nn.Linear) -> nn.Module | None:
     return convert_to_float8_training(model, config=Float8LinearConfig())[0]
 
 
-def routed() -> tuple[list[str], list[str]]:
+def routed(tokens: int) -> tuple[list[str], list[str]]:
     """Time the routed experts of a layer, forward and backward."""
-    ids = torch.rand(TOKENS, N_EXPERTS, device=DEVICE).topk(TOP_K).indices
+    ids = torch.rand(tokens, N_EXPERTS, device=DEVICE).topk(TOP_K).indices
     order, inverse, ends = reference.sort_by_expert(ids, N_EXPERTS)
-    x, weights = rand(TOKENS, D_MODEL).requires_grad_(), torch.rand(TOKENS, TOP_K, device=DEVICE).requires_grad_()
+    x, weights = rand(tokens, D_MODEL).requires_grad_(), torch.rand(tokens, TOP_K, device=DEVICE).requires_grad_()
     shapes = (N_EXPERTS, D_EXPERT, D_MODEL), (N_EXPERTS, D_EXPERT, D_MODEL), (N_EXPERTS, D_MODEL, D_EXPERT)
-    stacks, grad = [rand(*shape, scale=0.02).requires_grad_() for shape in shapes], rand(TOKENS, D_MODEL, scale=1e-3)
+    stacks, grad = [rand(*shape, scale=0.02).requires_grad_() for shape in shapes], rand(tokens, D_MODEL, scale=1e-3)
 
     def run(function: Callable[..., Tensor], **how: bool) -> list[Tensor]:
         y = function(x, weights, order, inverse, ends, *stacks, **how)
@@ -168,10 +170,10 @@ def routed() -> tuple[list[str], list[str]]:
     found, wide, narrow, again = times(forms), forms["experts bf16"](), *(forms["experts fp8"]() for _ in range(2))
     repeats = all(torch.equal(a, b) for a, b in zip(narrow, again, strict=True))
     errors = [f"{((a - b).float().norm() / b.float().norm()).item():.3f}" for a, b in zip(narrow, wide, strict=True)]
-    work = 18 * TOKENS * TOP_K * D_MODEL * D_EXPERT / 1e9
+    work = 18 * tokens * TOP_K * D_MODEL * D_EXPERT / 1e9
     cells = [f"{t:.3f} ({work / t:,.0f} TFLOP/s)" for t in found.values()]
     head = [*found, "from bf16: y, dx, dweights, dw_gate, dw_up, dw_down", "repeats"]
-    return head, [f"{N_EXPERTS} experts, top {TOP_K}", *cells, ", ".join(errors), str(repeats)]
+    return head, [f"{N_EXPERTS} experts, top {TOP_K}, {tokens} tokens", *cells, ", ".join(errors), str(repeats)]
 
 
 def main() -> None:
@@ -180,7 +182,8 @@ def main() -> None:
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {TOKENS} tokens")
     say("the kernel equals the definition bit for bit: " + ("yes" if not wrong else "NO: " + "; ".join(wrong)))
     shown = None
-    for row in (rounding, *(lambda s=shape: linear(*s) for shape in SHAPES), routed):
+    layers = (functools.partial(linear, *shape) for shape in SHAPES)
+    for row in (rounding, *layers, *(functools.partial(routed, tokens) for tokens in EXPERTS_TOKENS)):
         try:
             head, cells = row()
         except Exception as error:  # one that this machine cannot run must not end the others

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepseek_exp.kernels import reference
-from deepseek_exp.kernels.experts import routed_experts
+from deepseek_exp.kernels import experts, reference
+from deepseek_exp.kernels.experts import routed_experts, rows_of
 from tests.kernels.fused import assert_equals_definition, outputs_and_gradients
 
 # tokens, experts, experts of a token, d_model, d_expert: one tile, several of rows, several of columns
@@ -90,7 +90,16 @@ def test_keeps_tokens_gate_and_up_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         routed_experts(*inputs)
     given = {t.data_ptr() for t in inputs}
-    assert [tuple(t.shape) for t in kept if t.data_ptr() not in given] == [(12, 16), (12, 16)]
+    assert [tuple(t.shape) for t in kept if t.nbytes and t.data_ptr() not in given] == [(12, 16), (12, 16)]
+
+
+def test_copies_tokens_to_their_rows_once_a_pass_and_their_gradient_once(monkeypatch):
+    copied = []
+    monkeypatch.setattr(experts, "rows_of", lambda x, *rest: copied.append(x) or rows_of(x, *rest))
+    inputs = [t.requires_grad_() if t.is_floating_point() else t for t in parts(6, 3, 2, 8, 16)]
+    grad = torch.randn(6, 8)
+    routed_experts(*inputs).backward(grad)
+    assert [t.data_ptr() for t in copied] == [t.data_ptr() for t in (inputs[0], grad, inputs[0])]
 
 
 def test_compiles_without_a_break():
@@ -99,4 +108,4 @@ def test_compiles_without_a_break():
     for a, b in zip(*(outputs_and_gradients(f, inputs) for f in (compiled, routed_experts)), strict=True):
         assert torch.equal(a, b)
     inputs = [t.requires_grad_() if t.is_floating_point() else t for t in parts(6, 3, 2, 8, 16)]
-    torch.library.opcheck(torch.ops.deepseek_exp.routed_experts, inputs)
+    torch.library.opcheck(torch.ops.deepseek_exp.routed_experts, (*inputs, "wide"))

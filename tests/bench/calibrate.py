@@ -1,14 +1,18 @@
-"""Calibrate a cluster's description with one measured run on one GPU, so that the plan takes the time that it took.
+"""Calibrate a cluster's description with measured runs, so that the plan takes the time that they took.
 
     python tests/bench/calibrate.py <tokens/s> <the run's overrides, with cluster=>
 
 A run without experts gives cluster.matmul_efficiency. One with experts gives cluster.grouped_efficiency, with the other
 as the overrides have it: first the dense run, then the mixture of experts with what the first one gave. The plan's time
 of such a run is tokens / peak * (flops / matmul_efficiency + expert_flops / grouped_efficiency) + optimizer, which is
-solved for the one that is not known.
+solved for the one that is not known. One whose matrices are cut over GPUs of one machine, after these, gives
+cluster.intra_node_bandwidth: what exchanges inside of a training come to, waiting for the slower rank and work that is
+not cut included. Alone they are several times faster (`collectives.py`).
 
     python tests/bench/calibrate.py 25000 model=v4_distill size=3b cluster=h200_8 trainer.precision=bf16
     python tests/bench/calibrate.py 60000 model=v2_moe size=1b cluster=h200_8 trainer.precision=bf16 \
+        cluster.matmul_efficiency=0.47
+    python tests/bench/calibrate.py 96000 model=v1_dense size=1b cluster=h200_8 trainer.precision=bf16 parallel.tp=2 \
         cluster.matmul_efficiency=0.47
 
 `compare` gives a row of a table: what is planned beside what was measured.
@@ -17,6 +21,7 @@ solved for the one that is not known.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -38,10 +43,11 @@ def planned(exp: ExperimentConfig) -> Plan:
 
 
 def calibrated(exp: ExperimentConfig, tokens_per_second: float) -> tuple[str, float]:
-    """Find the efficiency with which the plan of a run on one GPU takes the time that was measured.
+    """Find the efficiency, or the bandwidth, with which the plan of a run takes the time that was measured.
 
-    Everything but the unknown share is planned with that share at nothing, where what is left of the measured time
-    is its; the planned time of the share at efficiency 1 over what is left is its efficiency.
+    Everything but the share of the unknown is planned with that share at nothing, where what is left of the measured
+    time is its; the planned time of the share at 1, of the bandwidth at what the cluster says, over what is left is the
+    unknown, as a part of that.
 
     Args:
         exp: the run.
@@ -51,18 +57,27 @@ def calibrated(exp: ExperimentConfig, tokens_per_second: float) -> tuple[str, fl
         The key of the cluster, and its value.
 
     Raises:
-        ValueError: the run is not of one GPU, or took less time than the rest of its plan or the peak allow.
+        ValueError: the run has more ranks than those of one tensor-parallel group within a machine, or took less time
+            than the rest of its plan, or than the peak allows.
     """
-    if asked_layout(exp).degrees.world_size > 1:
-        raise ValueError("a run on one GPU calibrates: what ranks send each other is planned by itself")
-    key = "grouped_efficiency" if exp.model.moe.n_routed_experts else "matmul_efficiency"
-    one, half = (_seconds(exp, key, efficiency) for efficiency in (1.0, 0.5))
-    share = half - one  # the time of the unknown share at efficiency 1
+    key, unit, most = _unknown(exp)
+    one, half = (_seconds(exp, key, unit * share) for share in (1.0, 0.5))
+    share = half - one  # the time of the unknown share at 1
     measured = exp.trainer.global_batch_seqs * exp.data.seq_len / tokens_per_second
     left = measured - (one - share)
-    if left < share:
-        raise ValueError(f"{tokens_per_second:,.0f} tokens/s are more than a plan with {key}=1 gives")
-    return f"cluster.{key}", share / left
+    if left <= unit * share / most:
+        raise ValueError(f"{tokens_per_second:,.0f} tokens/s are more than a plan with {key}={unit:g} gives")
+    return f"cluster.{key}", unit * share / left
+
+
+def _unknown(exp: ExperimentConfig) -> tuple[str, float, float]:
+    """Give the key that a run tells of, the value that its time is measured in, and the most that it can be."""
+    d, c = asked_layout(exp).degrees, exp.cluster
+    if d.world_size == 1:
+        return "grouped_efficiency" if exp.model.moe.n_routed_experts else "matmul_efficiency", 1.0, 1.0
+    if d.world_size == d.tp <= c.gpus_per_node:
+        return "intra_node_bandwidth", c.intra_node_bandwidth, math.inf
+    raise ValueError("a run on one GPU calibrates, or one with parallel.tp alone: the rest is planned by these")
 
 
 def compare(name: str, exp: ExperimentConfig, step_seconds: float, peak_bytes: float) -> str:
@@ -83,8 +98,8 @@ def compare(name: str, exp: ExperimentConfig, step_seconds: float, peak_bytes: f
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def _seconds(exp: ExperimentConfig, key: str, efficiency: float) -> float:
-    cluster = dataclasses.replace(exp.cluster, **{key: efficiency})
+def _seconds(exp: ExperimentConfig, key: str, value: float) -> float:
+    cluster = dataclasses.replace(exp.cluster, **{key: value})
     return planned(dataclasses.replace(exp, cluster=cluster)).speed.step_seconds
 
 
@@ -92,7 +107,7 @@ def main() -> None:
     """Print the calibrated key."""
     exp = composed("do=plan", *sys.argv[2:])
     key, value = calibrated(exp, float(sys.argv[1]))
-    sys.stdout.write(f"{key}={value:.3f}\n")
+    sys.stdout.write(f"{key}={value:.4g}\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python tests/bench/scaling.py v1_dense single pp2 tp2 dp2 -- size=1b trainer.precision=bf16 cluster=h200_8
 
 One row a layout: the median tokens/s of the steps after the first six, that over the first layout's per rank, the
-loss of the last step, the peak memory of the fullest rank; then each beside its plan, calibrated with the first row.
+loss of the last step, the peak memory of the fullest rank; then each beside its plan, calibrated with the first row
+and, of a dense model, with the first that has tensor ranks alone: what these give are overrides for the next model.
 """
 
 from __future__ import annotations
@@ -71,11 +72,14 @@ def main() -> None:
             speed = row["tokens_per_second"]
             cells = [f"{speed:,.0f}", f"{speed / ranks / first:.3f}", f"{row['loss']:.5f}"]
             print_line(f"| {model} {layout} | {' | '.join(cells)} | {row['peak_bytes'] / 1e9:.2f} |")
-    one = composed("do=plan", *given, *overrides_of(layouts[0]))
-    key, value = calibrate.calibrated(one, found[layouts[0]]["tokens_per_second"])
-    print_line(f"\ncalibrated {key}={value:.4f}\n{calibrate.HEADER}")
+    for layout in [layouts[0], *[n for n in layouts[1:] if re.fullmatch(r"tp\d+", n) and "moe" not in model][:1]]:
+        exp = composed("do=plan", *given, *overrides_of(layout))
+        key, value = calibrate.calibrated(exp, found[layout]["tokens_per_second"])
+        given.append(f"{key}={value:.6g}")
+        print_line(f"calibrated with {layout}: {given[-1]}")
+    print_line(f"\n{calibrate.HEADER}")
     for layout, row in found.items():
-        exp = composed("do=plan", *given, *overrides_of(layout), f"{key}={value}")
+        exp = composed("do=plan", *given, *overrides_of(layout))
         seconds = exp.trainer.global_batch_seqs * exp.data.seq_len / row["tokens_per_second"]
         print_line(calibrate.compare(f"{model} {layout}", exp, seconds, row["peak_bytes"]))
     print_line(json.dumps(found))

@@ -27,11 +27,22 @@ def test_the_plan_then_takes_the_measured_time(exp, key, full):
     assert planned(mended).speed.tokens_per_second == pytest.approx(measured)
 
 
+def test_a_run_with_cut_matrices_tells_of_the_bandwidth():
+    exp = experiment("model=v1_dense", "size=1b", "cluster=h200_8", "trainer.precision=bf16", "parallel.tp=2")
+    measured = planned(exp).speed.tokens_per_second * 0.8
+    name, value = calibrated(exp, measured)
+    assert name == "cluster.intra_node_bandwidth" and value < exp.cluster.intra_node_bandwidth
+    mended = dataclasses.replace(exp, cluster=dataclasses.replace(exp.cluster, intra_node_bandwidth=value))
+    assert planned(mended).speed.tokens_per_second == pytest.approx(measured)
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"more than a plan with matmul_efficiency=1 gives"):
         calibrated(DENSE, 1e9)
     with pytest.raises(ValueError, match="a run on one GPU calibrates"):
         calibrated(experiment("parallel=3d"), 1e3)
+    with pytest.raises(ValueError, match="more than a plan with intra_node_bandwidth="):
+        calibrated(experiment("model=v1_dense", "size=1b", "cluster=h200_8", "parallel.tp=2"), 1e9)
 
 
 def test_a_row():

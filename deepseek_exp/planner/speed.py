@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from deepseek_exp.config import ActivationCheckpointing, ExperimentConfig, Precision
+from deepseek_exp.config import ActivationCheckpointing, AttentionKind, ExperimentConfig, Kernel, Precision
 from deepseek_exp.planner import cost
 from deepseek_exp.planner.layers import Layers
 from deepseek_exp.planner.memory import Layout, element_bytes, optimizer_bytes
@@ -16,6 +17,28 @@ from deepseek_exp.topology import Axis
 SECONDS_PER_DAY = 86400
 # of the routed experts' products, those that are in 8 bits with precision=fp8; gradients of weights are in bf16
 NARROW_EXPERTS = 2 / 3
+
+
+class Undivided(NamedTuple):
+    """Bytes that a token moves through memory in a block, for each of d_model's columns, on every tensor rank alike.
+
+    Forward and backward in bf16, counted on the meta device: what operations read and write, without products and
+    attention (`tests/planner/test_undivided.py`).
+
+    Attributes:
+        block: norms and residual sums.
+        latents: the norms of MLA's latents, and what puts its keys together.
+        experts: the router, and sums of what experts gave.
+        row: each of the token's top_k rows on the way to its expert and back.
+    """
+
+    block: float
+    latents: float
+    experts: float
+    row: float
+
+
+UNDIVIDED = {Kernel.torch: Undivided(340, 145, 30, 22), Kernel.triton: Undivided(39, 18, 40, 12)}
 
 
 @dataclass(frozen=True)
@@ -67,9 +90,11 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     compute = T * (flops / (peak matmul_efficiency) + expert_flops / (peak grouped_efficiency)), T tokens and the FLOPs
     of one on the rank; a recomputed block adds its forward pass, a third of that. Norms, activation functions, rotary
     embedding, the softmax of the loss and the launch of kernels count no FLOPs: the efficiencies, which are those of
-    whole steps, are lower for it. fp8 takes away what the products of the blocks, and where kernels.fp8_experts says so
-    two thirds of the experts', take at bf16's peak more than at its own; what the efficiencies leave of the peak stays
-    as long as it is. The optimizer reads gradient, weights and state and writes the last two.
+    whole steps on one GPU, are lower for it. With the FLOPs tp divides that too; what every tensor rank does alike adds
+    T (1 - 1 / tp) `undivided_bytes` / memory_bandwidth. fp8 takes away what the products of the blocks, and where
+    kernels.fp8_experts says so two thirds of the experts', take at bf16's peak more than at its own; what the
+    efficiencies leave of the peak stays as long as it is. The optimizer reads gradient, weights and state and writes
+    the last two.
 
     Of pp and ep the share `cluster.overlap` hides behind the computing of the same micro batches, and of data behind
     that of the last one (ZeRO 2 and 3: of all); of tp, whose results the next matrix waits for, nothing does.
@@ -88,6 +113,7 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
         narrow_experts = NARROW_EXPERTS * experts if exp.kernels.fp8_experts else 0.0
         narrow = saved * (stage.product_flops / d.tp + narrow_experts)
         compute = tokens / peak * (dense / c.matmul_efficiency + experts / c.grouped_efficiency - narrow)
+        compute += tokens * (1 - 1 / d.tp) * undivided_bytes(exp, stage) / c.memory_bandwidth
         again = compute / 3 if layout.checkpointing is ActivationCheckpointing.full else 0.0
         axes = axis_seconds(stage_traffic(exp, layout, stage, index), layout, c)
         left = exposed(axes[Axis.pp] + axes[Axis.ep], compute + again, c.overlap)
@@ -100,6 +126,20 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     compute, again, tp, pp, ep = max(paces, key=sum)
     bubble = sum((compute, again, tp, pp, ep)) * (d.pp - 1) / n_micro
     return Seconds(compute, again, tp, pp, ep, bubble, data, optimizer)
+
+
+def undivided_bytes(exp: ExperimentConfig, stage: Layers) -> float:
+    """Count what a token moves through the memory of every tensor rank alike, forward and backward.
+
+    With h = d_model and e bytes of an element: h e / 2 times, for each block, `Undivided.block` (sequence parallelism
+    divides that), with MLA `latents`, and where it has experts `experts` + top_k `row`.
+    """
+    m = exp.model
+    norms, rows = UNDIVIDED[exp.kernels.rms_norm], UNDIVIDED[exp.kernels.experts]
+    of_block = 0.0 if exp.parallel.sequence_parallel else norms.block
+    of_block += norms.latents * (m.attention is AttentionKind.mla)
+    columns = (stage.n_dense + stage.n_moe) * of_block + stage.n_moe * (rows.experts + m.moe.top_k * rows.row)
+    return columns * m.d_model * element_bytes(exp) / 2
 
 
 def exposed(seconds: float, computing: float, overlap: float) -> float:

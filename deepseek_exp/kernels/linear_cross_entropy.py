@@ -26,7 +26,7 @@ another in one order, so results repeat bit for bit.
 Work (the floor): 6 N D V FLOP, 6.6e12 there or 8.3 ms at 790 TFLOP/s. Beside the products a chunk's logits are read and
 written once, 2 N V e bytes in all or 0.6 ms at 3.35 TB/s, and the backward pass reads and writes dh and dw, 0.1 ms. dw
 is read and written by each chunk's product, 2 V D e bytes: 0.08 of its 0.17 ms. Measured
-on an H200 at 708 TFLOP/s: 10.7 ms for a floor of 9.3 (6 chunks 10.8); PyTorch 14.9 and 6 GiB, compiled 10.7 and 1.2.
+on an H200: 10.4 ms for a floor of 9.3 (6 chunks take as long); PyTorch 14.8 and 6 GiB, compiled 10.6 and 1.2.
 
 Suffixes: N tokens, T tokens of a chunk, V entries of the table, D width, R ranks, F the three figures of a token: its
 largest logit, the sum of exp(logit - largest), and the target's logit, or 0 where that is another rank's.

@@ -496,8 +496,8 @@ class TestMemory:
     def test_a_layout_is_told_with_one_that_fits(self):
         assert refused(*BIG, "parallel=ddp", "trainer.precision=bf16") == (
             "parallel.dp=8 does not fit: a rank of stage 0 needs 163.40 GB of 73.60 GB usable "
-            "(cluster.memory_bytes=8e+10, H100 SXM 80GB). Fix: use parallel.dp=4 parallel.tp=2 parallel.pp=1 "
-            "parallel.ep=1 parallel.zero_stage=1 parallel.sequence_parallel=false trainer.micro_batch_seqs=1 "
+            "(cluster.memory_bytes=8e+10, H100 SXM 80GB). Fix: use parallel.dp=8 parallel.tp=1 parallel.pp=1 "
+            "parallel.ep=1 parallel.zero_stage=2 parallel.sequence_parallel=false trainer.micro_batch_seqs=1 "
             "trainer.activation_checkpointing=none."
         )
 

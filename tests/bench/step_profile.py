@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek_exp import build
 from deepseek_exp.planner import flops_per_token
 from tests.bench.kernels import ceilings
+from tests.bench.peers import synchronize
 from tests.bench.platform_tax import track
 from tests.bench.training import BASE, KINDS, say
 from tests.test_config import composed
@@ -34,6 +35,7 @@ BEFORE, STEPS = 6, 3
 # the first kind with a part in a kernel's name takes it
 KINDS_OF_KERNELS = {
     "compiled": ("triton_",),
+    "exchanges between ranks": ("nccl",),
     "attention": ("cudnn", "flash", "sdpa", "attention", "backward_queries", "backward_keys"),
     "grouped products": ("grouped", "Group"),
     "products": ("gemm", "nvjet", "cutlass", "s16816", "xmma"),
@@ -48,16 +50,17 @@ class Profiler(Callback):
     """Watches some steps."""
 
     def __init__(self) -> None:
-        self.profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+        on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        self.profile = profile(activities=[ProfilerActivity.CPU, *on_gpu])
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == BEFORE:
-            torch.cuda.synchronize()
+            synchronize(trainer.strategy.root_device)
             self.profile.start()
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == BEFORE + STEPS:
-            torch.cuda.synchronize()
+            synchronize(trainer.strategy.root_device)
             self.profile.stop()
 
 
@@ -80,6 +83,16 @@ def table(names: dict[str, list[float]], wall: float) -> list[str]:
     return lines + [f"| {name[:110]} | {sum(t) / STEPS:.2f} | {len(t) / STEPS:.0f} |" for name, t in longest]
 
 
+def kernels_of(seen: profile) -> tuple[dict[str, list[float]], float]:
+    """Give each kernel's milliseconds, and those from the first's start to the last's end."""
+    on_gpu = [e for e in seen.events() if e.device_type == DeviceType.CUDA]  # not one object: `is` says no
+    kernels = [e for e in on_gpu if not e.is_user_annotation]  # the optimizer's step is marked as a whole, too
+    names: dict[str, list[float]] = defaultdict(list)
+    for event in kernels:
+        names[event.name].append(event.time_range.elapsed_us() / 1e3)
+    return names, (max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)) / 1e3
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser()
@@ -98,12 +111,7 @@ def main() -> None:
         trainer.limit_val_batches = 0
         trainer.fit(parts.lit, datamodule=parts.datamodule)
         tracked.finish("FINISHED", None)
-    on_gpu = [e for e in watch.profile.events() if e.device_type == DeviceType.CUDA]  # not one object: `is` says no
-    kernels = [e for e in on_gpu if not e.is_user_annotation]  # the optimizer's step is marked as a whole, too
-    names: dict[str, list[float]] = defaultdict(list)
-    for event in kernels:
-        names[event.name].append(event.time_range.elapsed_us() / 1e3)
-    wall = (max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)) / 1e3
+    names, wall = kernels_of(watch.profile)
     tokens, flops = cfg.trainer.global_batch_seqs * cfg.data.seq_len, ceilings()[1]
     least = tokens * flops_per_token(cfg.model, cfg.data.seq_len) / flops * 1e3
     say(f"{torch.cuda.get_device_name()}, {arguments.kind} {arguments.size}, {tokens:,} tokens a step")

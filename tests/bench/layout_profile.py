@@ -1,0 +1,63 @@
+"""Where the time of a step goes on every GPU of a layout: what `step_profile.py` tells, of each rank.
+
+    python tests/bench/layout_profile.py OVERRIDES, such as model=v1_dense size=1b parallel.tp=2 parallel.zero_stage=1
+        kernels=fused trainer.precision=bf16 trainer.deterministic=false data=synthetic trainer.max_steps=12
+
+Starts run.py with these overrides, on one machine with a GPU for each rank. "Exchanges between ranks" last until the
+slowest rank has come: on the others that is waiting. A rank's launches that come late show as time with nothing to do.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start_all() -> None:
+    """Do what run.py does, with this script in the place of a rank's module."""
+    from deepseek_exp.parallel import launch
+
+    start = launch._start
+    launch._start = lambda command, *rest: start([command[0], __file__, *command[3:]], *rest)
+    sys.argv[0] = str(ROOT / "run.py")
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def be_a_rank() -> int:
+    """Do a rank's part of the job, and watch some steps of it."""
+    from deepseek_exp import build, rank
+    from tests.bench.step_profile import Profiler, kernels_of, table
+    from tests.bench.training import say
+
+    watch, build_trainer = Profiler(), build.build_trainer
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        trainer, *rest = build_trainer(*args, **kwargs)
+        trainer.callbacks.append(watch)
+        return trainer, *rest
+
+    build.build_trainer = watched
+    code = rank.main()
+    if not code and torch.cuda.is_available():
+        names, wall = kernels_of(watch.profile)
+        text = "\n".join(table(names, wall))
+        where = Path(sys.argv[1]).parent / f"profile_{os.environ['RANK']}.md"
+        where.write_text(text + "\n")
+        if os.environ["RANK"] == "0":
+            say(f"rank 0, other ranks in {where.parent}\n\n{text}")
+    return code
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        sys.exit(be_a_rank())
+    start_all()

@@ -48,8 +48,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"PYTHON={sys.executable} is Python {v[0]}.{v[1]}, and 3.11 or 3.12 is needed. Fix: make PYTHON=python3.11 ...")'
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make a virtual environment. Fix: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]"
+	@$(PY) -W ignore -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # as pip does, on all cores; templates fail
 	@touch $@
 
 clean:  ## remove the environment; runs in outputs/ stay

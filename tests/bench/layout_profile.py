@@ -47,7 +47,9 @@ def be_a_rank() -> int:
 
     build.build_trainer = watched
     code = rank.main()
-    if not code and torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        say("no GPU, so there is nothing to tell")
+    elif not code:
         names, wall = kernels_of(watch.profile)
         text = "\n".join(table(names, wall))
         where = Path(sys.argv[1]).parent / f"profile_{os.environ['RANK']}.md"

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from deepseek_exp.config import AttentionKind, ClusterConfig, Do, ExperimentConfig, ModelConfig, Precision
+from deepseek_exp.config import (
+    ActivationCheckpointing,
+    AttentionKind,
+    ClusterConfig,
+    Do,
+    ExperimentConfig,
+    ModelConfig,
+    Precision,
+)
 from deepseek_exp.errors import Problem
 from deepseek_exp.topology import AUTO, Degrees, divisors, resolve
 
@@ -118,6 +126,10 @@ def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
     if t.compile and exp.parallel.zero_stage == 3 and d.world_size > 1:
         rule = "cannot be used with parallel.zero_stage=3 (weights come and go inside of what is compiled)"
         yield Problem("trainer.compile", True, rule, "set trainer.compile=false, or parallel.zero_stage=1")
+    if t.compile and d.ep > 1 and t.activation_checkpointing is not ActivationCheckpointing.none:
+        rule = f"compiles no block that is computed again (trainer.activation_checkpointing) with parallel.ep={d.ep}"
+        fix = "set trainer.compile=false, or trainer.activation_checkpointing=none"
+        yield Problem("trainer.compile", True, rule, fix)
     if exp.parallel.sequence_parallel:
         yield from _sequence(exp, d.tp)
     yield from _batch(d, t.global_batch_seqs, t.micro_batch_seqs)

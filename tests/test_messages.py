@@ -290,6 +290,9 @@ MESSAGES = {
     "cluster. Fix: lower parallel.tp and parallel.pp, or set parallel.dp.",
     "parallel=auto parallel.tp=2": "parallel.tp=2 cannot be used with parallel.auto=true, which chooses it. "
     "Fix: leave parallel.tp out, or set parallel.auto=false.",
+    "model=v3_moe parallel=3d trainer.compile=true trainer.activation_checkpointing=full do=plan": "trainer.compile="
+    "true compiles no block that is computed again (trainer.activation_checkpointing) with parallel.ep=2. "
+    "Fix: set trainer.compile=false, or trainer.activation_checkpointing=none.",
     "parallel=zero3 parallel.dp=2 trainer.micro_batch_seqs=4 trainer.compile=true do=plan": "trainer.compile=true "
     "cannot be used with parallel.zero_stage=3 (weights come and go inside of what is compiled). "
     "Fix: set trainer.compile=false, or parallel.zero_stage=1.",

@@ -29,6 +29,8 @@ from deepseek_exp.topology import Axis
 LossOf = Callable[[Tensor, Batch], Tensor]
 EXPERTS = r".*feed_forward\.experts\.w_\w+"
 TABLE = "embedding.weight"
+# that a block may be compiled to: dense and with experts, in training and validation, one for each MTP depth
+GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def _compile(blocks: Sequence[nn.Module]) -> None:
     Every shape has its own graph: with sizes that are symbols attention would break it in two. What would need more
     graphs than the compiler keeps stops, where it would go on without them.
     """
+    torch._dynamo.config.recompile_limit = GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for block in blocks:
         block.compile(dynamic=False)

@@ -101,14 +101,14 @@ def _layouts(exp: ExperimentConfig, world: int) -> Iterator[Layout]:
     t = exp.trainer
     micros = sorted({1, t.micro_batch_seqs}, reverse=True)  # of equals the first is taken, the largest matrices
     kinds = sorted({t.activation_checkpointing, ActivationCheckpointing.full})
-    by_micro = {n: dataclasses.replace(exp, trainer=dataclasses.replace(t, micro_batch_seqs=n)) for n in micros}
+    variants = [dataclasses.replace(t, micro_batch_seqs=n, activation_checkpointing=k) for n in micros for k in kinds]
     for d in _degrees(exp, world):
         sequence = exp.parallel.sequence_parallel and d.tp > 1
         for zero in _zero_stages(exp, d):
             parallel = dataclasses.replace(exp.parallel, zero_stage=zero, sequence_parallel=sequence)
-            for n, variant in by_micro.items():
-                if next(illegal(dataclasses.replace(variant, parallel=parallel), d), None) is None:
-                    yield from (Layout(d, zero, n, kind, sequence) for kind in kinds)
+            for v in variants:
+                if next(illegal(dataclasses.replace(exp, trainer=v, parallel=parallel), d), None) is None:
+                    yield Layout(d, zero, v.micro_batch_seqs, v.activation_checkpointing, sequence)
 
 
 def _degrees(exp: ExperimentConfig, world: int) -> Iterator[Degrees]:

@@ -113,7 +113,7 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
         narrow_experts = NARROW_EXPERTS * experts if exp.kernels.fp8_experts else 0.0
         narrow = saved * (stage.product_flops / d.tp + narrow_experts)
         compute = tokens / peak * (dense / c.matmul_efficiency + experts / c.grouped_efficiency - narrow)
-        compute += tokens * (1 - 1 / d.tp) * undivided_bytes(exp, stage) / c.memory_bandwidth
+        compute += tokens * (1 - 1 / d.tp) * undivided_bytes(exp, stage, d.ep) / c.memory_bandwidth
         again = compute / 3 if layout.checkpointing is ActivationCheckpointing.full else 0.0
         axes = axis_seconds(stage_traffic(exp, layout, stage, index), layout, c)
         left = exposed(axes[Axis.pp] + axes[Axis.ep], compute + again, c.overlap)
@@ -128,18 +128,21 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     return Seconds(compute, again, tp, pp, ep, bubble, data, optimizer)
 
 
-def undivided_bytes(exp: ExperimentConfig, stage: Layers) -> float:
+def undivided_bytes(exp: ExperimentConfig, stage: Layers, ep: int) -> float:
     """Count what a token moves through the memory of every tensor rank alike, forward and backward.
 
-    With h = d_model and e bytes of an element: h e / 2 times, for each block, `Undivided.block` (sequence parallelism
-    divides that), with MLA `latents`, and where it has experts `experts` + top_k `row`.
+    d_model times, for each block: `Undivided.block` (sequence parallelism divides that), with MLA `latents`, and where
+    it has experts `experts` + top_k `row`; in fp32 twice that, but for PyTorch's norms, which compute in fp32 anyway.
+    Compiled norms count as fused ones; experts on other ranks are reached by PyTorch's operations.
     """
-    m = exp.model
-    norms, rows = UNDIVIDED[exp.kernels.rms_norm], UNDIVIDED[exp.kernels.experts]
+    m, wide = exp.model, element_bytes(exp) / 2
+    kernel = Kernel.triton if exp.trainer.compile else exp.kernels.rms_norm
+    norms, rows = UNDIVIDED[kernel], UNDIVIDED[exp.kernels.experts if ep == 1 else Kernel.torch]
     of_block = 0.0 if exp.parallel.sequence_parallel else norms.block
     of_block += norms.latents * (m.attention is AttentionKind.mla)
-    columns = (stage.n_dense + stage.n_moe) * of_block + stage.n_moe * (rows.experts + m.moe.top_k * rows.row)
-    return columns * m.d_model * element_bytes(exp) / 2
+    of_block *= wide if kernel is Kernel.triton else 1.0
+    of_experts = (rows.experts + m.moe.top_k * rows.row) * wide
+    return ((stage.n_dense + stage.n_moe) * of_block + stage.n_moe * of_experts) * m.d_model
 
 
 def exposed(seconds: float, computing: float, overlap: float) -> float:

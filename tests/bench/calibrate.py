@@ -6,14 +6,15 @@ A run without experts gives cluster.matmul_efficiency. One with experts gives cl
 as the overrides have it: first the dense run, then the mixture of experts with what the first one gave. The plan's time
 of such a run is tokens / peak * (flops / matmul_efficiency + expert_flops / grouped_efficiency) + optimizer, which is
 solved for the one that is not known. One whose matrices are cut over GPUs of one machine, after these, gives
-cluster.intra_node_bandwidth: what exchanges inside of a training come to, waiting for the slower rank and work that is
-not cut included. Alone they are several times faster (`collectives.py`).
+cluster.intra_node_bandwidth: what the plan leaves of the step's time for exchanges, as a bandwidth, with all that the
+plan does not know in it. Alone they are several times faster (`collectives.py`).
 
     python tests/bench/calibrate.py 25000 model=v4_distill size=3b cluster=h200_8 trainer.precision=bf16
     python tests/bench/calibrate.py 60000 model=v2_moe size=1b cluster=h200_8 trainer.precision=bf16 \
         cluster.matmul_efficiency=0.47
     python tests/bench/calibrate.py 96000 model=v1_dense size=1b cluster=h200_8 trainer.precision=bf16 parallel.tp=2 \
-        cluster.matmul_efficiency=0.47
+        kernels=fused data.seq_len=2048 trainer.global_batch_seqs=32 trainer.micro_batch_seqs=8 \
+        cluster.matmul_efficiency=0.54
 
 `compare` gives a row of a table: what is planned beside what was measured.
 """
@@ -66,7 +67,7 @@ def calibrated(exp: ExperimentConfig, tokens_per_second: float) -> tuple[str, fl
     measured = exp.trainer.global_batch_seqs * exp.data.seq_len / tokens_per_second
     left = measured - (one - share)
     if left <= unit * share / most:
-        raise ValueError(f"{tokens_per_second:,.0f} tokens/s are more than a plan with {key}={unit:g} gives")
+        raise ValueError(f"{tokens_per_second:,.0f} tokens/s are more than a plan with {key}={most:g} gives")
     return f"cluster.{key}", unit * share / left
 
 

@@ -72,6 +72,7 @@ def main() -> None:
             speed = row["tokens_per_second"]
             cells = [f"{speed:,.0f}", f"{speed / ranks / first:.3f}", f"{row['loss']:.5f}"]
             print_line(f"| {model} {layout} | {' | '.join(cells)} | {row['peak_bytes'] / 1e9:.2f} |")
+    print_line(json.dumps(found))
     for layout in [layouts[0], *[n for n in layouts[1:] if re.fullmatch(r"tp\d+", n) and "moe" not in model][:1]]:
         exp = composed("do=plan", *given, *overrides_of(layout))
         key, value = calibrate.calibrated(exp, found[layout]["tokens_per_second"])
@@ -82,7 +83,6 @@ def main() -> None:
         exp = composed("do=plan", *given, *overrides_of(layout))
         seconds = exp.trainer.global_batch_seqs * exp.data.seq_len / row["tokens_per_second"]
         print_line(calibrate.compare(f"{model} {layout}", exp, seconds, row["peak_bytes"]))
-    print_line(json.dumps(found))
 
 
 def print_line(text: str) -> None:

@@ -125,7 +125,7 @@ class TestSpeed:
         (stage,) = planned(EXPERTS, layout()).stages
         c, tokens = EXPERTS.cluster, 8 * 256
         products = tokens * 6 * stage.whole / 2 / c.peak_fp32_flops / c.matmul_efficiency
-        rest = tokens * undivided_bytes(EXPERTS, stage) / 2 / c.memory_bandwidth
+        rest = tokens * undivided_bytes(EXPERTS, stage, 1) / 2 / c.memory_bandwidth
         assert two - one / 2 == pytest.approx(products + rest, rel=1e-6)
 
     def test_the_bubble(self):

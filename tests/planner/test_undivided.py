@@ -89,7 +89,7 @@ def test_each_of_two_tensor_ranks_moves_what_the_plan_says(model, kernels):
         cfg = dataclasses.replace(exp.model, n_layers=n_layers)
         return 2 * count(on_each_of_two(cfg), ops) - count(cfg, ops)
 
-    said = undivided_bytes(exp, layers_of(exp.model, SEQ)[1])
+    said = undivided_bytes(exp, layers_of(exp.model, SEQ)[1], 1)
     if kernels == "fused" and exp.model.moe.n_routed_experts:  # inside of routed_experts: see kernels/experts.py
         said -= (6 * exp.model.moe.top_k + 5) * 2 * exp.model.d_model
     assert said == pytest.approx(undivided(3) - undivided(2), rel=0.15)

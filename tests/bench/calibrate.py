@@ -62,7 +62,7 @@ def calibrated(exp: ExperimentConfig, tokens_per_second: float) -> tuple[str, fl
             than the rest of its plan, or than the peak allows.
     """
     key, unit, most = _unknown(exp)
-    one, half = (_seconds(exp, key, unit * share) for share in (1.0, 0.5))
+    one, half = (_seconds(exp, key, unit * part) for part in (1.0, 0.5))
     share = half - one  # the time of the unknown share at 1
     measured = exp.trainer.global_batch_seqs * exp.data.seq_len / tokens_per_second
     left = measured - (one - share)

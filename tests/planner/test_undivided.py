@@ -21,7 +21,7 @@ BATCH, SEQ = 2, 64
 # products, and one operation that is products and more: its rows are counted by its docstring
 PRODUCTS = ("mm", "linears", "routed_experts", "grouped", "linear_cross_entropy")
 SIZES = (
-    "size=1b", "model.vocab_size=512", "trainer.precision=bf16", "model.n_mtp_layers=0", "model.n_layers=3",
+    "size=1b", "model.vocab_size=512", "model.n_mtp_layers=0", "model.n_layers=3",
     "model.window=0", "model.n_global_tokens=0", f"data.seq_len={SEQ}",
 )  # fmt: skip
 MOE = ("model.moe.n_routed_experts=64", "model.moe.d_expert=768", "model.moe.n_dense_layers=0", "model.moe.top_k=4")
@@ -60,10 +60,10 @@ def attention(q, k, v, gate, scale, n_memory, window, n_global_tokens):
     return _Attention.apply(q, k, v)
 
 
-def count(cfg: ModelConfig, ops) -> float:
+def count(cfg: ModelConfig, ops, dtype: torch.dtype) -> float:
     """Count the bytes of a training step's forward and backward pass, for one token."""
     with torch.device("meta"):
-        model = Transformer(cfg, dataclasses.replace(ops, local_global_attention=attention)).to(torch.bfloat16)
+        model = Transformer(cfg, dataclasses.replace(ops, local_global_attention=attention)).to(dtype)
         tokens = torch.zeros(BATCH, SEQ + 1, dtype=torch.long)
     with Bytes() as counted:
         model.losses(tokens)[0][0].backward()
@@ -77,19 +77,32 @@ def on_each_of_two(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(cfg, moe=moe, **halves)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "fused"])
+@pytest.mark.parametrize(
+    ("kernels", "dtype"), [("torch", torch.bfloat16), ("fused", torch.bfloat16), ("torch", torch.float32)]
+)
 @pytest.mark.parametrize("model", [("model=v1_dense",), ("model=v2_moe", "model.moe.capacity_factor=0", *MOE),
                                    ("model=v3_moe", *MOE)], ids=lambda m: m[0])  # fmt: skip
-def test_each_of_two_tensor_ranks_moves_what_the_plan_says(model, kernels):
+def test_each_of_two_tensor_ranks_moves_what_the_plan_says(model, kernels, dtype):
     """Twice what one of two ranks moves is what one alone moves and once more what is not divided; blocks 2 and 3."""
-    exp = experiment(*model, *SIZES, f"kernels={kernels}")
+    precision = "bf16" if dtype is torch.bfloat16 else "fp32"
+    exp = experiment(*model, *SIZES, f"kernels={kernels}", f"trainer.precision={precision}")
     ops = resolve(exp.kernels)
 
     def undivided(n_layers: int) -> float:
         cfg = dataclasses.replace(exp.model, n_layers=n_layers)
-        return 2 * count(on_each_of_two(cfg), ops) - count(cfg, ops)
+        return 2 * count(on_each_of_two(cfg), ops, dtype) - count(cfg, ops, dtype)
 
     said = undivided_bytes(exp, layers_of(exp.model, SEQ)[1], 1)
     if kernels == "fused" and exp.model.moe.n_routed_experts:  # inside of routed_experts: see kernels/experts.py
         said -= (6 * exp.model.moe.top_k + 5) * 2 * exp.model.d_model
     assert said == pytest.approx(undivided(3) - undivided(2), rel=0.15)
+
+
+def test_compiled_norms_count_as_fused_ones_and_experts_elsewhere_as_torchs():
+    def said(ep: int, *overrides: str) -> float:
+        exp = experiment("model=v3_moe", *SIZES, *MOE, "trainer.precision=bf16", *overrides)
+        return undivided_bytes(exp, layers_of(exp.model, SEQ)[1], ep)
+
+    fused_norms = said(1, "kernels.rms_norm=triton")
+    assert said(1, "trainer.compile=true") == fused_norms < said(1)
+    assert said(2, "kernels=fused") == fused_norms != said(1, "kernels=fused")

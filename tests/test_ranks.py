@@ -100,7 +100,7 @@ def test_two_nodes_by_the_commands_that_are_printed(trained):
 
 FAKES = {
     "scontrol": "echo 127.0.0.1; echo 127.0.0.2",
-    "srun": 'shift 2; "$@" & "$@" & wait %1 && wait %2',
+    "srun": 'shift 2; "$@" & first=$!; "$@" & second=$!; wait $first && wait $second',  # by number: %2 may be gone
     "sbatch": 'echo "Submitted batch job 7"; SLURM_JOB_ID=7 SLURM_JOB_NODELIST=n bash "$1" > slurm.log 2>&1',
 }
 

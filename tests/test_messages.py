@@ -515,11 +515,19 @@ class TestMemory:
             f"parallel.auto=true finds no layout that fits 2 ranks of {usable}. {fix}"
         )
 
-    def test_where_nothing_helps(self):
-        assert refused("parallel=auto", "cluster.memory_bytes=1") == (
+    @pytest.mark.parametrize(
+        ("device", "gpus"), [("cpu", ""), ("auto", "name the GPUs you have, as in cluster=h100_8, or ")]
+    )
+    def test_where_nothing_helps(self, device, gpus):
+        assert refused("parallel=auto", "cluster.memory_bytes=1", f"device={device}") == (
             "parallel.auto=true finds no layout that fits 8 ranks of 0.00 GB usable "
-            "(cluster.memory_bytes=1, CPU process). Fix: take a smaller model, or GPUs with more memory."
+            f"(cluster.memory_bytes=1, CPU process). Fix: {gpus}take a smaller model, or GPUs with more memory."
         )
+
+    def test_gpus_planned_as_processes_of_a_cpu(self):
+        layout = ("parallel=ddp", "parallel.dp=2", "trainer.micro_batch_seqs=4")
+        _, fix = refused("model=v1_dense", "size=1b", *layout).split("Fix: ")
+        assert fix.startswith("name the GPUs you have, as in cluster=h100_8, or ")
 
 
 def test_more_ranks_than_gpus(monkeypatch):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from deepseek_exp.config import ExperimentConfig, Precision
+from deepseek_exp.config import Device, ExperimentConfig, Precision
 from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.layout import largest, n_gpus
 from deepseek_exp.planner.layers import layers_of
@@ -17,6 +17,8 @@ from deepseek_exp.planner.search import asked_layout, best_plans, make_plan
 # how far the remedies are tried: 2, 4, ... times as many machines, sequences of half, a quarter, ... the length
 TIMES = (2, 4, 8, 16, 32, 64)
 PARTS = (2, 4, 8)
+# what conf/cluster/cpu_host.yaml, the default, calls a rank
+CPU_PROCESS = "CPU process"
 
 
 def choose(exp: ExperimentConfig) -> tuple[dict[str, Any], str]:
@@ -53,7 +55,7 @@ def misfit(exp: ExperimentConfig) -> Problem | None:
     stage = next(i for i, m in enumerate(plan.memory) if m.total == needed)
     best, name = best_plans(exp, 1), largest(layout.degrees)
     rule = f"does not fit: a rank of stage {stage} needs {needed / GB:,.2f} GB of {_usable(exp)}"
-    fix = f"use {overrides(best[0].layout)}" if best else _remedy(exp)
+    fix = _gpus_first(exp, f"use {overrides(best[0].layout)}") if best else _remedy(exp)
     return Problem(f"parallel.{name}", getattr(layout.degrees, name), rule, fix)
 
 
@@ -64,7 +66,13 @@ def _usable(exp: ExperimentConfig) -> str:
 
 def _remedy(exp: ExperimentConfig) -> str:
     found = list(_remedies(exp))
-    return f"set {', or '.join(found)}" if found else "take a smaller model, or GPUs with more memory"
+    return _gpus_first(exp, f"set {', or '.join(found)}" if found else "take a smaller model, or GPUs with more memory")
+
+
+def _gpus_first(exp: ExperimentConfig, fix: str) -> str:
+    """Ask for the GPUs' description first, where the ranks may be GPUs but are planned as processes of a CPU."""
+    is_default = exp.cluster.gpu == CPU_PROCESS and exp.device is not Device.cpu
+    return f"name the GPUs you have, as in cluster=h100_8, or {fix}" if is_default else fix
 
 
 def _remedies(exp: ExperimentConfig) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Where the time of a step goes on every GPU of a layout: what `step_profile.py` tells, of each rank.
 
     python tests/bench/layout_profile.py OVERRIDES, such as model=v1_dense size=1b parallel.tp=2 parallel.zero_stage=1
-        kernels=fused trainer.precision=bf16 trainer.deterministic=false data=synthetic trainer.max_steps=12
+        cluster=h200_8 kernels=fused trainer.precision=bf16 trainer.deterministic=false data=synthetic
+        trainer.max_steps=12 optim.warmup_steps=1
 
 Starts run.py with these overrides, on one machine with a GPU for each rank. "Exchanges between ranks" last until the
 slowest rank has come: on the others that is waiting. A rank's launches that come late show as time with nothing to do.

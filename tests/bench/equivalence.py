@@ -83,7 +83,7 @@ class Row:
 UNTIED, TIED, FULL = "model.tie_embeddings=false", "model.tie_embeddings=true", "trainer.activation_checkpointing=full"
 SEQUENCE, BF = ("parallel.sequence_parallel=true",), "trainer.precision=bf16"
 ZERO = ("dp2 z0", "dp2 z2", "dp2 z3")
-EXPERTS = ("dp2ep2", "pp2dp2", "tp2dp2ep2", "pp2tp2dp2ep2")
+EXPERTS = ("pp2", "tp2", "dp2", "dp2ep2", "pp4", "pp2dp2", "tp2dp2ep2", "pp2tp2dp2ep2")
 CUT = ("tp2", "tp4", "tp2dp2", "pp2tp2", "tp2dp2ep2", "pp2tp2dp2")
 ROWS = {
     "v1 tied": Row(("model=v1_dense",)),

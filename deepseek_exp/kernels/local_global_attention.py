@@ -17,6 +17,10 @@ those of a global key that the window has left behind: few keys but many queries
 the programs of the queries, one sum each, and added up afterwards. Nothing is added atomically: results repeat bit for
 bit.
 
+Where it is possible the loops load their rows through tensor descriptors made on the host (the GPU's tensor memory
+accelerator; here TMA): a loop then holds no addresses in its registers, which leaves a smaller tile of few registers
+and room for two programs on a multiprocessor. _described says where; elsewhere each thread loads from addresses.
+
 Floor for N visible pairs, heads of D and V: 2 N (D + V) FLOP forward; backward 2 N (3 D + 2 V), of which the scores and
 do . v are made twice here: N (8 D + 6 V) in all. Bytes: q, k, v and the result read or written once
 forward, and those with their gradients backward. Measured, both ways, 8192 tokens, 16 heads of 128, bf16 on an H200:
@@ -33,6 +37,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_exp.kernels import attention
 from deepseek_exp.kernels.local_global_triton import backward_keys, backward_queries, forward
@@ -65,22 +70,25 @@ class Tiles(NamedTuple):
     keys: Tile
 
 
-# by the width of a head, in 16 bit types: as compiled for compute capability 9.0 the loops spill no registers, and a
-# multiprocessor has room for two programs or more of 4 warps
+# by the width of a head, in 16 bit types: as compiled for compute capability 9.0 a multiprocessor has room for two
+# programs or more of 4 warps, and the loops, but for those with far keys that load from addresses, spill no registers
 TILES = {
     64: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     128: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3)),
     256: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
 }
+# the same where rows are loaded through descriptors, as far as it differs
+TMA_TILES = {128: TILES[128]._replace(keys=Tile(64, 64, 4, 2))}
 FP32_TILES = Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
 INTERPRETER_TILES = Tiles(Tile(32, 16, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32, 1, 1))
 
 
-def choose_tiles(q: Tensor, v: Tensor) -> Tiles:
+def choose_tiles(q: Tensor, v: Tensor, tma: bool) -> Tiles:
     """Choose the tiles for queries and values: small on a CPU, so that tests see many blocks."""
     if not q.is_cuda:
         return INTERPRETER_TILES
-    return FP32_TILES if q.element_size() > 2 else TILES[max(64, _width(max(q.shape[-1], v.shape[-1])))]
+    width = max(64, _width(max(q.shape[-1], v.shape[-1])))
+    return FP32_TILES if q.element_size() > 2 else (TILES | TMA_TILES if tma else TILES)[width]
 
 
 def local_global_attention(
@@ -110,6 +118,41 @@ def _width(n: int) -> int:
 def _rows(t: Tensor) -> Tensor:
     """Make the numbers of a head lie one after the other, as they do in what projections give."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _row(t: Tensor) -> int:
+    """Count the numbers from a token's first head to the end of its last."""
+    return (t.shape[1] - 1) * t.stride(1) + t.shape[-1]
+
+
+def _described(*tensors: Tensor) -> bool:
+    """Say whether descriptors can stand for tensors of heads (B, heads, tokens, width) whose last stride is 1.
+
+    They can on GPUs from compute capability 9.0 on, for 16 bit types (the interpreter takes all), if a tile is as wide
+    as a head, a token's heads lie in one row, and rows, heads and sequences lie 16 bytes apart or a multiple of it.
+    """
+    if any(
+        t.is_cuda and (t.element_size() > 2 or torch.cuda.get_device_capability(t.device) < (9, 0)) for t in tensors
+    ):
+        return False
+    return all(
+        t.shape[-1] == _width(t.shape[-1])
+        and t.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * t.element_size() % 16 == 0 for stride in t.stride()[:3])
+        and _row(t) <= t.stride(2)
+        for t in tensors
+    )
+
+
+def _describe(t: Tensor, rows: int, tma: bool) -> Tensor | TensorDescriptor:
+    """Describe tiles of a head's rows, for a tensor (B, heads, tokens, width), if tma.
+
+    To the descriptor a sequence is a matrix of tokens by the numbers of a row, so that what lies outside of it is 0.
+    """
+    if not tma:
+        return t
+    shape, strides = [t.shape[0], t.shape[2], _row(t)], [t.stride(0), t.stride(2), 1]
+    return TensorDescriptor(t, shape, strides, [1, rows, t.shape[-1]])
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -144,12 +187,14 @@ def _plan(q: Tensor, k: Tensor, counts: tuple[int, int, int], tile: Tile) -> _Pl
     return _Plan(counts, n_blocks, n_blocks - first_far, min(tile.keys, _width(n_global)))
 
 
-def _constants(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, plan: _Plan, tile: Tile) -> dict[str, int]:
+def _constants(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, plan: _Plan, tile: Tile, tma: bool
+) -> dict[str, int]:
     """Give what a kernel is compiled for."""
     return dict(
-        GATED=gate is not None, FAR=plan.n_far > 0, N_REP=q.shape[1] // k.shape[1], D=q.shape[-1], V=v.shape[-1],
-        D_TILE=_width(q.shape[-1]), V_TILE=_width(v.shape[-1]), QUERIES=tile.queries, KEYS=tile.keys,
-        num_warps=tile.warps, num_stages=tile.stages,
+        TMA=tma, GATED=gate is not None, FAR=plan.n_far > 0, N_REP=q.shape[1] // k.shape[1],
+        D=q.shape[-1], V=v.shape[-1], D_TILE=_width(q.shape[-1]), V_TILE=_width(v.shape[-1]),
+        QUERIES=tile.queries, KEYS=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -158,13 +203,15 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor]:
     q, k, v = map(_rows, (q, k, v))
     n_batch, n_heads, n_queries, _ = q.shape
-    tile = choose_tiles(q, v).forward
+    tma = _described(q, k, v)
+    tile = choose_tiles(q, v, tma).forward
     plan = _plan(q, k, counts, tile)
     out = q.new_empty(n_batch, n_queries, n_heads, v.shape[-1])
     lse = q.new_empty(n_batch, n_heads, n_queries, dtype=torch.float32)
     forward[(plan.n_blocks, n_heads, n_batch)](
-        q, k, v, lse if gate is None else gate, out, lse, scale, *_strides(q, k, v), *plan.counts,
-        G_TILE=plan.g_tile, **_constants(q, k, v, gate, plan, tile),
+        _describe(q, tile.queries, tma), _describe(k, tile.keys, tma), _describe(v, tile.keys, tma), k, v,
+        lse if gate is None else gate, out, lse, scale, *_strides(q, k, v), *plan.counts,
+        G_TILE=plan.g_tile, **_constants(q, k, v, gate, plan, tile, tma),
     )  # fmt: skip
     return out.transpose(1, 2), lse  # (B, H, S, V), (B, H, S)
 
@@ -175,7 +222,8 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad, q, k, v, out = map(_rows, (grad, q, k, v, out))
     (n_batch, n_heads, n_queries, width), (_, n_kv_heads, n_keys, v_width) = q.shape, v.shape
-    tiles, no_gate = choose_tiles(q, v), lse if gate is None else gate
+    tma, no_gate = _described(grad, q, k, v), lse if gate is None else gate
+    tiles = choose_tiles(q, v, tma)
     plan = _plan(q, k, counts, tiles.queries)
     dq = q.new_empty(n_batch, n_queries, n_heads, width)
     stats = lse.new_empty(n_batch, n_heads, n_queries, 2, 4)  # of lse and delta
@@ -183,15 +231,17 @@ def _launch_backward(
     # dk and dv of far keys by key-value head, and by its query heads' blocks
     far = lse.new_empty(n_batch, n_kv_heads, n_heads // n_kv_heads * plan.n_far, plan.counts[4], width + v_width)
     backward_queries[(plan.n_blocks, n_heads, n_batch)](
-        grad, q, k, v, no_gate, out, lse, stats, dq, dgate_BHP, far, scale, *_strides(grad, q, k, v, out),
-        *plan.counts, G_TILE=plan.g_tile, **_constants(q, k, v, gate, plan, tiles.queries),
+        grad, q, _describe(k, tiles.queries.keys, tma), _describe(v, tiles.queries.keys, tma), k, v,
+        no_gate, out, lse, stats, dq, dgate_BHP, far, scale, *_strides(grad, q, k, v, out), *plan.counts,
+        G_TILE=plan.g_tile, **_constants(q, k, v, gate, plan, tiles.queries, tma),
     )  # fmt: skip
     if plan.n_far:
         far = far.sum(2)  # (B, K, G, D + V)
     dk, dv = q.new_empty(n_batch, n_keys, n_kv_heads, width), q.new_empty(n_batch, n_keys, n_kv_heads, v_width)
     backward_keys[(triton.cdiv(n_keys, tiles.keys.keys), n_kv_heads, n_batch)](
-        grad, q, k, v, no_gate, stats, dk, dv, far, scale, *_strides(grad, q, k, v), *plan.counts[:-1],
-        **_constants(q, k, v, gate, plan, tiles.keys),
+        _describe(grad, tiles.keys.queries, tma), _describe(q, tiles.keys.queries, tma), k, v,
+        no_gate, stats, dk, dv, far, scale, *_strides(grad, q, k, v), *plan.counts[:-1],
+        **_constants(q, k, v, gate, plan, tiles.keys, tma),
     )  # fmt: skip
     dgate = lse.new_empty(0) if gate is None else dgate_BHP.sum((0, 2)).to(gate.dtype)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dgate

@@ -1,6 +1,9 @@
 """The Triton kernels of local_global_attention.py, which says what they compute.
 
-Every tensor is read through its strides but for the last, which is 1, and written as (B, S or T, heads, width).
+Every tensor is read through its strides but for the last, which is 1, and written as (B, S or T, heads, width). With
+TMA the rows that loops read come through descriptors of (B, S or T, numbers of a token's heads), each for tiles of one
+head: in forward those of q, k and v, in backward_queries of k and v, in backward_keys of q and grad. far_k and far_v
+are k and v by their addresses, always.
 
 Suffixes: M queries and N keys of a tile, G global keys of a tile, D width of queries and keys, V of values. Positions
 i of queries and j of keys are counted from the first key, the memory's.
@@ -19,23 +22,34 @@ EXACT = tl.constexpr("ieee")
 # lse and delta lie in stats, each at the head of four numbers: of a tile with fewer numbers than a program has threads,
 # the compiler would make every thread load its own part, number by number
 FOUR = tl.constexpr(4)
+# blocks of a loop, though it always has one: where it might have none, ptxas lets products wait for each other
+AT_LEAST_ONE = tl.constexpr(1)
 # numbers of tokens, for whose values the compiler shall not make kernels of their own
 COUNTS = ["n_queries", "n_keys", "n_memory", "window", "n_global", "first_far"]
 
 
 @triton.jit
-def _at(base, batch, head, stride_b, stride_h):
-    return base + batch * stride_b + head * stride_h
+def _at(batch, head, stride_b, stride_h, TMA: tl.constexpr):
+    """Say where a head's rows begin: at a batch and column of a descriptor, or so many numbers past an address."""
+    if TMA:
+        return batch.to(tl.int32), (head * stride_h).to(tl.int32)
+    else:
+        return batch * stride_b + head * stride_h
 
 
 @triton.jit
-def _load(base, start, stride, n_rows, COLS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Load the rows from start on of a matrix of n_rows by COLS, 0 outside of it."""
-    rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
-    here = rows < n_rows - start
-    if WIDTH != COLS:
-        here = here & (cols < COLS)
-    return tl.load(base + start.to(tl.int64) * stride + rows * stride + cols, here, 0.0)
+def _load(
+    x, at, start, stride, n_rows, COLS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """Load the rows from start on of a head's n_rows by COLS numbers, 0 outside of them."""
+    if TMA:
+        return tl.reshape(x.load([at[0], start, at[1]]), (ROWS, WIDTH))
+    else:
+        rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+        here = rows < n_rows - start
+        if WIDTH != COLS:
+            here = here & (cols < COLS)
+        return tl.load(x + at + start.to(tl.int64) * stride + rows * stride + cols, here, 0.0)
 
 
 @triton.jit
@@ -49,10 +63,11 @@ def _load_column(stats, at, here, ROWS: tl.constexpr):
 
 @triton.jit
 def _load_both(
-    k, v, start, k_s, v_s, n_rows, D: tl.constexpr, V: tl.constexpr,
-    ROWS: tl.constexpr, D_TILE: tl.constexpr, V_TILE: tl.constexpr,
+    k, v, k_at, v_at, start, k_s, v_s, n_rows, D: tl.constexpr, V: tl.constexpr,
+    ROWS: tl.constexpr, D_TILE: tl.constexpr, V_TILE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    return _load(k, start, k_s, n_rows, D, ROWS, D_TILE), _load(v, start, v_s, n_rows, V, ROWS, V_TILE)
+    k_ND = _load(k, k_at, start, k_s, n_rows, D, ROWS, D_TILE, TMA)
+    return k_ND, _load(v, v_at, start, v_s, n_rows, V, ROWS, V_TILE, TMA)
 
 
 @triton.jit
@@ -75,10 +90,12 @@ def _bias(gate, head, scale, GATED: tl.constexpr):
 def _masked(scores, i, j, bias, n_memory, window, n_global, GATED: tl.constexpr, FAR: tl.constexpr):
     """Bias the global keys, and hide what is not a local pair, or not a far pair, of the positions i and j."""
     distance = i - j
+    # one comparison for both ends of the window: as numbers without a sign, distances below 0 are the largest
+    local = distance.to(tl.uint32, bitcast=True) < window.to(tl.uint32, bitcast=True)
     is_global = (j >= n_memory) & (j < n_memory + n_global)
     if GATED:
         scores += tl.where(is_global, bias, 0.0)
-    visible = is_global & (distance >= window) if FAR else (distance >= 0) & (distance < window)
+    visible = is_global & (distance >= window) if FAR else local
     return tl.where(visible, scores, float("-inf"))
 
 
@@ -130,37 +147,42 @@ def _sum_of_globals(x, key, j, n_memory, n_global, QUERIES: tl.constexpr, KEYS: 
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward(
-    q, k, v, gate, out, lse, scale, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
+    q, k, v, far_k, far_v, gate, out, lse, scale, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
     n_queries, n_keys, n_memory, window, n_global, first_far,
-    GATED: tl.constexpr, FAR: tl.constexpr, N_REP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    TMA: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, N_REP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     D_TILE: tl.constexpr, V_TILE: tl.constexpr, G_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Attend: one tile of the queries of a head a program."""
     # the last queries see most keys where there is no window: they start first
     block, n_heads = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1)
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    k, v = _at(k, batch, head // N_REP, k_b, k_h), _at(v, batch, head // N_REP, v_b, v_h)
     row = block * QUERIES
     first = n_keys - n_queries + row
     i_M = (first + tl.arange(0, QUERIES))[:, None]
-    q_MD = _load(_at(q, batch, head, q_b, q_h), row, q_s, n_queries, D, QUERIES, D_TILE)
+    q_MD = _load(q, _at(batch, head, q_b, q_h, TMA), row, q_s, n_queries, D, QUERIES, D_TILE, TMA)
     bias = _bias(gate, head, scale, GATED)
     top_M = tl.full((QUERIES,), NO_SCORE, tl.float32)
     total_M = tl.zeros((QUERIES,), tl.float32)
     out_MV = tl.zeros((QUERIES, V_TILE), tl.float32)
     if FAR:
+        far_k += _at(batch, head // N_REP, k_b, k_h, False)
+        far_v += _at(batch, head // N_REP, v_b, v_h, False)
         for tile in range(tl.where(block >= first_far, tl.cdiv(n_global, G_TILE), 0)):
             key = n_memory + tile * G_TILE
-            k_GD, v_GV = _load_both(k, v, key, k_s, v_s, n_memory + n_global, D, V, G_TILE, D_TILE, V_TILE)
+            k_GD, v_GV = _load_both(
+                far_k, far_v, 0, 0, key, k_s, v_s, n_memory + n_global, D, V, G_TILE, D_TILE, V_TILE, False
+            )  # fmt: skip
             j_G = (key + tl.arange(0, G_TILE))[None, :]
             scores_MG = tl.dot(q_MD, tl.trans(k_GD), input_precision=EXACT)
             scores_MG = _masked(scores_MG, i_M, j_G, bias, n_memory, window, n_global, GATED, True)
             top_M, total_M, out_MV = _add_keys(scores_MG, v_GV, top_M, total_M, out_MV, scale * LOG2_E)
     last = tl.minimum(first + QUERIES, n_keys) - 1
     start, whole, whole_end, n_blocks = _key_blocks(first, last, n_memory, window, n_global, GATED, KEYS)
-    for tile in range(n_blocks):
+    k_at, v_at = _at(batch, head // N_REP, k_b, k_h, TMA), _at(batch, head // N_REP, v_b, v_h, TMA)
+    # (with far keys, of all things, ptxas does so where it may not)
+    for tile in range(n_blocks if FAR else tl.maximum(n_blocks, AT_LEAST_ONE)):
         key = start + tile * KEYS
-        k_ND, v_NV = _load_both(k, v, key, k_s, v_s, n_keys, D, V, KEYS, D_TILE, V_TILE)
+        k_ND, v_NV = _load_both(k, v, k_at, v_at, key, k_s, v_s, n_keys, D, V, KEYS, D_TILE, V_TILE, TMA)
         scores_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=EXACT)
         if (tile < whole) | (tile >= whole_end):
             j_N = (key + tl.arange(0, KEYS))[None, :]
@@ -175,14 +197,16 @@ def forward(
 @triton.jit
 def _far_gradients(
     q_MD, grad_MV, k, v, far, lse_M, delta_M, dq_MD, dgate_M, i_M, bias, scale, k_s, v_s,
-    n_tiles, n_memory, window, n_global,
+    n_memory, window, n_global,
     GATED: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     D_TILE: tl.constexpr, V_TILE: tl.constexpr, G_TILE: tl.constexpr,
 ):  # fmt: skip
     """Add what far keys give to dq and dgate, and store what these queries give to dk, not yet scaled, and dv."""
-    for tile in range(n_tiles):
+    for tile in range(tl.cdiv(n_global, G_TILE)):
         key = n_memory + tile * G_TILE
-        k_GD, v_GV = _load_both(k, v, key, k_s, v_s, n_memory + n_global, D, V, G_TILE, D_TILE, V_TILE)
+        k_GD, v_GV = _load_both(
+            k, v, 0, 0, key, k_s, v_s, n_memory + n_global, D, V, G_TILE, D_TILE, V_TILE, False
+        )  # fmt: skip
         j_G = (key + tl.arange(0, G_TILE))[None, :]
         scores_MG = tl.dot(q_MD, tl.trans(k_GD), input_precision=EXACT)
         scores_MG = _masked(scores_MG, i_M, j_G, bias, n_memory, window, n_global, GATED, True)
@@ -199,22 +223,23 @@ def _far_gradients(
 
 @triton.jit(do_not_specialize=COUNTS)
 def backward_queries(
-    grad, q, k, v, gate, out, lse, stats, dq, dgate, far, scale,
+    grad, q, k, v, far_k, far_v, gate, out, lse, stats, dq, dgate, far, scale,
     g_b, g_h, g_s, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s,
     n_queries, n_keys, n_memory, window, n_global, first_far,
-    GATED: tl.constexpr, FAR: tl.constexpr, N_REP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    TMA: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, N_REP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     D_TILE: tl.constexpr, V_TILE: tl.constexpr, G_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Make dq, stats, and sums of one tile of queries a program: of dgate, and of dk and dv of far keys."""
     block, n_heads = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1)
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    k, v = _at(k, batch, head // N_REP, k_b, k_h), _at(v, batch, head // N_REP, v_b, v_h)
     row = block * QUERIES
     first = n_keys - n_queries + row
     i_M = (first + tl.arange(0, QUERIES))[:, None]
-    q, grad = _at(q, batch, head, q_b, q_h), _at(grad, batch, head, g_b, g_h)
-    q_MD, grad_MV = _load_both(q, grad, row, q_s, g_s, n_queries, D, V, QUERIES, D_TILE, V_TILE)
-    out_MV = _load(_at(out, batch, head, o_b, o_h), row, o_s, n_queries, V, QUERIES, V_TILE)
+    q_at, grad_at = _at(batch, head, q_b, q_h, False), _at(batch, head, g_b, g_h, False)
+    q_MD, grad_MV = _load_both(
+        q, grad, q_at, grad_at, row, q_s, g_s, n_queries, D, V, QUERIES, D_TILE, V_TILE, False
+    )  # fmt: skip
+    out_MV = _load(out, _at(batch, head, o_b, o_h, False), row, o_s, n_queries, V, QUERIES, V_TILE, False)
     rows = row + tl.arange(0, QUERIES)
     at = (batch * n_heads + head) * n_queries + rows
     lse_M = tl.load(lse + at, rows < n_queries, 0.0)
@@ -224,19 +249,12 @@ def backward_queries(
     bias = _bias(gate, head, scale, GATED)
     dq_MD = tl.zeros((QUERIES, D_TILE), tl.float32)
     dgate_M = tl.zeros((QUERIES,), tl.float32)
-    if FAR:
-        n_far = tl.num_programs(0) - first_far
-        far += ((batch * n_heads + head) * n_far + block - first_far) * n_global * (D + V)
-        dq_MD, dgate_M = _far_gradients(
-            q_MD, grad_MV, k, v, far, lse_M, delta_M, dq_MD, dgate_M, i_M, bias, scale, k_s, v_s,
-            tl.where(block >= first_far, tl.cdiv(n_global, G_TILE), 0), n_memory, window, n_global,
-            GATED, D, V, D_TILE, V_TILE, G_TILE,
-        )  # fmt: skip
     last = tl.minimum(first + QUERIES, n_keys) - 1
     start, whole, whole_end, n_blocks = _key_blocks(first, last, n_memory, window, n_global, GATED, KEYS)
-    for tile in range(n_blocks):
+    k_at, v_at = _at(batch, head // N_REP, k_b, k_h, TMA), _at(batch, head // N_REP, v_b, v_h, TMA)
+    for tile in range(tl.maximum(n_blocks, AT_LEAST_ONE)):
         key = start + tile * KEYS
-        k_ND, v_NV = _load_both(k, v, key, k_s, v_s, n_keys, D, V, KEYS, D_TILE, V_TILE)
+        k_ND, v_NV = _load_both(k, v, k_at, v_at, key, k_s, v_s, n_keys, D, V, KEYS, D_TILE, V_TILE, TMA)
         j_N = (key + tl.arange(0, KEYS))[None, :]
         scores_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=EXACT)
         if (tile < whole) | (tile >= whole_end):
@@ -245,6 +263,19 @@ def backward_queries(
         if GATED:
             dgate_M += _sum_of_globals(ds_MN, key, j_N, n_memory, n_global, QUERIES, KEYS)
         dq_MD = tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=EXACT)
+    if FAR and block >= first_far:
+        n_far = tl.num_programs(0) - first_far
+        far += ((batch * n_heads + head) * n_far + block - first_far) * n_global * (D + V)
+        far_k += _at(batch, head // N_REP, k_b, k_h, False)
+        far_v += _at(batch, head // N_REP, v_b, v_h, False)
+        # loaded again: what is kept through the loop above takes the room of the next program
+        q_MD, grad_MV = _load_both(
+            q, grad, q_at, grad_at, row, q_s, g_s, n_queries, D, V, QUERIES, D_TILE, V_TILE, False
+        )  # fmt: skip
+        dq_MD, dgate_M = _far_gradients(
+            q_MD, grad_MV, far_k, far_v, far, lse_M, delta_M, dq_MD, dgate_M, i_M, bias, scale, k_s, v_s,
+            n_memory, window, n_global, GATED, D, V, D_TILE, V_TILE, G_TILE,
+        )  # fmt: skip
     dq += (batch * n_queries * n_heads + head) * D
     _store(dq_MD * scale, dq, row, n_heads * D, n_queries, D, QUERIES, D_TILE)
     if GATED:
@@ -256,7 +287,7 @@ def backward_keys(
     grad, q, k, v, gate, stats, dk, dv, far, scale,
     g_b, g_h, g_s, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
     n_queries, n_keys, n_memory, window, n_global,
-    GATED: tl.constexpr, FAR: tl.constexpr, N_REP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    TMA: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, N_REP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     D_TILE: tl.constexpr, V_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Make dk and dv: one tile of the keys of a key-value head a program, over all its query heads."""
@@ -264,8 +295,8 @@ def backward_keys(
     kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     offset = n_keys - n_queries
     j_N = (key + tl.arange(0, KEYS))[:, None]
-    k, v = _at(k, batch, kv_head, k_b, k_h), _at(v, batch, kv_head, v_b, v_h)
-    k_ND, v_NV = _load_both(k, v, key, k_s, v_s, n_keys, D, V, KEYS, D_TILE, V_TILE)
+    k_at, v_at = _at(batch, kv_head, k_b, k_h, False), _at(batch, kv_head, v_b, v_h, False)
+    k_ND, v_NV = _load_both(k, v, k_at, v_at, key, k_s, v_s, n_keys, D, V, KEYS, D_TILE, V_TILE, False)
     dk_ND = tl.zeros((KEYS, D_TILE), tl.float32)
     dv_NV = tl.zeros((KEYS, V_TILE), tl.float32)
     if FAR and _any_global(key, n_memory, n_global, KEYS):
@@ -282,23 +313,23 @@ def backward_keys(
     whole_end = tl.maximum(window + key - offset - start, 0) // QUERIES
     if GATED:
         whole_end = tl.where(_any_global(key, n_memory, n_global, KEYS), 0, whole_end)
-    divisor = tl.maximum(n_blocks, 1)  # the first loads are made ready even where no step follows
+    n_blocks = tl.maximum(n_blocks, AT_LEAST_ONE)  # for keys that nobody sees a block that is hidden whole
     for step in range(N_REP * n_blocks):
-        head, tile = kv_head * N_REP + step // divisor, step % divisor
+        head, tile = kv_head * N_REP + step // n_blocks, step % n_blocks
         row = start + tile * QUERIES
-        q_head, grad_head = _at(q, batch, head, q_b, q_h), _at(grad, batch, head, g_b, g_h)
-        q_MD, grad_MV = _load_both(q_head, grad_head, row, q_s, g_s, n_queries, D, V, QUERIES, D_TILE, V_TILE)
+        q_at, grad_at = _at(batch, head, q_b, q_h, TMA), _at(batch, head, g_b, g_h, TMA)
+        q_MD, grad_MV = _load_both(q, grad, q_at, grad_at, row, q_s, g_s, n_queries, D, V, QUERIES, D_TILE, V_TILE, TMA)
+        scores_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=EXACT)
+        dp_NM = tl.dot(v_NV, tl.trans(grad_MV), input_precision=EXACT)
         rows = row + tl.arange(0, QUERIES)
         at = (batch * n_kv_heads * N_REP + head) * n_queries + rows
         lse_M = _load_column(stats, at, rows < n_queries, QUERIES)
-        scores_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=EXACT)
         if (tile < whole) | (tile >= whole_end):
             i_M = (offset + rows)[None, :]
             bias = _bias(gate, head, scale, GATED)
             scores_NM = _masked(scores_NM, i_M, j_N, bias, n_memory, window, n_global, GATED, False)
         p_NM = tl.exp2(scores_NM * (scale * LOG2_E) - lse_M[None, :])
         dv_NV = tl.dot(p_NM.to(grad_MV.dtype), grad_MV, dv_NV, input_precision=EXACT)
-        dp_NM = tl.dot(v_NV, tl.trans(grad_MV), input_precision=EXACT)
         delta_M = _load_column(stats + FOUR, at, rows < n_queries, QUERIES)
         ds_NM = p_NM * (dp_NM - delta_M[None, :])
         dk_ND = tl.dot(ds_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision=EXACT)

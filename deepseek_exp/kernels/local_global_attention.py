@@ -18,8 +18,8 @@ the programs of the queries, one sum each, and added up afterwards. Nothing is a
 bit.
 
 Where it is possible the loops load their rows through tensor descriptors made on the host (the GPU's tensor memory
-accelerator; here TMA): a loop then holds no addresses in its registers, which leaves a smaller tile of few registers
-and room for two programs on a multiprocessor. _described says where; elsewhere each thread loads from addresses.
+accelerator; here TMA): a loop then keeps no addresses in registers, so that a smaller tile spills none and leaves room
+for two programs on a multiprocessor. _described says where; elsewhere each thread loads from addresses.
 
 Floor for N visible pairs, heads of D and V: 2 N (D + V) FLOP forward; backward 2 N (3 D + 2 V), of which the scores and
 do . v are made twice here: N (8 D + 6 V) in all. Bytes: q, k, v and the result read or written once

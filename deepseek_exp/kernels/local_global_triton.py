@@ -22,7 +22,7 @@ EXACT = tl.constexpr("ieee")
 # lse and delta lie in stats, each at the head of four numbers: of a tile with fewer numbers than a program has threads,
 # the compiler would make every thread load its own part, number by number
 FOUR = tl.constexpr(4)
-# blocks of a loop, though it always has one: where it might have none, ptxas lets products wait for each other
+# blocks of a loop: where ptxas cannot see that there is one, it makes each product wait for the one before
 AT_LEAST_ONE = tl.constexpr(1)
 # numbers of tokens, for whose values the compiler shall not make kernels of their own
 COUNTS = ["n_queries", "n_keys", "n_memory", "window", "n_global", "first_far"]
@@ -179,7 +179,7 @@ def forward(
     last = tl.minimum(first + QUERIES, n_keys) - 1
     start, whole, whole_end, n_blocks = _key_blocks(first, last, n_memory, window, n_global, GATED, KEYS)
     k_at, v_at = _at(batch, head // N_REP, k_b, k_h, TMA), _at(batch, head // N_REP, v_b, v_h, TMA)
-    # (with far keys, of all things, ptxas does so where it may not)
+    # after the loop over far keys ptxas overlaps products as it is, and with AT_LEAST_ONE it does not
     for tile in range(n_blocks if FAR else tl.maximum(n_blocks, AT_LEAST_ONE)):
         key = start + tile * KEYS
         k_ND, v_NV = _load_both(k, v, k_at, v_at, key, k_s, v_s, n_keys, D, V, KEYS, D_TILE, V_TILE, TMA)

@@ -347,8 +347,7 @@ class KernelsConfig:
     swiglu: Kernel = key("the gate of a feed-forward network")
     linears: Linears = key(
         "linear layers that share an input: torch adds the parts of its gradient up after their products, accumulated "
-        "inside of them, and over tensor ranks while those of the weights are made; of no effect under "
-        "trainer.precision=fp8, where they are one product"
+        "inside of them; of no effect under trainer.precision=fp8, where they are one product"
     )
     fp8_experts: bool = key(
         "trainer.precision=fp8: the routed experts' products too; else they are in bf16, which was faster when measured"

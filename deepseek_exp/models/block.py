@@ -19,7 +19,6 @@ KEPT = {
     *(f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm")),
     "deepseek_exp::grouped_product",
     "deepseek_exp::linears",
-    "deepseek_exp::summed_linear",
     "deepseek_exp::fp8_linears",
     "deepseek_exp::fp8_grouped",
     "deepseek_exp::local_global_attention",

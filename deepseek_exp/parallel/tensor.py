@@ -6,10 +6,6 @@ goes in is the same on all of them, what comes out is added up (Shoeybi et al. 2
     in   forward: as it is        backward: sum of the gradients
     out  forward: sum             backward: as it is
 
-Accumulated linears (`kernels/linears.py`) do both inside of the first and the last products, of attention and of a
-dense feed-forward network: the sum of the gradients then hides behind the products of weight gradients. The input of a
-mixture of experts goes into more than one operation, so that its sums stay apart.
-
 With sequence parallelism the residual stream between them is cut along the sequence (Korthikanti et al. 2022, "Reducing
 Activation Recomputation in Large Transformer Models", section 4.2.2): in gathers, out sums and scatters.
 
@@ -20,9 +16,7 @@ summed after the backward pass. Shapes: batch, seq, d_model, vocab (the entries 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,12 +24,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek_exp.config import ActivationCheckpointing, AttentionKind, Kernel, KernelsConfig, ModelConfig
+from deepseek_exp.config import AttentionKind, Kernel, KernelsConfig, ModelConfig
 from deepseek_exp.kernels import Ops
-from deepseek_exp.kernels.linears import linears, summed_linear
 from deepseek_exp.models import Transformer
-from deepseek_exp.models.block import Block
-from deepseek_exp.moe import FeedForward, MoE
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.topology import Axis
 
@@ -125,26 +116,6 @@ class Region:
         module.register_forward_pre_hook(lambda _, args: (self.enter(args[0]), *args[1:]))
         module.register_forward_hook(lambda _, args, out: self._left(out))
 
-    def join(self, module: nn.Module, ops: Ops, *, is_recomputed: bool) -> None:
-        """Have a module's first and last products do what `wrap` does beside them.
-
-        Args:
-            module: attention, or a dense feed-forward network.
-            ops: from `joined_ops`; the same for all modules, or each block would be compiled anew.
-            is_recomputed: the backward pass computes the whole block again.
-        """
-        module.ops = ops
-        if not isinstance(module, FeedForward):
-            module.wo = RowParallelLinear(module.wo.weight, self.group.group_name)
-        elif not is_recomputed:
-            module.w_down = RowParallelLinear(module.w_down.weight, self.group.group_name)
-        else:  # what is computed again ends before this product, whose result no gradient needs: it must be apart
-            module.register_forward_hook(lambda _, args, out: self.leave(out))
-
-    def joined_ops(self, ops: Ops) -> Ops:
-        """Give operations whose products of a module's input sum the gradient."""
-        return dataclasses.replace(ops, linears=functools.partial(_first_linears, group=self.group.group_name))
-
     def _left(self, out: Any) -> Any:
         return (self.leave(out[0]), *out[1:]) if isinstance(out, tuple) else self.leave(out)
 
@@ -162,18 +133,6 @@ class VocabParallelEmbedding(nn.Module):
         here = (own >= 0) & (own < len(self.weight))
         x = F.embedding(torch.where(here, own, 0), self.weight) * here[..., None].to(self.weight.dtype)
         return self.region.leave(x)
-
-
-class RowParallelLinear(nn.Module):
-    """A linear layer with its inputs shared out; the ranks' products are summed where they are made."""
-
-    def __init__(self, weight: nn.Parameter, group: str) -> None:
-        super().__init__()
-        self.weight, self.group = weight, group
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map this rank's columns of (..., d_in) to (..., d_out)."""
-        return summed_linear(x, self.weight, self.group)
 
 
 class VocabParallelHead(nn.Module):
@@ -253,26 +212,13 @@ def apply_tensor_parallel(model: Transformer, groups: Groups, *, sequence_parall
     if groups.degrees.tp == 1:
         return
     region = Region(groups.axis[Axis.tp], sequence_parallel=sequence_parallel)
-    can_join = model.ops.linears is linears and not sequence_parallel
-    ops = region.joined_ops(model.ops)
-    for block in [m for m in model.modules() if isinstance(m, Block)]:
-        for module in (block.attention, block.feed_forward):
-            if can_join and not isinstance(module, MoE):
-                region.join(module, ops, is_recomputed=block.checkpointing is ActivationCheckpointing.full)
-            else:
-                region.wrap(module)
+    for name, module in model.named_modules():
+        if re.search(r"\.(attention|feed_forward)$", name):
+            region.wrap(module)
     if hasattr(model.embedding, "weight"):
         model.embedding = VocabParallelEmbedding(model.embedding.weight, region, groups.at.tp)
     if hasattr(model.head, "weight"):
         model.head = VocabParallelHead(model.head, region)
-
-
-def _first_linears(x: Tensor, layers: Sequence[nn.Module], group: str) -> list[Tensor]:
-    """Compute `reference.linears`; what goes into several layers is a module's input, into one what it made of that.
-
-    With memory the input would go into one alone; no layout of several ranks has that.
-    """
-    return linears(x, layers, group if len(layers) > 1 else "")
 
 
 class _Same(torch.autograd.Function):

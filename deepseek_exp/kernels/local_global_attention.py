@@ -24,8 +24,8 @@ for two programs on a multiprocessor. _described says where; elsewhere each thre
 Floor for N visible pairs, heads of D and V: 2 N (D + V) FLOP forward; backward 2 N (3 D + 2 V), of which the scores and
 do . v are made twice here: N (8 D + 6 V) in all. Bytes: q, k, v and the result read or written once
 forward, and those with their gradients backward. Measured, both ways, 8192 tokens, 16 heads of 128, bf16 on an H200:
-window 512 0.41 ms, 1024 0.66 ms (FlexAttention 0.60 and 0.85; without descriptors 0.45 and 0.69); with 4 global keys and
-the gate 0.45 and 0.69 ms.
+window 512 0.41 ms, 1024 0.66 ms (FlexAttention 0.60 and 0.85; without descriptors 0.45 and 0.69); with 4 global keys
+and the gate 0.45 and 0.69 ms.
 
 Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D and V head widths, G global keys, P blocks of a
 head's queries.

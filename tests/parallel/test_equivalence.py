@@ -45,6 +45,17 @@ if shutil.which("g++") is not None:  # torch.compile needs a C++ compiler on a C
     CASES["v1 tp2, compiled"] = (["model=v1_dense"], {"tp": 2}, ["trainer.compile=true"])
 
 
+class Traced(Watch):
+    """Has blocks traced into graphs, which nothing is made of."""
+
+    def before_build(self, cfg):
+        from torch import nn
+
+        compiled = nn.Module.compile
+        nn.Module.compile = lambda module, **options: compiled(module, backend="eager", **options)
+        return cfg
+
+
 def assert_same(one, many):
     """The bounds leave room for rounding, which grows from step to step; a bug is off by far more."""
     found = difference(one, many)
@@ -58,6 +69,14 @@ def test_a_layout_trains_what_one_process_trains(layouts, alone, model, degrees,
     assert min(one.trace("optim/grad_norm")) > 0.5  # clipped
     assert len(set(one.trace("optim/lr"))) > STEPS / 2
     assert_same(one, many)
+
+
+def test_every_length_of_a_block_has_its_graphs(layouts):
+    """Five look ahead, each at one token less, in training and validation: more than the compiler keeps by itself."""
+    few = ("trainer.max_steps=1", "optim.warmup_steps=0", "trainer.eval_every_steps=1", "trainer.eval_batches=1")
+    model = ("model=v3_moe", "model.n_mtp_layers=5", "model.n_layers=2", "data.seq_len=16", "trainer.compile=true")
+    many = layouts.run(2, *few, *model, "trainer.global_batch_seqs=1", *layout(tp=2), watch=Traced)
+    assert "val/loss" in many.metrics[1]
 
 
 @pytest.mark.parametrize(

@@ -516,7 +516,7 @@ class TestMemory:
         )
 
     @pytest.mark.parametrize(
-        ("device", "gpus"), [("cpu", ""), ("auto", "name the GPUs you have, as in cluster=h100_8, or ")]
+        ("device", "gpus"), [("cpu", ""), ("auto", "name your GPUs, if the ranks are GPUs, as in cluster=h100_8, or ")]
     )
     def test_where_nothing_helps(self, device, gpus):
         assert refused("parallel=auto", "cluster.memory_bytes=1", f"device={device}") == (
@@ -527,7 +527,7 @@ class TestMemory:
     def test_gpus_planned_as_processes_of_a_cpu(self):
         layout = ("parallel=ddp", "parallel.dp=2", "trainer.micro_batch_seqs=4")
         _, fix = refused("model=v1_dense", "size=1b", *layout).split("Fix: ")
-        assert fix.startswith("name the GPUs you have, as in cluster=h100_8, or ")
+        assert fix.startswith("name your GPUs, if the ranks are GPUs, as in cluster=h100_8, or ")
 
 
 def test_more_ranks_than_gpus(monkeypatch):

@@ -24,8 +24,8 @@ for two programs on a multiprocessor. _described says where; elsewhere each thre
 Floor for N visible pairs, heads of D and V: 2 N (D + V) FLOP forward; backward 2 N (3 D + 2 V), of which the scores and
 do . v are made twice here: N (8 D + 6 V) in all. Bytes: q, k, v and the result read or written once
 forward, and those with their gradients backward. Measured, both ways, 8192 tokens, 16 heads of 128, bf16 on an H200:
-window 512 0.41 ms, 1024 0.66 ms (FlexAttention 0.60 and 0.85; without descriptors 0.45 and 0.69); with 4 global keys
-and the gate 0.45 and 0.69 ms.
+window 512 0.41 ms, 1024 0.66 ms (FlexAttention 0.60 and 0.85). As CUDA graphs 0.39 and 0.63 (by addresses 0.45 and
+0.69), with 4 global keys and the gate 0.45 and 0.69 (0.53 and 0.78).
 
 Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D and V head widths, G global keys, P blocks of a
 head's queries.
@@ -72,7 +72,7 @@ class Tiles(NamedTuple):
 
 
 # by the width of a head, in 16 bit types: as compiled for compute capability 9.0 a multiprocessor has room for two
-# programs or more of 4 warps, and the loops, but for those with far keys that load from addresses, spill no registers
+# programs or more of 4 warps, or for one of 8; where there are far keys, loops that load from addresses spill registers
 TILES = {
     64: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     128: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3)),
@@ -121,7 +121,7 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _row(t: Tensor) -> int:
+def _row_length(t: Tensor) -> int:
     """Count the numbers from a token's first head to the end of its last."""
     return (t.shape[1] - 1) * t.stride(1) + t.shape[-1]
 
@@ -130,17 +130,18 @@ def _described(*tensors: Tensor) -> bool:
     """Say whether descriptors can stand for tensors of heads (B, heads, tokens, width) whose last stride is 1.
 
     They can on GPUs from compute capability 9.0 on, for 16 bit types (the interpreter takes all), if a tile is as wide
-    as a head, a token's heads lie in one row, and rows, heads and sequences lie 16 bytes apart or a multiple of it.
+    as a head, a token's heads lie in one row, and rows, heads and sequences lie 16 bytes apart or a multiple of it. So
+    do what projections and kernels/rope.py give; what PyTorch's rotation or a cache of several heads gives does not.
     """
-    if any(
-        t.is_cuda and (t.element_size() > 2 or torch.cuda.get_device_capability(t.device) < (9, 0)) for t in tensors
-    ):
+    first = tensors[0]
+    if first.is_cuda and (first.element_size() > 2 or torch.cuda.get_device_capability(first.device) < (9, 0)):
         return False
     return all(
-        t.shape[-1] == _width(t.shape[-1])
+        t.numel() > 0
+        and t.shape[-1] == _width(t.shape[-1])
         and t.data_ptr() % 16 == 0
         and all(stride > 0 and stride * t.element_size() % 16 == 0 for stride in t.stride()[:3])
-        and _row(t) <= t.stride(2)
+        and _row_length(t) <= t.stride(2)
         for t in tensors
     )
 
@@ -152,7 +153,7 @@ def _describe(t: Tensor, rows: int, tma: bool) -> Tensor | TensorDescriptor:
     """
     if not tma:
         return t
-    shape, strides = [t.shape[0], t.shape[2], _row(t)], [t.stride(0), t.stride(2), 1]
+    shape, strides = [t.shape[0], t.shape[2], _row_length(t)], [t.stride(0), t.stride(2), 1]
     return TensorDescriptor(t, shape, strides, [1, rows, t.shape[-1]])
 
 

@@ -71,8 +71,8 @@ def _remedy(exp: ExperimentConfig) -> str:
 
 def _gpus_first(exp: ExperimentConfig, fix: str) -> str:
     """Ask for the GPUs' description first, where the ranks may be GPUs but are planned as processes of a CPU."""
-    is_default = exp.cluster.gpu == CPU_PROCESS and exp.device is not Device.cpu
-    return f"name the GPUs you have, as in cluster=h100_8, or {fix}" if is_default else fix
+    planned_as_cpu = exp.cluster.gpu == CPU_PROCESS and exp.device is not Device.cpu
+    return f"name your GPUs, if the ranks are GPUs, as in cluster=h100_8, or {fix}" if planned_as_cpu else fix
 
 
 def _remedies(exp: ExperimentConfig) -> Iterator[str]:

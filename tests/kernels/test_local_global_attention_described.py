@@ -98,6 +98,13 @@ def _late(t: Tensor) -> Tensor:
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
 
 
+@pytest.mark.parametrize("shape", [(0, 19, 2, 16), (2, 0, 2, 16)], ids=["no sequences", "no tokens"])
+def test_nothing_gives_nothing(shape):
+    leaves = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    out = tokens_first(*(t.transpose(1, 2) for t in leaves), None, 0.3, 0, 5, 0)
+    assert [t.shape for t in (out, *torch.autograd.grad(out.sum(), leaves))] == [shape] * 4
+
+
 LAYOUTS = {
     "rows not 16 bytes apart": _padded,
     "not 16 bytes from the memory's begin": _late,

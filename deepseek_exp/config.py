@@ -350,7 +350,7 @@ class KernelsConfig:
         "inside of them; of no effect under trainer.precision=fp8, where they are one product"
     )
     fp8_experts: bool = key(
-        "trainer.precision=fp8: the routed experts' products too; else they are in bf16, which was faster when measured"
+        "trainer.precision=fp8: the routed experts' products too; else they are in bf16, as fast for few tokens"
     )
     fp8_quantize: Kernel = key("trainer.precision=fp8: rounding to 8 bits, as it is and transposed")
     local_global_attention: Kernel = key("attention; triton skips keys outside of the window, where there is one")

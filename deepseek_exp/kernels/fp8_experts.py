@@ -6,8 +6,8 @@ Tokens and their gradients are rounded before they are copied to their experts: 
 is of one byte an element. The gradients of `down` want the tokens' gradient not rounded, so it is copied to its rows
 once more. Kept for the backward pass beside what `experts.py` keeps: magnitudes that the matrices' scales follow from.
 
-Measured, both ways, top 6 of 64, 2048 x 1408 on an H100, before gradients' products had fast sums and not since: 16384
-tokens 14.0 ms, in bf16 10.1; 65536 tokens 39.4, in bf16 40.3.
+Measured, both ways, top 6 of 64, 2048 x 1408 on an H200: 16384 tokens 9.85 ms, in bf16 9.87; 65536 tokens 32.6, in bf16
+39.0. Gradients and results differ from bf16's by 0.054 to 0.067 of their norm.
 
 Suffixes: T tokens, K experts of a token, R = T * K rows sorted by expert, E experts, M d_out, N d_in.
 """

@@ -7,12 +7,12 @@ as the overrides have it: first the dense run, then the mixture of experts with 
 of such a run is tokens / peak * (flops / matmul_efficiency + expert_flops / grouped_efficiency) + optimizer, which is
 solved for the one that is not known. One whose matrices are cut over GPUs of one machine, after these, gives
 cluster.intra_node_bandwidth: what the plan leaves of the step's time for exchanges, as a bandwidth, with all that the
-plan does not know in it. Alone they are several times faster (`collectives.py`).
+plan does not know in it. Alone they are up to three times as fast (`collectives.py`).
 
     python tests/bench/calibrate.py 25000 model=v4_distill size=3b cluster=h200_8 trainer.precision=bf16
     python tests/bench/calibrate.py 60000 model=v2_moe size=1b cluster=h200_8 trainer.precision=bf16 \
         cluster.matmul_efficiency=0.47
-    python tests/bench/calibrate.py 96000 model=v1_dense size=1b cluster=h200_8 trainer.precision=bf16 parallel.tp=2 \
+    python tests/bench/calibrate.py 120000 model=v1_dense size=1b cluster=h200_8 trainer.precision=bf16 parallel.tp=2 \
         kernels=fused data.seq_len=2048 trainer.global_batch_seqs=32 trainer.micro_batch_seqs=8 \
         cluster.matmul_efficiency=0.54
 

@@ -99,7 +99,7 @@ def test_two_nodes_by_the_commands_that_are_printed(trained):
 
 
 FAKES = {
-    "scontrol": "echo 127.0.0.1; echo 127.0.0.2",
+    "scontrol": "echo 127.0.0.1; sleep 0.2; echo 127.0.0.2",  # whoever reads one line alone breaks its pipe
     "srun": 'shift 2; "$@" & first=$!; "$@" & second=$!; wait $first && wait $second',  # by number: %2 may be gone
     "sbatch": 'echo "Submitted batch job 7"; SLURM_JOB_ID=7 SLURM_JOB_NODELIST=n bash "$1" > slurm.log 2>&1',
 }

@@ -233,7 +233,8 @@ def test_the_script_for_4_nodes_of_8_ranks(monkeypatch, tmp_path):
         "#SBATCH --signal=USR1@600",
         "set -euo pipefail",
         f"cd {tmp_path}",
-        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+        "head=${hosts%%$'\\n'*}",
         "export A='b c' TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600",
         f"srun --kill-on-bad-exit=1 --cpu-bind=none {sys.executable} -m torch.distributed.run --nnodes 4 "
         '--nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d --rdzv-endpoint "$head:29500" '

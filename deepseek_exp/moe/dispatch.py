@@ -7,6 +7,7 @@ Suffixes of tensors: T tokens, K experts of a token, R rows = T * K, E experts, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,7 +35,13 @@ class Dispatched(NamedTuple):
 
 
 class Dispatcher(Protocol):
-    """How rows get to the experts; what a layer needs of it whether or not all experts are here."""
+    """How rows get to the experts; what a layer needs of it whether or not all experts are here.
+
+    Attributes:
+        n_ranks: devices that the experts are shared out over.
+    """
+
+    n_ranks: int
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, n_experts: int, capacity: int | None) -> Dispatched:
         """Give the experts their rows."""
@@ -44,9 +51,15 @@ class Dispatcher(Protocol):
         """Add up each token's rows with its weights: (tokens, d_model)."""
         ...
 
+    def through(self, experts: Callable[..., Tensor], x_TD: Tensor, weights_TK: Tensor, *by_expert: Tensor) -> Tensor:
+        """Do both with one operation between them, `Experts.weighted`; its arguments and result."""
+        ...
+
 
 class LocalDispatcher:
     """All experts are on this device."""
+
+    n_ranks = 1
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, n_experts: int, capacity: int | None = None) -> Dispatched:
         """Sort rows by expert.
@@ -78,6 +91,10 @@ class LocalDispatcher:
             y_RD = torch.where(sent.kept_R[:, None], y_RD, 0)  # rows that no expert worked on are undefined
         y_TKD = reorder(y_RD, sent.inverse_R, sent.order_R).unflatten(0, weights_TK.shape)
         return (weights_TK[:, None].to(y_TKD.dtype) @ y_TKD).squeeze(1)  # (tokens, d_model)
+
+    def through(self, experts: Callable[..., Tensor], x_TD: Tensor, weights_TK: Tensor, *by_expert: Tensor) -> Tensor:
+        """Give the experts the tokens as they are."""
+        return experts(x_TD, weights_TK, *by_expert)
 
 
 def ends_of(sorted_ids: Tensor, n: int) -> Tensor:

@@ -39,6 +39,11 @@ class Experts(nn.Module):
         up_RF = self.ops.grouped_mm(x_RD, self.w_up, ends_E)
         return self.ops.grouped_mm(self.ops.swiglu(gate_RF, up_RF), self.w_down, ends_E)  # (rows, d_model)
 
+    def weighted(self, x_TD: Tensor, weights_TK: Tensor, *by_expert: Tensor) -> Tensor:
+        """Add up each token's experts with their weights in one operation: `reference.routed_experts`."""
+        assert self.ops.routed_experts is not None
+        return self.ops.routed_experts(x_TD, weights_TK, *by_expert, self.w_gate, self.w_up, self.w_down)
+
 
 class MoE(nn.Module):
     """Mixture of experts: y = shared(x) + sum over a token's experts of weight * expert(x).
@@ -80,8 +85,7 @@ class MoE(nn.Module):
         domain_T = None if domain is None else domain.repeat_interleave(x.shape[1])
         routing = self.router(x_TD, domain_T)
         slots_TK = routing.ids_TK if self.slot_of_E is None else self.slot_of_E[routing.ids_TK]
-        is_fused = self.ops.routed_experts is not None and isinstance(self.dispatcher, LocalDispatcher)
-        through = self._through_fused_experts if is_fused else self._through_experts
+        through = self._through_experts if self.ops.routed_experts is None else self._through_fused_experts
         y_TD, load_E, dropped = through(x_TD, slots_TK, routing.weights_TK)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
@@ -104,23 +108,24 @@ class MoE(nn.Module):
     def _through_fused_experts(
         self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Do `_through_experts` with one operation from tokens to their sums."""
-        e, capacity = self.experts, self._capacity(slots_TK)
-        order_R, inverse_R, ends_E = self.ops.sort_by_expert(slots_TK, len(e.w_gate))
+        """Do `_through_experts` with one operation from tokens, or the rows that come of them, to their sums."""
+        n, capacity = len(self.experts.w_gate) * self.dispatcher.n_ranks, self._capacity(slots_TK)
+        order_R, inverse_R, ends_E = self.ops.sort_by_expert(slots_TK, n)
         load_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
         if capacity is not None:
             expert_R = slots_TK.flatten()[order_R]
             place_R = torch.arange(len(order_R), device=order_R.device) - (ends_E - load_E)[expert_R]
             kept_TK = (place_R < capacity)[inverse_R].view_as(slots_TK)
-            slots_TK = torch.where(kept_TK, slots_TK, len(e.w_gate))
-            order_R, inverse_R, ends_E = self.ops.sort_by_expert(slots_TK, len(e.w_gate))
-        y_TD = self.ops.routed_experts(x_TD, weights_TK, order_R, inverse_R, ends_E, e.w_gate, e.w_up, e.w_down)
+            slots_TK = torch.where(kept_TK, slots_TK, n)
+            order_R, inverse_R, ends_E = self.ops.sort_by_expert(slots_TK, n)
+        y_TD = self.dispatcher.through(self.experts.weighted, x_TD, weights_TK, order_R, inverse_R, ends_E)
         return y_TD, load_E, len(order_R) - ends_E[-1].long()
 
     def exchange_by(self, dispatcher: Dispatcher) -> None:
         """Bring tokens to experts on other ranks; how many rows that makes no compiled graph can know beforehand."""
         self.dispatcher = dispatcher
-        self._through_experts = torch.compiler.disable(self._through_experts)  # type: ignore[method-assign]
+        for name in ("_through_experts", "_through_fused_experts"):
+            setattr(self, name, torch.compiler.disable(getattr(self, name)))
 
     def record(self, counts: Tensor) -> None:
         """Add what one forward pass counted."""

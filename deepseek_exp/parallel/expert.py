@@ -6,12 +6,14 @@ S rows sent by this rank, R rows that this rank's experts work on, D d_model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepseek_exp.kernels import Ops
 from deepseek_exp.moe.dispatch import Dispatched, LocalDispatcher, reorder
 
 
@@ -41,6 +43,22 @@ class Exchanged(NamedTuple):
     received: list[int]
 
 
+class _Announced(NamedTuple):
+    """What ranks have told each other.
+
+    Attributes:
+        expert_R: (received rows,) int64, the expert of this rank that each is for.
+        ends_L: (experts of this rank,) int32, where each one's rows end once they are sorted.
+        sent: rows that go to each rank.
+        received: rows that come from each rank.
+    """
+
+    expert_R: Tensor
+    ends_L: Tensor
+    sent: list[int]
+    received: list[int]
+
+
 class AllToAllDispatcher:
     """The experts are shared out evenly over the ranks of a group, in order; each rank has tokens of its own.
 
@@ -48,8 +66,8 @@ class AllToAllDispatcher:
     waits for the numbers.
     """
 
-    def __init__(self, group: Any) -> None:
-        self.group, self.n_ranks = group, dist.get_world_size(group)
+    def __init__(self, group: Any, ops: Ops) -> None:
+        self.group, self.n_ranks, self.ops = group, dist.get_world_size(group), ops
         self.local = LocalDispatcher()
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, n_experts: int, capacity: int | None = None) -> Exchanged:
@@ -62,18 +80,13 @@ class AllToAllDispatcher:
             capacity: as in `LocalDispatcher`, of this rank's rows.
         """
         here = self.local.dispatch(x_TD, ids_TK, n_experts * self.n_ranks, capacity)
-        out_PL = here.ends_E.diff(prepend=here.ends_E.new_zeros(1)).view(self.n_ranks, n_experts)
-        in_PL = torch.empty_like(out_PL)
-        dist.all_to_all_single(in_PL, out_PL, group=self.group)
-        sent, received = torch.stack([out_PL.sum(1), in_PL.sum(1)]).tolist()
-        x_RD = _AllToAll.apply(here.x_RD[: sum(sent)], sent, received, self.group)
-        expert_R = torch.arange(n_experts, device=x_TD.device).repeat(self.n_ranks)
-        expert_R = expert_R.repeat_interleave(in_PL.flatten(), output_size=sum(received))
+        expert_R, ends_L, sent, received = self._announce(here.ends_E)
+        x_SD = here.x_RD if here.kept_R is None else here.x_RD[: sum(sent)]  # a slice's gradient is a copy
+        x_RD = _AllToAll.apply(x_SD, sent, received, self.group)
         order_R = expert_R.argsort(stable=True)
         inverse_R = order_R.argsort()
-        ends_E = in_PL.sum(0).cumsum(0).int()
         x_RD = reorder(x_RD, order_R, inverse_R)
-        return Exchanged(x_RD, ends_E, here.load_E, here.kept_R, here, order_R, inverse_R, sent, received)
+        return Exchanged(x_RD, ends_L, here.load_E, here.kept_R, here, order_R, inverse_R, sent, received)
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Exchanged) -> Tensor:
         """Send rows back and add up each token's with its weights: (tokens, d_model)."""
@@ -83,6 +96,32 @@ class AllToAllDispatcher:
         if dropped:
             y_SD = torch.cat([y_SD, y_SD.new_zeros(dropped, y_SD.shape[1])])  # they are last
         return self.local.combine(y_SD, weights_TK, sent.here)
+
+    def through(self, experts: Callable[..., Tensor], x_TD: Tensor, weights_TK: Tensor, *by_expert: Tensor) -> Tensor:
+        """Send rows with their weights, so that experts give weighted ones, and add up what comes back."""
+        order_S, inverse_S, ends_E = by_expert
+        expert_R, ends_L, sent, received = self._announce(ends_E)
+        n_sent, inverse_TK = sum(sent), inverse_S.view(weights_TK.shape)
+        weights_S1 = reorder(weights_TK.flatten()[:, None], order_S, inverse_S)[:n_sent]
+        weights_R1 = _AllToAll.apply(weights_S1, sent, received, self.group)
+        x_SD = self.ops.spread(x_TD, inverse_TK, ends_E, n_sent)
+        x_RD = _AllToAll.apply(x_SD, sent, received, self.group)
+        here = self.ops.sort_by_expert(expert_R[:, None], len(ends_L))
+        y_SD = _AllToAll.apply(experts(x_RD, weights_R1, *here), received, sent, self.group)
+        return self.ops.collect(y_SD, inverse_TK, ends_E)
+
+    def _announce(self, ends_E: Tensor) -> _Announced:
+        """Tell the ranks how many rows go to each of their experts.
+
+        `ends_E`: where the rows that go to each of all experts end.
+        """
+        out_PL = ends_E.diff(prepend=ends_E.new_zeros(1)).view(self.n_ranks, -1)
+        in_PL = torch.empty_like(out_PL)
+        dist.all_to_all_single(in_PL, out_PL, group=self.group)
+        sent, received = torch.stack([out_PL.sum(1), in_PL.sum(1)]).tolist()
+        expert_E = torch.arange(out_PL.shape[1], device=ends_E.device).repeat(self.n_ranks)
+        expert_R = expert_E.repeat_interleave(in_PL.flatten(), output_size=sum(received))
+        return _Announced(expert_R, in_PL.sum(0).cumsum(0).int(), sent, received)
 
 
 class _AllToAll(torch.autograd.Function):

@@ -145,7 +145,7 @@ def cut_model(exp: ExperimentConfig, whole: Transformer, groups: Groups) -> Part
                 module._buffers[key] = _fresh(module, key, buffer, groups.device)
     for module in whole.modules():
         if isinstance(module, MoE) and groups.degrees.ep > 1:
-            module.exchange_by(AllToAllDispatcher(groups.axis[Axis.ep]))
+            module.exchange_by(AllToAllDispatcher(groups.axis[Axis.ep], module.ops))
     apply_tensor_parallel(whole, groups, sequence_parallel=exp.parallel.sequence_parallel)
     if exp.trainer.compile:
         _compile([*(whole.blocks[i] for i in blocks), *(module.block for module in whole.mtp)])

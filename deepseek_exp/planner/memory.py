@@ -160,7 +160,7 @@ def block_activation_bytes(
         rope                     of a head with a norm its input alone
         swiglu                   gate, up and product: 3 d_ff
         local_global_attention   with a window q, k, v as they are, a result that wo reads in place, 16 bytes a head
-        experts                  gate and up: 2 top_k d_expert, and no rows; where ep is 1
+        experts                  gate and up: 2 top_k d_expert, and no rows; of rows from other ranks (ep) those
 
     In fp8 a linear layer keeps its input as a copy of one byte an element: the results of norms that nothing else
     needs, the product in a feed-forward network, the input of wo. Routed experts keep their inputs as they are.
@@ -187,13 +187,13 @@ def block_activation_bytes(
     if not is_moe:
         sparse = 8 * m.d_ff_active + m.d_ff if m.d_ff_active else 0
         return on_every_rank + (shared_out + (((4 if sparse else halves) - 1) * e + i) * m.d_ff + sparse) / tp
-    is_fused = kernels.experts is Kernel.triton and ep == 1
+    is_fused = kernels.experts is Kernel.triton
     routed = (2 if is_fused else halves) * m.moe.top_k
     shared_out += (routed + halves * m.moe.n_shared_experts) * m.moe.d_expert * e
     if i < e and m.moe.n_shared_experts:
         shared_out -= (e - i) * m.moe.n_shared_experts * m.moe.d_expert
         on_every_rank += i * h
-    rows = 0 if is_fused else 2 * m.moe.top_k * h * e
+    rows = (ep > 1 if is_fused else 2) * m.moe.top_k * h * e
     on_every_rank += rows + 3 * m.moe.n_routed_experts * 4 + (4 * h if e == 2 else 0)
     return on_every_rank + shared_out / tp
 
@@ -227,7 +227,7 @@ def product_bytes(
         dense    gate, up (of sparse ones too), down       e each, the last whole
         experts  gate, up and down of the top_k rows       e each, the last whole
                  the router's scores in fp32, their sum over a token's rows; shared experts as dense
-        fused    attention: its result and 16 bytes a head; experts: gate, up and the sum
+        fused    attention: its result and 16 bytes a head; experts: gate, up and the sum, or with ep the rows
         fp8      also the inputs of linear layers           1 each
 
     Args:
@@ -252,7 +252,7 @@ def product_bytes(
     if is_moe:
         k, shared = m.moe.top_k, m.moe.n_shared_experts
         cut += 2 * (k + shared) * m.moe.d_expert
-        rows = 0 if kernels.experts is Kernel.triton and ep == 1 else k
+        rows = k if kernels.experts is Kernel.torch else (k - 1) * (ep > 1)
         whole += (rows + (shared > 0)) * m.d_model
         scores = m.moe.n_routed_experts + len(m.moe.domains)
     else:

@@ -38,6 +38,8 @@ class Undivided(NamedTuple):
     row: float
 
 
+# a row's bytes beyond these where experts are on other ranks: it is put in order there, and back, in both passes
+EXCHANGED = {Kernel.torch: 16, Kernel.triton: 18}
 UNDIVIDED = {Kernel.torch: Undivided(340, 145, 30, 22), Kernel.triton: Undivided(39, 18, 40, 12)}
 
 
@@ -91,7 +93,8 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     of one on the rank; a recomputed block adds its forward pass, a third of that. Norms, activation functions, rotary
     embedding, the softmax of the loss and the launch of kernels count no FLOPs: the efficiencies, which are those of
     whole steps on one GPU, are lower for it. With the FLOPs tp divides that too; what every tensor rank does alike adds
-    T (1 - 1 / tp) `undivided_bytes` / memory_bandwidth. fp8 takes away what the products of the blocks, and where
+    T (1 - 1 / tp) `undivided_bytes` / memory_bandwidth, and where experts are on other ranks rows are copied in T
+    `exchanged_bytes` / memory_bandwidth. fp8 takes away what the products of the blocks, and where
     kernels.fp8_experts says so two thirds of the experts', take at bf16's peak more than at its own; what the
     efficiencies leave of the peak stays as long as it is. The optimizer reads gradient, weights and state and writes
     the last two.
@@ -113,7 +116,8 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
         narrow_experts = NARROW_EXPERTS * experts if exp.kernels.fp8_experts else 0.0
         narrow = saved * (stage.product_flops / d.tp + narrow_experts)
         compute = tokens / peak * (dense / c.matmul_efficiency + experts / c.grouped_efficiency - narrow)
-        compute += tokens * (1 - 1 / d.tp) * undivided_bytes(exp, stage, d.ep) / c.memory_bandwidth
+        moved = (1 - 1 / d.tp) * undivided_bytes(exp, stage) + exchanged_bytes(exp, stage, d.ep)
+        compute += tokens * moved / c.memory_bandwidth
         again = compute / 3 if layout.checkpointing is ActivationCheckpointing.full else 0.0
         axes = axis_seconds(stage_traffic(exp, layout, stage, index), layout, c)
         left = exposed(axes[Axis.pp] + axes[Axis.ep], compute + again, c.overlap)
@@ -128,22 +132,33 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     return Seconds(compute, again, tp, pp, ep, bubble, data, optimizer)
 
 
-def undivided_bytes(exp: ExperimentConfig, stage: Layers, ep: int) -> float:
+def undivided_bytes(exp: ExperimentConfig, stage: Layers) -> float:
     """Count what a token moves through the memory of every tensor rank alike, forward and backward.
 
     d_model times, for each block: `Undivided.block` (sequence parallelism divides that), with MLA `latents`, and where
     it has experts `experts` + top_k `row`; in fp32 twice that, but for PyTorch's norms, which compute in fp32 anyway.
-    Compiled norms count as fused ones; experts on other ranks are reached by PyTorch's operations. Counts agree within
-    15%, those of fused kernels in fp32 within 22%.
+    Compiled norms count as fused ones. Counts agree within 15%, those of fused kernels in fp32 within 22%.
     """
     m, wide = exp.model, element_bytes(exp) / 2
     kernel = Kernel.triton if exp.trainer.compile else exp.kernels.rms_norm
-    norms, rows = UNDIVIDED[kernel], UNDIVIDED[exp.kernels.experts if ep == 1 else Kernel.torch]
+    norms, rows = UNDIVIDED[kernel], UNDIVIDED[exp.kernels.experts]
     of_block = 0.0 if exp.parallel.sequence_parallel else norms.block
     of_block += norms.latents * (m.attention is AttentionKind.mla)
     of_block *= wide if kernel is Kernel.triton else 1.0
     of_experts = (rows.experts + m.moe.top_k * rows.row) * wide
     return ((stage.n_dense + stage.n_moe) * of_block + stage.n_moe * of_experts) * m.d_model
+
+
+def exchanged_bytes(exp: ExperimentConfig, stage: Layers, ep: int) -> float:
+    """Count what a token moves through memory more than where all experts are on its rank, beside what is sent.
+
+    Each of its top_k rows, in each block with experts, `EXCHANGED` bytes for each of d_model's columns, in fp32 twice
+    that. PyTorch's operations gather each row four times more: there and back, in both passes. Fused, the first and
+    last copy are the same, and the experts copy rows of one token each: 15 reads and writes of a row in place of 6.
+    """
+    m = exp.model
+    rows = stage.n_moe * m.moe.top_k if ep > 1 else 0
+    return rows * m.d_model * EXCHANGED[exp.kernels.experts] * element_bytes(exp) / 2
 
 
 def exposed(seconds: float, computing: float, overlap: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deepseek_exp.config import ActivationCheckpointing, ClusterConfig, ExperimentConfig
+from deepseek_exp.config import ActivationCheckpointing, ClusterConfig, ExperimentConfig, Kernel
 from deepseek_exp.planner.layers import Layers
 from deepseek_exp.planner.memory import Layout, element_bytes
 from deepseek_exp.topology import Axis
@@ -44,6 +44,8 @@ def stage_traffic(exp: ExperimentConfig, layout: Layout, stage: Layers, index: i
             (Narayanan et al. 2021, section 3.2, without their scatter and gather), with sequence parallelism its part
         ep  all-to-alls of T top_k h e: (2 + 2 + 2 r) a block with experts and micro batch, to the experts and back,
             forward and backward; of each 1 / ep stays. Load is taken to be even
+        ep  for each of these passes forward one of the rows' numbers; fused, one of their weights for each pass. Small:
+            they count as messages
         ep  also an all-reduce of the fp32 gradients that are no expert's, once: part of how ep is folded into
             DeepSpeed's model axis (`topology.Degrees`)
         data  gradients in fp32: all-reduce once (ZeRO 0), or reduce-scatter once and all-gather of the new weights
@@ -60,6 +62,7 @@ def stage_traffic(exp: ExperimentConfig, layout: Layout, stage: Layers, index: i
     gates = n_gates * ring_gather(layout.micro_batch_seqs * exp.data.seq_len * m.d_ff * e, d.tp)
     n_pp = n_micro * ((index < d.pp - 1) + (index > 0))
     n_ep = n_micro * 2 * passes * stage.n_moe
+    n_small = n_micro * stage.n_moe * (passes - 1 + passes * (exp.kernels.experts is Kernel.triton))
     dense = stage.dense_on_rank(d.tp, m.n_kv_heads)
     experts = stage.experts_on_rank(d.tp, d.ep)
     exchanged = n_ep * ring_gather(m.moe.top_k * hidden, d.ep) + ring_all_reduce(4 * dense, d.ep)
@@ -69,7 +72,7 @@ def stage_traffic(exp: ExperimentConfig, layout: Layout, stage: Layers, index: i
             (n_tp * (1 + layout.sequence_parallel) + n_gates) * (d.tp > 1),
         ),
         Axis.pp: Load(n_pp * hidden / layout.cut, n_pp),
-        Axis.ep: Load(exchanged, (n_ep + 1) * (d.ep > 1)),
+        Axis.ep: Load(exchanged, (n_ep + n_small + 1) * (d.ep > 1)),
         Axis.data: _data_parallel(layout, dense + experts, e, n_micro),
     }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_exp.kernels import experts, reference
-from deepseek_exp.kernels.experts import routed_experts, rows_of
+from deepseek_exp.kernels.experts import collect, routed_experts, rows_of, spread
 from tests.kernels.fused import assert_equals_definition, outputs_and_gradients
 
 # tokens, experts, experts of a token, d_model, d_expert: one tile, several of rows, several of columns
@@ -100,6 +100,19 @@ def test_copies_tokens_to_their_rows_once_a_pass_and_their_gradient_once(monkeyp
     grad = torch.randn(6, 8)
     routed_experts(*inputs).backward(grad)
     assert [t.data_ptr() for t in copied] == [t.data_ptr() for t in (inputs[0], grad, inputs[0])]
+
+
+@pytest.mark.parametrize("capacity", [None, 1, 20])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_to_rows_that_are_sent_and_back(shape, capacity, nan_in_empty_memory):
+    x, weights, _, inverse, ends, *_ = parts(*shape, capacity)
+    n_rows, inverse = int(ends[-1]), inverse.view(weights.shape)
+    y = torch.randn(n_rows, x.shape[1], generator=torch.Generator().manual_seed(3))
+    assert_equals_definition(spread, reference.spread, (x, inverse, ends, n_rows))
+    assert_equals_definition(collect, reference.collect, (y, inverse, ends))
+    none = torch.zeros_like(ends)
+    assert torch.equal(collect(y[:0], inverse, none), torch.zeros_like(x))
+    assert spread(x, inverse, none, 0).shape == (0, x.shape[1])
 
 
 def test_compiles_without_a_break():

@@ -9,7 +9,7 @@ from deepseek_exp.kernels import attention, linear_cross_entropy, resolve
 from deepseek_exp.moe import MoE
 from deepseek_exp.planner import memory
 from deepseek_exp.planner.memory import block_activation_bytes, product_bytes
-from tests.planner.plan_parts import Products, blocks, experiment, saved_bytes
+from tests.planner.plan_parts import Products, blocks, exchange, experiment, saved_bytes
 
 
 @pytest.mark.parametrize("name", ["v1_dense", "v2_moe", "v3_moe", "v4_distill"])
@@ -29,6 +29,19 @@ def test_products_are_as_large_as_counted(name):
             block(torch.randn(2, 64, exp.model.d_model))
         counted = product_bytes(exp.model, exp.kernels, 4, is_moe=isinstance(block.feed_forward, MoE))
         assert counted == pytest.approx(products.n_bytes / (2 * 64), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["v2_moe", "v3_moe"])
+def test_with_experts_elsewhere_a_block_saves_the_rows_that_came(name, monkeypatch):
+    exp = experiment(f"model={name}", "size=tiny", "kernels=fused", "model.max_seq_len=64")
+    block = blocks(exp, resolve(exp.kernels), torch.float32)[-1]
+    exchange(block, monkeypatch)
+    counted = block_activation_bytes(exp.model, exp.kernels, 4, ep=2, is_moe=True)
+    assert counted == pytest.approx(saved_bytes(block, exp.model, torch.float32), rel=0.1)
+    with Products() as products:
+        block(torch.randn(2, 64, exp.model.d_model))
+    counted = product_bytes(exp.model, exp.kernels, 4, ep=2, is_moe=True)
+    assert counted == pytest.approx(products.n_bytes / (2 * 64), rel=0.05)
 
 
 @pytest.mark.parametrize("vocab", [1000, 32768, 129280])

@@ -79,14 +79,28 @@ def test_every_length_of_a_block_has_its_graphs(layouts):
     assert "val/loss" in many.metrics[1]
 
 
+class OnlyFused(Watch):
+    """Stops where experts are reached by single operations."""
+
+    def before_build(self, cfg):
+        from deepseek_exp.moe.layer import Experts
+
+        del Experts.forward
+        return cfg
+
+
 @pytest.mark.parametrize(
     ("model", "degrees"),
-    [("v1_dense", {"tp": 2, "dp": 2, "zero_stage": 0}), ("v3_moe", {"pp": 2, "tp": 2})],
+    [
+        ("v1_dense", {"tp": 2, "dp": 2, "zero_stage": 0}),
+        ("v3_moe", {"pp": 2, "tp": 2}),
+        ("v2_moe", {"dp": 2, "ep": 2}),
+    ],
 )
 def test_fused_kernels_in_a_layout(layouts, alone, model, degrees):
     few = ("trainer.max_steps=2", "trainer.eval_every_steps=2", "trainer.eval_batches=1", "optim.warmup_steps=1")
     few = (*few, f"model={model}", "data.seq_len=24", "model.n_layers=2")
-    assert_same(alone(*few), layouts.run(4, *few, "kernels=fused", *layout(**degrees)))
+    assert_same(alone(*few), layouts.run(n_ranks(degrees), *few, "kernels=fused", *layout(**degrees), watch=OnlyFused))
 
 
 @pytest.fixture(scope="module")

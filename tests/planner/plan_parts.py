@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from deepseek_exp.config import ActivationCheckpointing, ExperimentConfig, ModelConfig
 from deepseek_exp.kernels import Ops
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.models.block import KEPT, Block
+from deepseek_exp.moe import MoE
+from deepseek_exp.parallel.expert import AllToAllDispatcher
 from deepseek_exp.planner.layers import layers_of
 from deepseek_exp.planner.memory import Layout
 from deepseek_exp.planner.search import Plan, make_plan
@@ -44,6 +48,20 @@ def blocks(exp: ExperimentConfig, ops: Ops, dtype: torch.dtype) -> list[Block]:
     for p in net.parameters():
         p.data = p.data.to(dtype)
     return [net.blocks[0], net.blocks[-1]]
+
+
+def exchange(net: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a model's experts reached as on other ranks, of which there is one: this."""
+
+    def all_to_all_single(received: torch.Tensor, sent: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():  # the sending is counted elsewhere
+            received.copy_(sent)
+
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
+    monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
+    for module in net.modules():
+        if isinstance(module, MoE):
+            module.exchange_by(AllToAllDispatcher(None, module.ops))
 
 
 def saved_bytes(block: Block, cfg: ModelConfig, dtype: torch.dtype) -> float:

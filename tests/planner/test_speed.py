@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from deepseek_exp.config import Kernel
 from deepseek_exp.planner import flops_per_token, parameters
 from deepseek_exp.planner.layers import layers_of
 from deepseek_exp.planner.speed import bubble_fraction, exposed, undivided_bytes
@@ -69,13 +70,17 @@ class TestTraffic:
         )  # bytes a parameter; 2 micro batches a rank
 
     def test_expert_parallel(self):
-        """An all-to-all to the experts and one back, in both passes; half of each stays."""
+        """An all-to-all to the experts and one back, in both passes; half of each stays. Numbers first, and weights."""
         m = EXPERTS.model
         (loads,) = traffic(EXPERTS, layout(dp=2, ep=2))
         (stage,) = planned(EXPERTS, layout()).stages
         rows = 4 * 4 * stage.n_moe * m.moe.top_k * HIDDEN / 2
         assert loads[Axis.ep].n_bytes == pytest.approx(rows + 4 * stage.dense_on_rank(1, m.n_kv_heads))
         assert loads[Axis.data] == Load(0, 0)
+        assert loads[Axis.ep].n_messages == 4 * stage.n_moe * (4 + 1) + 1
+        kernels = dataclasses.replace(EXPERTS.kernels, experts=Kernel.triton)
+        fused = dataclasses.replace(EXPERTS, kernels=kernels)
+        assert traffic(fused, layout(dp=2, ep=2))[0][Axis.ep].n_messages == 4 * stage.n_moe * (4 + 1 + 2) + 1
 
     def test_a_ring_of_all_reduce_sends_almost_everything_twice(self):
         assert ring_all_reduce(100, 4) == 150
@@ -125,7 +130,7 @@ class TestSpeed:
         (stage,) = planned(EXPERTS, layout()).stages
         c, tokens = EXPERTS.cluster, 8 * 256
         products = tokens * 6 * stage.whole / 2 / c.peak_fp32_flops / c.matmul_efficiency
-        rest = tokens * undivided_bytes(EXPERTS, stage, 1) / 2 / c.memory_bandwidth
+        rest = tokens * undivided_bytes(EXPERTS, stage) / 2 / c.memory_bandwidth
         assert two - one / 2 == pytest.approx(products + rest, rel=1e-6)
 
     def test_the_bubble(self):

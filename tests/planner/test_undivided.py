@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from deepseek_exp.config import ModelConfig
-from deepseek_exp.kernels import resolve
+from deepseek_exp.kernels import experts, resolve
 from deepseek_exp.models import Transformer
+from deepseek_exp.moe import MoE
 from deepseek_exp.planner.layers import layers_of
-from deepseek_exp.planner.speed import undivided_bytes
-from tests.planner.plan_parts import experiment
+from deepseek_exp.planner.speed import exchanged_bytes, undivided_bytes
+from tests.planner.plan_parts import exchange, experiment
 
 BATCH, SEQ = 2, 64
 # products, and one operation that is products and more: its rows are counted by its docstring
@@ -92,17 +94,56 @@ def test_each_of_two_tensor_ranks_moves_what_the_plan_says(model, kernels, dtype
         cfg = dataclasses.replace(exp.model, n_layers=n_layers)
         return 2 * count(on_each_of_two(cfg), ops, dtype) - count(cfg, ops, dtype)
 
-    said = undivided_bytes(exp, layers_of(exp.model, SEQ)[1], 1)
+    said = undivided_bytes(exp, layers_of(exp.model, SEQ)[1])
     if kernels == "fused" and exp.model.moe.n_routed_experts:  # inside of routed_experts: see kernels/experts.py
         said -= (6 * exp.model.moe.top_k + 5) * 2 * exp.model.d_model
     assert said == pytest.approx(undivided(3) - undivided(2), rel=0.15)
 
 
-def test_compiled_norms_count_as_fused_ones_and_experts_elsewhere_as_torchs():
-    def said(ep: int, *overrides: str) -> float:
+def test_compiled_norms_count_as_fused_ones():
+    def said(*overrides: str) -> float:
         exp = experiment("model=v3_moe", *SIZES, *MOE, "trainer.precision=bf16", *overrides)
-        return undivided_bytes(exp, layers_of(exp.model, SEQ)[1], ep)
+        return undivided_bytes(exp, layers_of(exp.model, SEQ)[1])
 
-    fused_norms = said(1, "kernels.rms_norm=triton")
-    assert said(1, "trainer.compile=true") == fused_norms < said(1)
-    assert said(2, "kernels=fused") == fused_norms != said(1, "kernels=fused")
+    assert said("trainer.compile=true") == said("kernels.rms_norm=triton") < said()
+
+
+class Copied(Bytes):
+    """Adds up what copies and sums of rows move, those of fused kernels by their tensors."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        for name in ("rows_of", "sum_rows"):
+            monkeypatch.setattr(experts, name, functools.partial(self.also, getattr(experts, name)))
+
+    def also(self, function, *args):
+        with _disable_current_modes():
+            out = function(*args)
+        moved = [t for t in (out, *args[:2]) if isinstance(t, Tensor) and t.is_floating_point()]
+        self.total += sum(t.nbytes for t in moved)
+        return out
+
+
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
+def test_experts_elsewhere_move_what_the_plan_says(kernels, monkeypatch):
+    """fp32: here the interpreter runs the kernels."""
+    exp = experiment("model=v3_moe", *SIZES, *MOE, f"kernels={kernels}", "model.d_model=256", "model.moe.d_expert=16")
+
+    def counted(net: MoE, x: Tensor) -> float:
+        before = copied.total
+        with copied:
+            net(x)[0].backward(x)
+        net.zero_grad()
+        x.grad = None
+        return (copied.total - before) / (BATCH * SEQ)
+
+    torch.manual_seed(0)
+    copied = Copied(monkeypatch)
+    net, x = MoE(exp.model, resolve(exp.kernels)), torch.randn(BATCH, SEQ, exp.model.d_model, requires_grad=True)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    here = counted(net, x)
+    exchange(net, monkeypatch)
+    said = exchanged_bytes(exp, layers_of(exp.model, SEQ)[1], 2)
+    assert said == pytest.approx(counted(net, x) - here, rel=0.15)
+    assert exchanged_bytes(exp, layers_of(exp.model, SEQ)[1], 1) == 0

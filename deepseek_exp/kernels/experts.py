@@ -58,9 +58,9 @@ def routed_experts(
     return _routed_experts(x_TD, weights_TK, order_R, inverse_R, ends_E, w_gate, w_up, w_down, products)[0]
 
 
-def spread(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor, n_rows: int) -> Tensor:
+def spread(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
     """Compute `reference.spread`; same arguments and result."""
-    return _Spread.apply(x_TD, inverse_TK, ends_E, n_rows)
+    return _Spread.apply(x_TD, inverse_TK, ends_E)
 
 
 def collect(y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
@@ -141,11 +141,10 @@ def _tile(n_columns: int) -> Tile:
     return Tile(TILE // width, width, 8)
 
 
-def rows_of(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor, n_rows: int | None = None) -> Tensor:
-    """Copy each token, read once, to its rows: (rows, d_model); dropped ones stay undefined, or are left out."""
+def rows_of(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+    """Copy each token, read once, to its rows: (rows, d_model); dropped ones stay undefined."""
     x_TD, (n_tokens, k), n_cols = x_TD.contiguous(), inverse_TK.shape, x_TD.shape[1]
-    n_rows = n_tokens * k if n_rows is None else n_rows
-    x_RD, width = x_TD.new_empty(n_rows, n_cols), min(1024, triton.next_power_of_2(n_cols))
+    x_RD, width = x_TD.new_empty(n_tokens * k, n_cols), min(1024, triton.next_power_of_2(n_cols))
     _spread[(n_tokens, triton.cdiv(n_cols, width))](
         x_TD, inverse_TK, ends_E, x_RD, n_cols, len(ends_E), K=k, WIDTH=width
     )
@@ -192,13 +191,13 @@ class _Spread(torch.autograd.Function):
     """Tokens to rows; backward adds up each token's."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor, n_rows: int) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_TK, ends_E)
-        return rows_of(x_TD, inverse_TK, ends_E, n_rows)
+        return rows_of(x_TD, inverse_TK, ends_E)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> Any:
-        return sum_rows(grad_RD.contiguous(), None, *ctx.saved_tensors), None, None, None
+        return sum_rows(grad_RD.contiguous(), None, *ctx.saved_tensors), None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -207,12 +206,11 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_TK, ends_E)
-        ctx.n_rows = len(y_RD)
         return sum_rows(y_RD.contiguous(), None, inverse_TK, ends_E)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> Any:
-        return rows_of(grad_TD, *ctx.saved_tensors, ctx.n_rows), None, None
+        return rows_of(grad_TD, *ctx.saved_tensors), None, None
 
 
 class Products:

@@ -27,7 +27,7 @@ class Ops:
     grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor]
     route: Callable[..., tuple[Tensor, Tensor, Tensor]]
     sort_by_expert: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
-    spread: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    spread: Callable[[Tensor, Tensor, Tensor], Tensor]
     collect: Callable[[Tensor, Tensor, Tensor], Tensor]
     routed_experts: Callable[..., Tensor] | None  # None: dispatch, products and sums are operations of their own
     local_global_attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, int, int, int], Tensor]

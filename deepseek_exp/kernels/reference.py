@@ -234,31 +234,29 @@ def sort_by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tens
     return order_R, order_R.argsort(), torch.searchsorted(ids_R, experts, right=True).int()
 
 
-def spread(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor, n_rows: int) -> Tensor:
+def spread(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
     """Copy each token to its K rows.
 
     Args:
         x_TD: (T, D), the tokens.
         inverse_TK: (T, K) int64, a token's rows, all different.
         ends_E: (E,) int32; rows from the last end on were dropped.
-        n_rows: rows there are to be, the last end of them at least.
 
     Returns:
-        (n_rows, D); what dropped rows hold is not defined.
+        (T * K, D); what dropped rows hold is not defined.
     """
-    return x_TD[inverse_TK.flatten().argsort()[:n_rows] // inverse_TK.shape[1]]
+    return x_TD[inverse_TK.flatten().argsort() // inverse_TK.shape[1]]
 
 
 def collect(y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
     """Add up each token's rows: (T, D).
 
     Args:
-        y_RD: (R, D), the rows.
+        y_RD: (T * K, D), the rows.
         inverse_TK: (T, K) int64, a token's rows, all different.
-        ends_E: (E,) int32; rows from the last end on were dropped: they count as 0 and get no gradient.
+        ends_E: (E,) int32; rows from the last end on were dropped: they count as 0, and their gradient is not defined.
     """
-    y_TKD = y_RD[inverse_TK.clamp(max=len(y_RD) - 1)]
-    return torch.where((inverse_TK < ends_E[-1])[:, :, None], y_TKD, 0).sum(1)
+    return torch.where((inverse_TK < ends_E[-1])[:, :, None], y_RD[inverse_TK], 0).sum(1)
 
 
 def routed_experts(

@@ -81,8 +81,7 @@ class AllToAllDispatcher:
         """
         here = self.local.dispatch(x_TD, ids_TK, n_experts * self.n_ranks, capacity)
         expert_R, ends_L, sent, received = self._announce(here.ends_E)
-        x_SD = here.x_RD if here.kept_R is None else here.x_RD[: sum(sent)]  # a slice's gradient is a copy
-        x_RD = _AllToAll.apply(x_SD, sent, received, self.group)
+        x_RD = _AllToAll.apply(here.x_RD, sent, received, sum(received), self.group)
         order_R = expert_R.argsort(stable=True)
         inverse_R = order_R.argsort()
         x_RD = reorder(x_RD, order_R, inverse_R)
@@ -91,23 +90,20 @@ class AllToAllDispatcher:
     def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Exchanged) -> Tensor:
         """Send rows back and add up each token's with its weights: (tokens, d_model)."""
         y_RD = reorder(y_RD, sent.inverse_R, sent.order_R)
-        y_SD = _AllToAll.apply(y_RD, sent.received, sent.sent, self.group)
-        dropped = weights_TK.numel() - len(y_SD)
-        if dropped:
-            y_SD = torch.cat([y_SD, y_SD.new_zeros(dropped, y_SD.shape[1])])  # they are last
+        y_SD = _AllToAll.apply(y_RD, sent.received, sent.sent, weights_TK.numel(), self.group)
         return self.local.combine(y_SD, weights_TK, sent.here)
 
     def through(self, experts: Callable[..., Tensor], x_TD: Tensor, weights_TK: Tensor, *by_expert: Tensor) -> Tensor:
         """Send rows with their weights, so that experts give weighted ones, and add up what comes back."""
         order_S, inverse_S, ends_E = by_expert
         expert_R, ends_L, sent, received = self._announce(ends_E)
-        n_sent, inverse_TK = sum(sent), inverse_S.view(weights_TK.shape)
-        weights_S1 = reorder(weights_TK.flatten()[:, None], order_S, inverse_S)[:n_sent]
-        weights_R1 = _AllToAll.apply(weights_S1, sent, received, self.group)
-        x_SD = self.ops.spread(x_TD, inverse_TK, ends_E, n_sent)
-        x_RD = _AllToAll.apply(x_SD, sent, received, self.group)
+        n_rows, inverse_TK = len(order_S), inverse_S.view(weights_TK.shape)
+        weights_S1 = reorder(weights_TK.flatten()[:, None], order_S, inverse_S)
+        weights_R1 = _AllToAll.apply(weights_S1, sent, received, sum(received), self.group)
+        x_SD = self.ops.spread(x_TD, inverse_TK, ends_E)
+        x_RD = _AllToAll.apply(x_SD, sent, received, sum(received), self.group)
         here = self.ops.sort_by_expert(expert_R[:, None], len(ends_L))
-        y_SD = _AllToAll.apply(experts(x_RD, weights_R1, *here), received, sent, self.group)
+        y_SD = _AllToAll.apply(experts(x_RD, weights_R1, *here), received, sent, n_rows, self.group)
         return self.ops.collect(y_SD, inverse_TK, ends_E)
 
     def _announce(self, ends_E: Tensor) -> _Announced:
@@ -125,19 +121,23 @@ class AllToAllDispatcher:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Send runs of rows to each rank; backward sends the gradients back."""
+    """Send runs of rows to each rank; backward sends the gradients back.
+
+    Rows after those sent were dropped: they stay here. What is received gets rows of 0 up to `n_rows` in their place.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _exchange(x, sent, received, group)
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], n_rows: int, group: Any) -> Tensor:
+        ctx.back = received, sent, len(x), group
+        return _exchange(x, sent, received, n_rows, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _exchange(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+        return _exchange(grad, *ctx.back), None, None, None, None
 
 
-def _exchange(x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
-    out = x.new_empty(sum(received), x.shape[1])
-    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+def _exchange(x: Tensor, sent: list[int], received: list[int], n_rows: int, group: Any) -> Tensor:
+    out, n_sent, n_received = x.new_empty(n_rows, x.shape[1]), sum(sent), sum(received)
+    dist.all_to_all_single(out[:n_received], x[:n_sent].contiguous(), received, sent, group=group)
+    out[n_received:].zero_()
     return out

@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_exp.kernels.operation import operation
 from deepseek_exp.kernels.tiles import TILE, Tile
 
 
@@ -248,7 +249,7 @@ class Products:
 PRODUCTS = {"wide": Products()}
 
 
-@torch.library.custom_op("deepseek_exp::routed_experts", mutates_args=())
+@operation("routed_experts")
 def _routed_experts(
     x_TD: Tensor,
     weights_TK: Tensor,
@@ -271,7 +272,7 @@ def _routed_experts(
     return sum_rows(y_RD, None, inverse_TK, ends_E), gate_RF, up_RF, parts
 
 
-@torch.library.custom_op("deepseek_exp::routed_experts_backward", mutates_args=())
+@operation("routed_experts_backward")
 def _routed_experts_backward(
     grad_TD: Tensor,
     x_TD: Tensor,

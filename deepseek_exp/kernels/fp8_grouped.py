@@ -28,6 +28,7 @@ from torch import Tensor
 
 from deepseek_exp.kernels import fp8, grouped, reference
 from deepseek_exp.kernels.fp8 import INPUT
+from deepseek_exp.kernels.operation import operation
 
 # whether sums may be fast, of results and of gradients alike
 FAST = True
@@ -79,7 +80,7 @@ def matrices(w_EMN: Tensor, parts: Tensor, fused: bool, *, transposed: bool = Fa
     return (q if q_T is None else q_T), scale
 
 
-@torch.library.custom_op("deepseek_exp::fp8_grouped", mutates_args=())
+@operation("fp8_grouped")
 def _fp8_grouped(x_RN: Tensor, w_EMN: Tensor, ends_E: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
     """Give the products, and the magnitudes that the matrices' scale follows from."""
     w_EMN = w_EMN.contiguous()
@@ -88,7 +89,7 @@ def _fp8_grouped(x_RN: Tensor, w_EMN: Tensor, ends_E: Tensor, fused: bool) -> tu
     return product(cast_rows(x_RN, fused), *w, ends_E, x_RN.dtype), parts
 
 
-@torch.library.custom_op("deepseek_exp::fp8_grouped_backward", mutates_args=())
+@operation("fp8_grouped_backward")
 def _fp8_grouped_backward(
     g_RM: Tensor, x_RN: Tensor, w_EMN: Tensor, ends_E: Tensor, parts: Tensor, fused: bool
 ) -> tuple[Tensor, Tensor]:

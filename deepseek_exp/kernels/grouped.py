@@ -15,23 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek_exp.kernels.operation import operation
+
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Compute `reference.grouped_mm`; same arguments and result, in fp32, bf16 and fp16.
 
     Rows and matrices must start at multiples of 16 bytes: widths are multiples of 8 elements.
     """
-    product = F.grouped_mm if x.dtype is torch.bfloat16 else _product
-    return product(x, weight.transpose(-1, -2), offs=ends)  # (rows, d_out)
+    matrices = weight.transpose(-1, -2)  # (groups, d_in, d_out)
+    return F.grouped_mm(x, matrices, offs=ends) if x.dtype is torch.bfloat16 else _product(x, matrices, ends)
 
 
-@torch.library.custom_op("deepseek_exp::grouped_product", mutates_args=())
+@operation("grouped_product")
 def _product(x: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
     """Multiply each group of the rows x with its matrix (d_in, d_out): (rows, d_out)."""
     return F.grouped_mm(x, matrices, offs=offs)
 
 
-@torch.library.custom_op("deepseek_exp::grouped_outer_product", mutates_args=())
+@operation("grouped_outer_product")
 def _outer_product(x: Tensor, y: Tensor, offs: Tensor) -> Tensor:
     """Sum the outer products of each group's rows: (groups, d_in, d_out) of (rows, d_in) and (rows, d_out)."""
     return F.grouped_mm(x.T, y, offs=offs)

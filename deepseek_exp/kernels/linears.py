@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_exp.kernels import reference
+from deepseek_exp.kernels.operation import operation
 
 
 def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
@@ -32,12 +33,12 @@ def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     return [y if layer.bias is None else y + layer.bias for y, layer in zip(results, layers, strict=True)]
 
 
-@torch.library.custom_op("deepseek_exp::linears", mutates_args=())
+@operation("linears")
 def _linears(x_TD: Tensor, weights: list[Tensor]) -> list[Tensor]:
     return [x_TD @ w_ND.T for w_ND in weights]
 
 
-@torch.library.custom_op("deepseek_exp::linears_backward", mutates_args=())
+@operation("linears_backward")
 def _linears_backward(grads: list[Tensor], x_TD: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Give the gradients of x and of the weights."""
     dx_TD = grads[0] @ weights[0]

@@ -42,6 +42,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_exp.kernels import attention
 from deepseek_exp.kernels.local_global_triton import backward_keys, backward_queries, forward
+from deepseek_exp.kernels.operation import operation
 
 # the widest head: above, a tile of queries and one of keys leave no room to load the next
 WIDEST = 256
@@ -249,7 +250,7 @@ def _launch_backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dgate
 
 
-@torch.library.custom_op("deepseek_exp::local_global_attention", mutates_args=())
+@operation("local_global_attention")
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, scale: float, n_memory: int, window: int, n_global: int
 ) -> tuple[Tensor, Tensor]:
@@ -257,7 +258,7 @@ def _attention(
     return _launch_forward(q, k, v, gate, scale, (n_memory, window, n_global))
 
 
-@torch.library.custom_op("deepseek_exp::local_global_attention_backward", mutates_args=())
+@operation("local_global_attention_backward")
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, out: Tensor, lse: Tensor,
     scale: float, n_memory: int, window: int, n_global: int,

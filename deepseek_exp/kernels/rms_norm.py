@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_exp.kernels.operation import operation
 from deepseek_exp.kernels.tiles import n_programs, row_tile
 
 # Of the backward pass: elements of a tile, programs on a multiprocessor. Larger and fewer than elsewhere, since each
@@ -111,24 +112,24 @@ def _launch_backward(
     return ds, dw_PD.sum(0).to(weight.dtype)
 
 
-@torch.library.custom_op("deepseek_exp::rms_norm", mutates_args=())
+@operation("rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Give the normed rows and 1 / their root mean square."""
     return _launch_forward(x, None, weight, eps)[1:]
 
 
-@torch.library.custom_op("deepseek_exp::rms_norm_backward", mutates_args=())
+@operation("rms_norm_backward")
 def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd_R: Tensor) -> tuple[Tensor, Tensor]:
     return _launch_backward(grad, None, x.contiguous(), weight, rstd_R)
 
 
-@torch.library.custom_op("deepseek_exp::add_rms_norm", mutates_args=())
+@operation("add_rms_norm")
 def _add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Give the sums, their normed rows and 1 / their root mean square."""
     return _launch_forward(x, y, weight, eps)
 
 
-@torch.library.custom_op("deepseek_exp::add_rms_norm_backward", mutates_args=())
+@operation("add_rms_norm_backward")
 def _add_rms_norm_backward(
     grad: Tensor, grad_added: Tensor, added: Tensor, weight: Tensor, rstd_R: Tensor
 ) -> tuple[Tensor, Tensor]:

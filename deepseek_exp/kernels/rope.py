@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_exp.kernels.operation import operation
 from deepseek_exp.kernels.tiles import n_programs, row_tile
 
 # programs on a multiprocessor in the norm's backward pass: each needs 80 registers for a thread
@@ -191,18 +192,18 @@ def _launch_forward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, 
     return out
 
 
-@torch.library.custom_op("deepseek_exp::rope", mutates_args=())
+@operation("rope")
 def _rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """Turn by the angle, or where `inverse` by the negative angle."""
     return _launch_forward(x, cos, sin, None, 0.0, inverse)
 
 
-@torch.library.custom_op("deepseek_exp::norm_rope", mutates_args=())
+@operation("norm_rope")
 def _norm_rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _launch_forward(x, cos, sin, weight, eps, False)
 
 
-@torch.library.custom_op("deepseek_exp::norm_rope_backward", mutates_args=())
+@operation("norm_rope_backward")
 def _norm_rope_backward(
     grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

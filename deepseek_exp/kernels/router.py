@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek_exp.config import GroupScore, Score
+from deepseek_exp.kernels.operation import operation
 
 # elements of a tile: 8 for each of the 32 threads of one warp, so that a token's maxima need no barrier
 TILE = 256
@@ -163,7 +164,7 @@ def _backward(
     tl.store(dlogits + at, ds_TE * s_TE, here)
 
 
-@torch.library.custom_op("deepseek_exp::route", mutates_args=())
+@operation("route")
 def _route(
     logits_TE: Tensor,
     bias_E: Tensor | None,
@@ -192,7 +193,7 @@ def _route(
     return weights_TK, scores_TE, ids_TK
 
 
-@torch.library.custom_op("deepseek_exp::route_backward", mutates_args=())
+@operation("route_backward")
 def _route_backward(
     grad_TK: Tensor | None,
     grad_TE: Tensor | None,

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_exp.kernels.operation import operation
+
 # rows of a block, one for each thread of 8 warps, and how many of them each is compared with at a time
 BLOCK, CHUNK = 256, 32
 
@@ -59,7 +61,7 @@ def _place(
         tl.store(ends + experts, end_E, experts < n_experts)
 
 
-@torch.library.custom_op("deepseek_exp::sort_by_expert", mutates_args=())
+@operation("sort_by_expert")
 def _sort_by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     ids_R = ids_TK.flatten()
     n_rows, n_bins = len(ids_R), n_experts + 1

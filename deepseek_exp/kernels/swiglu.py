@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_exp.kernels.operation import operation
 from deepseek_exp.kernels.tiles import Tile, row_tile
 
 # columns of a tile at most
@@ -81,7 +81,7 @@ def _tiles(x: Tensor) -> tuple[Tile, tuple[int]]:
     return tile, (triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(x.shape[1], tile.width),)
 
 
-@torch.library.custom_op("deepseek_exp::swiglu", mutates_args=())
+@operation("swiglu")
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = gate.new_empty(gate.shape)
     gate, up = _rows(gate), _rows(up)
@@ -93,7 +93,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("deepseek_exp::swiglu_backward", mutates_args=())
+@operation("swiglu_backward")
 def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     grad, gate, up = _rows(grad), _rows(gate), _rows(up)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from deepseek_exp.kernels import reference
-from deepseek_exp.kernels.linears import _linears, linears
+from deepseek_exp.kernels.linears import linears
 from tests.kernels.fused import assert_equals_definition
 
 WIDTHS = [(5,), (7, 3), (8, 8, 1)]
@@ -43,4 +43,4 @@ def test_compiles_whole():
     compiled = torch.compile(lambda x: sum(y.sum() for y in linears(x, layers)), backend="aot_eager", fullgraph=True)
     compiled(x).backward()
     torch.testing.assert_close(x.grad, sum(layer.weight.sum(0) for layer in layers).expand(4, 6))
-    torch.library.opcheck(_linears, (x, [layer.weight for layer in layers]))
+    torch.library.opcheck(torch.ops.deepseek_exp.linears, (x, [layer.weight for layer in layers]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +44,17 @@ def run(folder: Path, *overrides: str, timeout: float = 300) -> subprocess.Compl
     process = start(folder, *overrides)
     out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def hold_port() -> socket.socket:
+    """Hold a free port of this machine for one that binds it with SO_REUSEADDR too, as servers do, and then listens.
+
+    Nobody else is given it as long as the socket is open. Its number is that of `getsockname`.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 def run_dirs(folder: Path) -> list[Path]:

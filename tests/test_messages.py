@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from typing import ClassVar
 
 import pytest
@@ -574,10 +574,11 @@ def test_an_error_answers_within_two_seconds_without_heavy_imports():
         "    print(e.code, sorted(heavy))\n"
     )
     tries = []
-    for _ in range(3):  # the best of them: what else the machine does is not the question
-        started = time.monotonic()
+    for _ in range(3):  # the best of them, in time of a processor: what else the machine does is not the question
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-        tries.append(time.monotonic() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        tries.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.stdout.strip() == "2 []", done.stderr
         assert done.stderr.strip() == MESSAGES["optim.lrr=1"]
     seconds = min(tries)

@@ -86,7 +86,8 @@ def test_an_error_of_the_user_reads_as_in_one_process(trained):
 
 
 def test_two_nodes_by_the_commands_that_are_printed(trained):
-    port = f"launch.master_port={29500 + os.getpid() % 1000}"
+    held = runs.hold_port()
+    port = f"launch.master_port={held.getsockname()[1]}"
     done = forks.run(trained, *EVAL, "launch=torchrun", "launch.n_nodes=2", "launch.master_addr=127.0.0.1", port)
     assert done.returncode == 0, done.stderr
     command = done.stdout.strip().splitlines()[-1]
@@ -111,7 +112,8 @@ def test_two_nodes_of_slurm(trained, tmp_path, monkeypatch):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    port = f"launch.master_port={30500 + os.getpid() % 1000}"
+    held = runs.hold_port()
+    port = f"launch.master_port={held.getsockname()[1]}"
     done = forks.run(trained, *EVAL, "launch=slurm", "launch.n_nodes=2", "launch.submit=true", port)
     assert done.returncode == 0, done.stderr + "\n" + "\n".join(f.read_text() for f in trained.rglob("slurm.log"))
     assert re.fullmatch(r"wrote     outputs/runs/\S+/ranks/job.sbatch\nsubmitted Submitted batch job 7\n", done.stdout)

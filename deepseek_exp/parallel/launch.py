@@ -219,6 +219,8 @@ def _error(rank: _Rank, n_ranks: int) -> UserError:
     if outcome["error"]:
         rule = f"of {n_ranks} died of {outcome['error']}"
         return RankError(Problem("rank", rank.number, rule, f"read {log}"), _last_lines(outcome["traceback"]))
+    for reader in rank.readers:  # what it said last may be on its way to the log
+        reader.join(POLL_SECONDS)
     code = rank.code or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code} and no result"
     fix = f"read {log}"

@@ -14,6 +14,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def seal(
         digests: name -> {"bytes": size, "sha256": digest} of files that whoever wrote them has digested already.
     """
     files = {path.name: digests.get(path.name) or _digest(path) for path in sorted(folder.iterdir())}
-    manifest = Manifest(step=step, run_id=run_id, saved_at=time.time(), val_loss=val_loss, files=files)
+    before = max((_saved_at(path) for path in list_checkpoints(target.parent.parent)), default=0.0)
+    saved_at = max(time.time(), before + 1e-3)  # the order of saving, also where a clock was set back
+    manifest = Manifest(step=step, run_id=run_id, saved_at=saved_at, val_loss=val_loss, files=files)
     (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
     for path in [*folder.iterdir(), folder]:
         fsync_path(path)
@@ -205,7 +208,11 @@ def _newest_whole(resume: str, run_dir: Path) -> tuple[Path, list[str]]:
         try:
             verify(path)
             return path, passed_over
-        except CheckpointError as error:
+        except (CheckpointError, FileNotFoundError) as error:
+            if not path.exists():  # its run goes on and has removed it, for a newer one
+                return _newest_whole(resume, run_dir)
+            if isinstance(error, FileNotFoundError):
+                raise
             problem = error.problems[0]
             passed_over.append(f"{problem.value} {problem.rule}; taking the one before")
     fix = "start anew with resume=null, or name another run"
@@ -228,7 +235,9 @@ def _saved_at(folder: Path) -> float:
     try:
         return read_manifest(folder).saved_at
     except CheckpointError:
-        return folder.stat().st_mtime
+        with suppress(FileNotFoundError):  # removed meanwhile, as its run goes on
+            return folder.stat().st_mtime
+        return 0.0
 
 
 def _run_id(run_dir: Path) -> str:

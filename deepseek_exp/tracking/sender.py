@@ -114,8 +114,9 @@ def _be_nice(level: int) -> None:
     Linux shares the processor between sessions first (autogroup), so the nice level alone would do nothing here. Going
     back to 0 needs a privilege for the first and none for the second.
     """
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, level)
+    for thread in Path("/proc/self/task").glob("*"):  # the level is a thread's own, and another one may ask for this
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), level)
     with suppress(OSError):
         Path("/proc/self/autogroup").write_text(str(level))
 

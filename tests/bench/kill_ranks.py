@@ -138,7 +138,7 @@ def kill_all_saving(folder: Path, process: subprocess.Popen[str], delay: float) 
     wait_until(lambda: any(checkpoints.glob(".step-*.part")), process)
     time.sleep(delay)
     killed_at = time.time()
-    for pid in pids:
+    for pid in reversed(pids):  # the parent last: ranks die with it, and may be gone then
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     seconds = time.time() - killed_at

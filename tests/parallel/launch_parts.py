@@ -40,7 +40,9 @@ def work(folder: Path, what: str) -> member.Ended:
     next(loader)
     dist.init_process_group("gloo")
     all_reduce(0)
-    (folder / f"{rank}.pid").write_text(str(os.getpid()))
+    part = folder / f"{rank}.part"
+    part.write_text(str(os.getpid()))
+    part.rename(folder / f"{rank}.pid")  # whoever sees the file can read it
     if what == "end":
         return member.Ended(loss=all_reduce(rank))
     if what == "leave":
@@ -48,7 +50,8 @@ def work(folder: Path, what: str) -> member.Ended:
             os._exit(0)
         time.sleep(600)  # does not notice
     if what == "raise" and rank == 1:
-        time.sleep(0.3)
+        while len(list(folder.glob("*.pid"))) < int(os.environ["WORLD_SIZE"]):  # the others may not have come to that
+            time.sleep(0.01)
         raise ValueError("one\ntwo")
     if what == "user_error" and rank == 1:
         raise DataError(Problem("data.path", "x", "is gone", "bring it back"))

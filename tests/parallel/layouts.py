@@ -15,7 +15,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.runs import ROOT
+from tests.runs import ROOT, hold_port
 
 STEPS = 20
 SHORT = (
@@ -333,19 +332,13 @@ def rank_environment(rank: int, n_ranks: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in (world | place).items()}
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def run_job(job: Mapping[str, Any]) -> dict[str, Any]:
     """Fork the ranks of a job and wait for them; says which one ended badly, and how."""
-    port, pids = free_port(), []
+    held, pids = hold_port(), []
     for rank in range(job["n_ranks"]):
         pid = os.fork()
         if pid == 0:
-            become_rank(job, rank, port)
+            become_rank(job, rank, held.getsockname()[1])
         pids.append(pid)
     deadline, left = time.monotonic() + job["hang_seconds"], dict(enumerate(pids))
     while left and time.monotonic() < deadline:

@@ -136,6 +136,14 @@ def test_pruning_goes_by_the_time_of_saving(tmp_path):
     assert [p.name for p in manifest.list_checkpoints(tmp_path)] == ["step-00000006"]
 
 
+def test_pruning_goes_by_the_order_of_saving_where_the_clock_was_set_back(tmp_path, monkeypatch):
+    for step, clock in ((1, 1000.0), (2, 1001.0), (3, 950.0), (4, 951.0)):
+        monkeypatch.setattr(manifest.time, "time", lambda clock=clock: clock)
+        save(tmp_path, step)
+        manifest.prune(tmp_path, 2)
+    assert [p.name for p in manifest.list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
     for step, loss in ((1, float("nan")), (2, 2.0), (3, 3.0)):
         save(tmp_path, step, loss)
@@ -183,6 +191,18 @@ class TestLocate:
         (sentence,) = told
         assert sentence.startswith(f"{newest} is damaged (model.safetensors is truncated: 10 of")
         assert sentence.endswith("; taking the one before")
+
+    def test_one_that_its_run_removes_meanwhile_gives_way_to_a_newer_one(self, tmp_path, monkeypatch):
+        run, verify = self.two_runs(tmp_path) / "b", manifest.verify
+
+        def removed_meanwhile(path):
+            if path.name == "step-00000003":
+                save(run, 4, run_id="bbbb2222")
+                manifest.prune(run, 1)
+            return verify(path)
+
+        monkeypatch.setattr(manifest, "verify", removed_meanwhile)
+        assert manifest.locate("last", tmp_path) == (run / "checkpoints" / "step-00000004", [])
 
     def test_all_damaged_is_an_error(self, tmp_path):
         run = self.two_runs(tmp_path) / "b"

@@ -199,6 +199,23 @@ def test_another_process_logs_into_the_run(store: TrackingConfig, tmp_path: Path
     assert "sample.txt" not in [artifact.path for artifact in client.list_artifacts(run_id)]
 
 
+NICER = """
+import os, threading
+from deepseek_exp.tracking.sender import _be_nice
+thread = threading.Thread(target=_be_nice, args=[7])
+thread.start()
+thread.join()
+print(os.getpriority(os.PRIO_PROCESS, threading.main_thread().native_id))
+"""
+
+
+def test_a_process_gives_way_whole_whichever_of_its_threads_asks_for_it() -> None:
+    """Linux has a nice level for each thread; the one that sees the training end is not the one that sends."""
+    command = [sys.executable, "-c", NICER]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, check=True)
+    assert int(said.stdout) == 7
+
+
 def test_two_runs_may_create_the_database_at_once(tmp_path: Path) -> None:
     cfg = make_config(f"sqlite:///{tmp_path}/new/folder/mlflow.db")
     runs = [start_run(cfg, tmp_path / name) for name in ("a", "b")]

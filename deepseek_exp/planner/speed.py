@@ -38,9 +38,9 @@ class Undivided(NamedTuple):
     row: float
 
 
+UNDIVIDED = {Kernel.torch: Undivided(340, 145, 30, 22), Kernel.triton: Undivided(39, 18, 40, 12)}
 # a row's bytes beyond these where experts are on other ranks: it is put in order there, and back, in both passes
 EXCHANGED = {Kernel.torch: 16, Kernel.triton: 18}
-UNDIVIDED = {Kernel.torch: Undivided(340, 145, 30, 22), Kernel.triton: Undivided(39, 18, 40, 12)}
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,12 @@ def pids(folder: Path) -> list[int]:
     return [int((folder / f"{rank}.pid").read_text()) for rank in range(N_RANKS)]
 
 
+def is_stopped(pid: int) -> bool:
+    """Say whether each thread has stopped; one that has not yet may still take a signal."""
+    states = [re.search(r"^State:\s*(\w)", f.read_text(), re.M)[1] for f in Path(f"/proc/{pid}/task").glob("*/status")]
+    return set(states) == {"T"}
+
+
 def was_told(pid: int) -> bool:
     """Say whether a stopped process has been sent SIGUSR1."""
     pending = re.search(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M)
@@ -174,6 +180,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     wait_for(lambda: work_has_begun(tmp_path), 60)
     for pid in pids(tmp_path):
         os.kill(pid, signal.SIGSTOP)  # so that they cannot stop in time
+    wait_for(lambda: all(is_stopped(pid) for pid in pids(tmp_path)), 10)
     parent.send_signal(signal.SIGTERM)
     wait_for(lambda: all(was_told(pid) for pid in pids(tmp_path)), 10)  # two signals that wait become one
     parent.send_signal(signal.SIGTERM)

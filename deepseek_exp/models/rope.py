@@ -11,6 +11,8 @@ from torch import Tensor
 
 from deepseek_exp.config import ModelConfig, RopeScalingConfig, RopeScalingKind
 
+SCALING = tuple(f.name for f in dataclasses.fields(RopeScalingConfig))
+
 
 def rope_table(cfg: ModelConfig, dim: int, n_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Give cosine and sine of position * frequency, each (n_positions, dim / 2), fp32.
@@ -18,7 +20,8 @@ def rope_table(cfg: ModelConfig, dim: int, n_positions: int, device: torch.devic
     frequency_i = theta^(-2i / dim), changed by rope_scaling. Kept outside of the modules in fp32, so that casting a
     model to bf16 cannot round the angles.
     """
-    return _table(dim, cfg.rope_theta, dataclasses.astuple(cfg.rope_scaling), n_positions, device)
+    scaling = tuple(getattr(cfg.rope_scaling, name) for name in SCALING)  # the compiler of torch 2.11 knows no astuple
+    return _table(dim, cfg.rope_theta, scaling, n_positions, device)
 
 
 def softmax_scale(cfg: ModelConfig, dim: int) -> float:

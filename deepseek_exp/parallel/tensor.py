@@ -10,7 +10,12 @@ With sequence parallelism the residual stream between them is cut along the sequ
 Activation Recomputation in Large Transformer Models", section 4.2.2): in gathers, out sums and scatters.
 
 Parameters inside that are not cut (routers, latents, norms of heads) see a part of the gradient on each rank: it is
-summed after the backward pass. Shapes: batch, seq, d_model, vocab (the entries on this rank).
+summed after the backward pass.
+
+The exchanges are operations of their own, whose inside no compiler sees: torch 2.11's turns collectives inside of an
+autograd function into its own, and takes the gradient for none; blocks would train with gradients of 0, in silence.
+
+Shapes: batch, seq, d_model, vocab (the entries on this rank).
 """
 
 from __future__ import annotations
@@ -23,9 +28,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from deepseek_exp.config import AttentionKind, Kernel, KernelsConfig, ModelConfig
 from deepseek_exp.kernels import Ops
+from deepseek_exp.kernels.operation import operation
 from deepseek_exp.models import Transformer
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.topology import Axis
@@ -294,22 +301,56 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _all_reduce(x: Tensor, group: Any) -> Tensor:
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=group)
-    return x
+    """Sum the ranks' tensors."""
+    return _summed(x, group.group_name)
 
 
 def _all_gather(x: Tensor, dim: int, group: Any) -> Tensor:
     """Put the ranks' tensors together along a dimension."""
-    n = dist.get_world_size(group)
-    out = x.new_empty(n, *x.shape)
-    dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=group)
-    return torch.cat(out.unbind(0), dim)
+    return _gathered(x, dim, group.size(), group.group_name)
 
 
 def _reduce_scatter(x: Tensor, dim: int, group: Any) -> Tensor:
     """Sum the ranks' tensors and give this rank its part along a dimension."""
-    parts = torch.stack(x.chunk(dist.get_world_size(group), dim))  # (ranks, ...)
+    return _scattered(x, dim, group.size(), group.group_name)
+
+
+@operation("all_reduce")
+def _summed(x: Tensor, group: str) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=_resolve_process_group(group))
+    return x
+
+
+@operation("all_gather")
+def _gathered(x: Tensor, dim: int, n: int, group: str) -> Tensor:
+    out = x.new_empty(n, *x.shape)
+    dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=_resolve_process_group(group))
+    return torch.cat(out.unbind(0), dim)
+
+
+@operation("reduce_scatter")
+def _scattered(x: Tensor, dim: int, n: int, group: str) -> Tensor:
+    parts = torch.stack(x.chunk(n, dim))  # (ranks, ...)
     out = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group)
+    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=_resolve_process_group(group))
     return out
+
+
+@_summed.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_gathered.register_fake
+def _(x: Tensor, dim: int, n: int, group: str) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] *= n
+    return x.new_empty(shape)
+
+
+@_scattered.register_fake
+def _(x: Tensor, dim: int, n: int, group: str) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] //= n
+    return x.new_empty(shape)

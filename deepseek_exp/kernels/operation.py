@@ -34,11 +34,14 @@ class Operation:
 
     def __call__(self, *args: Any) -> Any:
         """Compute it."""
-        if _is_watched(args) or (torch.is_grad_enabled() and self.direct is None):  # which says that it has no gradient
+        if _is_watched(args):
             return self.operator(*args)
-        if not torch.is_grad_enabled():
+        flat = _flat(args)
+        if not torch.is_grad_enabled() or not any(isinstance(a, torch.Tensor) and a.requires_grad for a in flat):
             return self.function(*args)
-        return self.direct.apply([len(a) if isinstance(a, list) else None for a in args], *_flat(args))
+        if self.direct is None:
+            return self.operator(*args)  # which says that it has no gradient
+        return self.direct.apply([len(a) if isinstance(a, list) else None for a in args], *flat)
 
 
 def operation(name: str) -> Callable[[Callable[..., Any]], Operation]:

@@ -243,9 +243,11 @@ def spread(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
         ends_E: (E,) int32; rows from the last end on were dropped.
 
     Returns:
-        (T * K, D); what dropped rows hold is not defined.
+        (T * K, D); what dropped rows hold is not defined, and they get no gradient.
     """
-    return x_TD[inverse_TK.flatten().argsort() // inverse_TK.shape[1]]
+    x_RD = x_TD[inverse_TK.flatten().argsort() // inverse_TK.shape[1]]
+    kept_R = torch.arange(len(x_RD), device=x_RD.device) < ends_E[-1]
+    return torch.where(kept_R[:, None], x_RD, 0)
 
 
 def collect(y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:

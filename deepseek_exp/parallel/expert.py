@@ -48,13 +48,13 @@ class _Announced(NamedTuple):
 
     Attributes:
         expert_R: (received rows,) int64, the expert of this rank that each is for.
-        ends_L: (experts of this rank,) int32, where each one's rows end once they are sorted.
+        rows_PL: (ranks, experts of this rank) int32, rows that come from each rank for each.
         sent: rows that go to each rank.
         received: rows that come from each rank.
     """
 
     expert_R: Tensor
-    ends_L: Tensor
+    rows_PL: Tensor
     sent: list[int]
     received: list[int]
 
@@ -80,11 +80,11 @@ class AllToAllDispatcher:
             capacity: as in `LocalDispatcher`, of this rank's rows.
         """
         here = self.local.dispatch(x_TD, ids_TK, n_experts * self.n_ranks, capacity)
-        expert_R, ends_L, sent, received = self._announce(here.ends_E)
+        expert_R, rows_PL, sent, received = self._announce(here.ends_E)
         x_RD = _AllToAll.apply(here.x_RD, sent, received, sum(received), self.group)
         order_R = expert_R.argsort(stable=True)
         inverse_R = order_R.argsort()
-        x_RD = reorder(x_RD, order_R, inverse_R)
+        x_RD, ends_L = reorder(x_RD, order_R, inverse_R), rows_PL.sum(0).cumsum(0).int()
         return Exchanged(x_RD, ends_L, here.load_E, here.kept_R, here, order_R, inverse_R, sent, received)
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Exchanged) -> Tensor:
@@ -96,13 +96,13 @@ class AllToAllDispatcher:
     def through(self, experts: Callable[..., Tensor], x_TD: Tensor, weights_TK: Tensor, *by_expert: Tensor) -> Tensor:
         """Send rows with their weights, so that experts give weighted ones, and add up what comes back."""
         order_S, inverse_S, ends_E = by_expert
-        expert_R, ends_L, sent, received = self._announce(ends_E)
+        expert_R, rows_PL, sent, received = self._announce(ends_E)
         n_rows, inverse_TK = len(order_S), inverse_S.view(weights_TK.shape)
         weights_S1 = reorder(weights_TK.flatten()[:, None], order_S, inverse_S)
         weights_R1 = _AllToAll.apply(weights_S1, sent, received, sum(received), self.group)
         x_SD = self.ops.spread(x_TD, inverse_TK, ends_E)
         x_RD = _AllToAll.apply(x_SD, sent, received, sum(received), self.group)
-        here = self.ops.sort_by_expert(expert_R[:, None], len(ends_L))
+        here = self.ops.sort_by_expert(expert_R[:, None], rows_PL.shape[1])
         y_SD = _AllToAll.apply(experts(x_RD, weights_R1, *here), received, sent, n_rows, self.group)
         return self.ops.collect(y_SD, inverse_TK, ends_E)
 
@@ -117,7 +117,7 @@ class AllToAllDispatcher:
         sent, received = torch.stack([out_PL.sum(1), in_PL.sum(1)]).tolist()
         expert_E = torch.arange(out_PL.shape[1], device=ends_E.device).repeat(self.n_ranks)
         expert_R = expert_E.repeat_interleave(in_PL.flatten(), output_size=sum(received))
-        return _Announced(expert_R, in_PL.sum(0).cumsum(0).int(), sent, received)
+        return _Announced(expert_R, in_PL, sent, received)
 
 
 class _AllToAll(torch.autograd.Function):

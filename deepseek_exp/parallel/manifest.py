@@ -81,11 +81,11 @@ def seal(
         fsync_path(path)
     replaced = target.with_name(f".{target.name}{REPLACED}")
     if target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
         target.rename(replaced)
     folder.rename(target)
     fsync_path(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -150,11 +150,8 @@ def prune(run_dir: Path, keep: int) -> None:
     measured = [(m.val_loss, path) for path, m in readable if m.val_loss is not None and math.isfinite(m.val_loss)]
     stay = {path for path, _ in readable[-keep:]} | ({min(measured)[1]} if measured else set())
     unfinished = set((run_dir / FOLDER).glob(".step-*")) - stay
-    for path in unfinished:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in {path for path, _ in readable} - stay - unfinished:
-        # under another name first: a checkpoint is there or not
-        shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")), ignore_errors=True)
+    for path in unfinished | ({path for path, _ in readable} - stay):
+        _remove(path)
 
 
 def locate(resume: str, output_dir: Path) -> tuple[Path, list[str]]:
@@ -217,6 +214,15 @@ def _newest_whole(resume: str, run_dir: Path) -> tuple[Path, list[str]]:
             passed_over.append(f"{problem.value} {problem.rule}; taking the one before")
     fix = "start anew with resume=null, or name another run"
     raise CheckpointError(Problem("resume", resume, f"has no whole checkpoint in {run_dir / FOLDER}", fix))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder if it is there, under another name first: for whoever reads it a checkpoint is there or not."""
+    gone = folder.with_name(f".{folder.name.removeprefix('.')}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _nothing(resume: str, output_dir: Path, fix: str) -> Problem:

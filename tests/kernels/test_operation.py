@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deepseek_exp.kernels.linears import _linears
 from deepseek_exp.kernels.local_global_attention import _attention
 from deepseek_exp.kernels.rms_norm import _add_rms_norm
+from deepseek_exp.kernels.sorting import _sort_by_expert
 from deepseek_exp.kernels.swiglu import _swiglu
 from tests.kernels.fused import outputs_and_gradients
 
@@ -54,3 +55,12 @@ def test_who_looks_sees_the_operator():
     assert _swiglu(QKV[0].to("meta"), QKV[1].to("meta")).shape == QKV[0].shape
     with torch.no_grad():
         assert torch.equal(_swiglu(QKV[0], QKV[1]), _swiglu.operator(QKV[0], QKV[1]))
+
+
+def test_without_a_gradient_to_find_the_function_alone_is_called(monkeypatch):
+    ids = torch.tensor([[1, 0], [2, 1]])
+    want = _sort_by_expert.operator(ids, 3)
+    monkeypatch.setattr(_sort_by_expert, "operator", None)
+    assert all(torch.equal(a, b) for a, b in zip(_sort_by_expert(ids, 3), want, strict=True))
+    with pytest.raises(TypeError):  # it would be the operator that says that it has none
+        _sort_by_expert(ids.double().requires_grad_(), 3)

@@ -204,6 +204,30 @@ class TestLocate:
         monkeypatch.setattr(manifest, "verify", removed_meanwhile)
         assert manifest.locate("last", tmp_path) == (run / "checkpoints" / "step-00000004", [])
 
+    def test_one_that_is_saved_again_meanwhile_gives_way_to_its_successor(self, tmp_path, monkeypatch):
+        """It was listed under the name that it has while its successor takes its place."""
+        run, verify = self.two_runs(tmp_path) / "b", manifest.verify
+        place = run / "checkpoints" / "step-00000003"
+        moved, halves = place.with_name(f".{place.name}{manifest.REPLACED}"), []
+
+        def removed_half(path, ignore_errors=False):
+            (path / "config.yaml").unlink(missing_ok=True)
+            halves.append(path)
+
+        def saved_again(path):
+            if path == moved and not halves:
+                moved.rename(place)
+                monkeypatch.setattr(manifest.shutil, "rmtree", removed_half)
+                save(run, 3, run_id="bbbb2222")
+                monkeypatch.undo()
+                monkeypatch.setattr(manifest, "verify", saved_again)
+            return verify(path)
+
+        place.rename(moved)
+        monkeypatch.setattr(manifest, "verify", saved_again)
+        assert manifest.locate("last", tmp_path) == (place, [])
+        assert halves
+
     def test_all_damaged_is_an_error(self, tmp_path):
         run = self.two_runs(tmp_path) / "b"
         for path in (run / "checkpoints").iterdir():

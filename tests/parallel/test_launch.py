@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -28,6 +29,16 @@ def start(folder: Path, what: str, launcher: list[str] | None = None) -> subproc
     command = [*(launcher or ours), str(folder), str(N_RANKS), what]
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}  # gloo complains of a host name that it cannot resolve
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path):
+    """Where a test fails nobody would end what it started."""
+    yield
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if str(tmp_path) in process.cmdline():
+                process.kill()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> float:

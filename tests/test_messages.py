@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
+import time
 from typing import ClassVar
 
 import pytest
@@ -573,16 +573,15 @@ def test_an_error_answers_within_two_seconds_without_heavy_imports():
         "    heavy = {'torch', 'pytorch_lightning', 'mlflow', 'transformers', 'deepspeed'} & set(sys.modules)\n"
         "    print(e.code, sorted(heavy))\n"
     )
-    tries = []
-    for _ in range(3):  # the best of them, in time of a processor: what else the machine does is not the question
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        tries.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    for _ in range(10):  # the first that is fast enough: what else the machine does is not the question
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        seconds = time.monotonic() - started
         assert done.stdout.strip() == "2 []", done.stderr
         assert done.stderr.strip() == MESSAGES["optim.lrr=1"]
-    seconds = min(tries)
-    assert seconds < 2, f"took {seconds:.1f} s"
+        if seconds < 2:
+            return
+    pytest.fail(f"took {seconds:.1f} s")
 
 
 def test_help_lists_every_key_and_group():

@@ -213,7 +213,7 @@ class TestUseOfACheckpoint:
 
 class TestKill:
     def test_resume_is_bit_exact(self, tmp_path):
-        """Three of the kills that tests/bench/kill.py does many of: early, in between, right after a checkpoint."""
+        """Three of the kills that tests/bench/kill.py does twenty of: early, in between, right after a checkpoint."""
         reference = kill.unbroken(tmp_path / "reference")
         for step in (3, 18, 22):
             assert kill.differences(tmp_path / f"kill{step}", reference, step, by=forks) == []

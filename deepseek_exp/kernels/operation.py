@@ -3,7 +3,7 @@
 A custom operator passes PyTorch's dispatcher, which asks Python several times how to differentiate it. Where nothing
 looks at operators (no compiler, no dispatch mode, real memory) the same functions are called through one
 `torch.autograd.Function`: same kernels, same numbers. Measured on one core of an AMD EPYC, forward and backward without
-the kernels: rms_norm 79 microseconds in place of 125, swiglu 86 of 126, three linear layers 203 of 265.
+the kernels: rms_norm 80 microseconds in place of 125, swiglu 86 of 125, three linear layers 142 of 256.
 """
 
 from __future__ import annotations

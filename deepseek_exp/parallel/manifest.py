@@ -206,10 +206,8 @@ def _newest_whole(resume: str, run_dir: Path) -> tuple[Path, list[str]]:
             verify(path)
             return path, passed_over
         except (CheckpointError, FileNotFoundError) as error:
-            if not path.exists():  # its run goes on and has removed it, for a newer one
+            if isinstance(error, FileNotFoundError) or not path.exists():  # its run goes on, and has a newer one
                 return _newest_whole(resume, run_dir)
-            if isinstance(error, FileNotFoundError):
-                raise
             problem = error.problems[0]
             passed_over.append(f"{problem.value} {problem.rule}; taking the one before")
     fix = "start anew with resume=null, or name another run"

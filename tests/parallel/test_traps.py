@@ -10,9 +10,13 @@ import hashlib
 
 import pytest
 import torch
+import torch.distributed as dist
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._ops import OpOverload
 
 from deepseek_exp.errors import UserError
-from deepseek_exp.parallel.tensor import Rule, match_plan, tensor_plan
+from deepseek_exp.parallel.tensor import Region, Rule, match_plan, tensor_plan
 from tests.parallel.layouts import SHORT, Watch, difference, labelled_texts, layout, n_ranks
 from tests.test_config import composed
 
@@ -248,3 +252,29 @@ def test_a_tensor_plan_that_matches_nothing_is_an_error():
         match_plan(plan, names)
     with pytest.raises(ValueError, match=r"matches 'embedding\.weight' twice"):
         match_plan({r"embedding\.weight": Rule(0), r"embedding\..*": Rule(1)}, names)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("sequence_parallel", "names"), [(False, {"all_reduce"}), (True, {"all_gather", "reduce_scatter"})]
+)
+def test_no_compiler_looks_into_the_exchanges_of_a_block(one_rank, sequence_parallel, names):
+    """Torch 2.11 would put collectives of its own in their place, and take the gradient for 0."""
+    region, seen = Region(one_rank, sequence_parallel=sequence_parallel), set()
+
+    def note(graph, _):
+        seen.update(node.target.name() for node in graph.graph.nodes if isinstance(node.target, OpOverload))
+        return make_boxed_func(graph.forward)
+
+    w = torch.randn(8, 8, requires_grad=True)
+    block = torch.compile(lambda x: region.leave(region.enter(x) @ w), backend=aot_autograd(fw_compiler=note))
+    block(torch.randn(2, 4, 8, requires_grad=True)).sum().backward()
+    assert w.grad.abs().max() > 0
+    assert {name.partition("::")[2] for name in seen if name.startswith("deepseek_exp::")} == names
+    assert not any("c10d" in name for name in seen)

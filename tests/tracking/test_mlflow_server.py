@@ -156,10 +156,10 @@ def test_a_server_that_hangs_holds_up_nobody(outage: Outage, tmp_path: Path) -> 
 def test_no_server_is_an_error_within_seconds(tmp_path: Path) -> None:
     begin = time.monotonic()
     run = start_run(make_config("http://localhost:9"), tmp_path / "run")
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 0.5
     with pytest.raises(TrackingError) as caught:
         run.wait_ready(30)
-    assert time.monotonic() - begin < 25  # of the 30 that a silent one is waited for
+    assert time.monotonic() - begin < 10
     assert str(caught.value) == (
         "tracking.uri='http://localhost:9' does not answer (connection refused). "
         "Fix: start that server, or set tracking.uri=sqlite:///outputs/mlflow.db."

@@ -43,20 +43,30 @@ class Exchanged(NamedTuple):
     received: list[int]
 
 
-class _Announced(NamedTuple):
-    """What ranks have told each other.
+class _Numbers(NamedTuple):
+    """How many rows ranks send each other, on the way to the host.
 
     Attributes:
-        expert_R: (received rows,) int64, the expert of this rank that each is for.
         rows_PL: (ranks, experts of this rank) int32, rows that come from each rank for each.
-        sent: rows that go to each rank.
-        received: rows that come from each rank.
+        on_host: (2, ranks) int32, rows that go to each rank and come from it, once `copied` has happened.
+        copied: None: it has.
     """
 
-    expert_R: Tensor
     rows_PL: Tensor
-    sent: list[int]
-    received: list[int]
+    on_host: Tensor
+    copied: torch.cuda.Event | None
+
+    def wait(self) -> tuple[Tensor, list[int], list[int]]:
+        """Give the expert of this rank that each row to come is for, rows that go to each rank, and that come from it.
+
+        Meanwhile the device does what has been asked of it since.
+        """
+        if self.copied is not None:
+            self.copied.synchronize()
+        sent, received = self.on_host.tolist()
+        n_ranks, n_experts = self.rows_PL.shape
+        expert_E = torch.arange(n_experts, device=self.rows_PL.device).repeat(n_ranks)
+        return expert_E.repeat_interleave(self.rows_PL.flatten(), output_size=sum(received)), sent, received
 
 
 class AllToAllDispatcher:
@@ -80,11 +90,12 @@ class AllToAllDispatcher:
             capacity: as in `LocalDispatcher`, of this rank's rows.
         """
         here = self.local.dispatch(x_TD, ids_TK, n_experts * self.n_ranks, capacity)
-        expert_R, rows_PL, sent, received = self._announce(here.ends_E)
+        numbers = self._announce(here.ends_E)
+        expert_R, sent, received = numbers.wait()
         x_RD = _AllToAll.apply(here.x_RD, sent, received, sum(received), self.group)
         order_R = expert_R.argsort(stable=True)
         inverse_R = order_R.argsort()
-        x_RD, ends_L = reorder(x_RD, order_R, inverse_R), rows_PL.sum(0).cumsum(0).int()
+        x_RD, ends_L = reorder(x_RD, order_R, inverse_R), numbers.rows_PL.sum(0).cumsum(0).int()
         return Exchanged(x_RD, ends_L, here.load_E, here.kept_R, here, order_R, inverse_R, sent, received)
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Exchanged) -> Tensor:
@@ -96,17 +107,17 @@ class AllToAllDispatcher:
     def through(self, experts: Callable[..., Tensor], x_TD: Tensor, weights_TK: Tensor, *by_expert: Tensor) -> Tensor:
         """Send rows with their weights, so that experts give weighted ones, and add up what comes back."""
         order_S, inverse_S, ends_E = by_expert
-        expert_R, rows_PL, sent, received = self._announce(ends_E)
-        n_rows, inverse_TK = len(order_S), inverse_S.view(weights_TK.shape)
+        n_rows, inverse_TK, numbers = len(order_S), inverse_S.view(weights_TK.shape), self._announce(ends_E)
         weights_S1 = reorder(weights_TK.flatten()[:, None], order_S, inverse_S)
-        weights_R1 = _AllToAll.apply(weights_S1, sent, received, sum(received), self.group)
         x_SD = self.ops.spread(x_TD, inverse_TK, ends_E)
+        expert_R, sent, received = numbers.wait()
+        weights_R1 = _AllToAll.apply(weights_S1, sent, received, sum(received), self.group)
         x_RD = _AllToAll.apply(x_SD, sent, received, sum(received), self.group)
-        here = self.ops.sort_by_expert(expert_R[:, None], rows_PL.shape[1])
+        here = self.ops.sort_by_expert(expert_R[:, None], numbers.rows_PL.shape[1])
         y_SD = _AllToAll.apply(experts(x_RD, weights_R1, *here), received, sent, n_rows, self.group)
         return self.ops.collect(y_SD, inverse_TK, ends_E)
 
-    def _announce(self, ends_E: Tensor) -> _Announced:
+    def _announce(self, ends_E: Tensor) -> _Numbers:
         """Tell the ranks how many rows go to each of their experts.
 
         `ends_E`: where the rows that go to each of all experts end.
@@ -114,10 +125,11 @@ class AllToAllDispatcher:
         out_PL = ends_E.diff(prepend=ends_E.new_zeros(1)).view(self.n_ranks, -1)
         in_PL = torch.empty_like(out_PL)
         dist.all_to_all_single(in_PL, out_PL, group=self.group)
-        sent, received = torch.stack([out_PL.sum(1), in_PL.sum(1)]).tolist()
-        expert_E = torch.arange(out_PL.shape[1], device=ends_E.device).repeat(self.n_ranks)
-        expert_R = expert_E.repeat_interleave(in_PL.flatten(), output_size=sum(received))
-        return _Announced(expert_R, in_PL, sent, received)
+        on_host = torch.stack([out_PL.sum(1), in_PL.sum(1)]).to("cpu", non_blocking=True)
+        copied = torch.cuda.Event() if in_PL.is_cuda else None
+        if copied is not None:
+            copied.record()
+        return _Numbers(in_PL, on_host, copied)
 
 
 class _AllToAll(torch.autograd.Function):

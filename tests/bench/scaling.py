@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -41,8 +42,8 @@ def overrides_of(layout: str) -> list[str]:
     return [*(f"parallel.{k}={n}" for k, n in degrees.items()), f"parallel.zero_stage={zero}"]
 
 
-def measure(folder: Path, overrides: list[str]) -> dict[str, float]:
-    """Train, and give what the run logged: medians over the steps after the first ones, the last of the rest."""
+def measure(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Train, and give what the run logged: the median speed of the steps after the first ones, and every loss."""
     done = runs.run(folder, *overrides, timeout=400)
     if done.returncode:
         sys.exit(f"{' '.join(overrides)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -53,7 +54,7 @@ def measure(folder: Path, overrides: list[str]) -> dict[str, float]:
     return {
         "tokens_per_second": statistics.median(speeds),
         "peak_bytes": max(peaks, default=math.nan),
-        "loss": losses[-1],
+        "losses": losses,
     }
 
 
@@ -70,7 +71,7 @@ def main() -> None:
             n = composed("do=plan", *given, *overrides_of(layout)).parallel
             ranks, first = n.dp * n.tp * n.pp, found[layouts[0]]["tokens_per_second"]
             speed = row["tokens_per_second"]
-            cells = [f"{speed:,.0f}", f"{speed / ranks / first:.3f}", f"{row['loss']:.5f}"]
+            cells = [f"{speed:,.0f}", f"{speed / ranks / first:.3f}", f"{row['losses'][-1]:.5f}"]
             print_line(f"| {model} {layout} | {' | '.join(cells)} | {row['peak_bytes'] / 1e9:.2f} |")
     print_line(json.dumps(found))
     for layout in [layouts[0], *[n for n in layouts[1:] if re.fullmatch(r"tp\d+", n) and "moe" not in model][:1]]:

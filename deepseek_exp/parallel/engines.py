@@ -66,6 +66,8 @@ class PipelineEngine:
             mark_counted(part)
             config = deepspeed_config(exp, groups, 1 if optimizer is not None else 0)
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        if self.engine.using_bf16_optimizer:
+            add_in_one_pass(self.engine.optimizer)
         sums = gradient_sums(part, groups)
         self.engine._INSTRUCTION_MAP = {
             **self.engine._INSTRUCTION_MAP,
@@ -178,6 +180,21 @@ def mark_counted(part: Part) -> None:
     for placed in part.placements:
         p = parameters[placed.name]
         p.model_parallel, p.ds_pipe_replicated = placed.counted, placed.is_copy
+
+
+def add_in_one_pass(optimizer: Any) -> None:
+    """Have DeepSpeed's bf16 optimizer add each gradient to its fp32 sum as it is: 10 bytes an element are moved.
+
+    Its own way makes a copy in fp32 first, which moves 18; the sums are the same, bit for bit.
+    """
+
+    def add(p: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
+        if p.grad is not None:
+            p._hp_grad = optimizer.fp32_groups_gradients[group][index]
+            p._hp_grad.data.add_(p.grad.view(p._hp_grad.shape))
+            optimizer.fp32_groups_has_gradients[group][index] = True
+
+    optimizer._update_hp_grad = add
 
 
 def sum_gradients(sums: Sequence[tuple[Any, list[nn.Parameter]]], *, in_masters: bool) -> None:

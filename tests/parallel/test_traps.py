@@ -6,6 +6,7 @@ once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 
 import pytest
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_exp.errors import UserError
 from deepseek_exp.parallel.tensor import Region, Rule, match_plan, tensor_plan
@@ -126,8 +128,20 @@ def test_activations_and_their_gradients_are_not_partitioned_over_experts(layout
     assert_same(alone(*model), layouts.run(4, *model, *layout(pp=2, dp=2, ep=2)))
 
 
+class Called(TorchDispatchMode):
+    """Notes the names of operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 class Gradient(Watch):
-    """Notes one matrix's gradient before the first step, in one process or in parts; in one also its sum in bf16."""
+    """Notes a matrix's gradient before the first step; of one process its sum in bf16 too, of parts how it is added."""
 
     NAME = "blocks.0.feed_forward.w_down.weight"
 
@@ -160,13 +174,18 @@ class Gradient(Watch):
 
         def noted(trainer):
             setup(trainer)
-            step = strategy.engine.optimizer.step
+            optimizer, called = strategy.engine.optimizer, Called()
+            step, add = optimizer.step, optimizer._update_hp_grad
 
             def stepped(*args, **kwargs):
-                self.found = self.p._hp_grad.tolist()
+                self.found = [self.p._hp_grad.tolist(), sorted(called.names)]
                 return step(*args, **kwargs)
 
-            strategy.engine.optimizer.step = stepped
+            def added(p, *args, **kwargs):
+                with called if p is self.p else contextlib.nullcontext():
+                    add(p, *args, **kwargs)
+
+            optimizer.step, optimizer._update_hp_grad = stepped, added
 
         strategy.setup = noted
 
@@ -179,8 +198,9 @@ def test_bf16_gradients_add_up_in_fp32(layouts):
     model = ("model=v1_dense", "trainer.precision=bf16", "trainer.global_batch_seqs=128", "trainer.max_steps=1")
     model += ("optim.warmup_steps=0", "trainer.eval_every_steps=1")
     one, in_bf16 = torch.tensor(layouts.run(1, *model, watch=Gradient).said[0])
-    for said in layouts.run(2, *model, *layout(dp=2), watch=Gradient).said:
+    for said, called in layouts.run(2, *model, *layout(dp=2), watch=Gradient).said:
         assert (torch.tensor(said) - one).norm() / one.norm() < 1e-5
+        assert "add_" in called and "_to_copy" not in called  # no copy in fp32 is made first
     assert (in_bf16 - one).norm() / one.norm() > 5e-3  # what a sum in bf16 would be off by
 
 

@@ -1,4 +1,4 @@
-"""Bytes of one rank: weights, gradients, optimizer state, activations and the buffers of the loss."""
+"""Bytes of one rank: weights, gradients, optimizer state, activations, and buffers of the loss and of experts."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     divides the optimizer's share (stage 1), also the gradients (2), also the weights (3) by dp / ep, the ranks that
     hold the same: Rajbhandari et al. 2020, "ZeRO", section 5 and figure 1 (there 16 bytes, with gradients in fp16).
     Stage 3 has two blocks' weights gathered at a time, the one at work and the one fetched ahead: buffers, of the
-    largest block.
+    largest block. Buffers are also those of the loss or of experts at work, whichever are larger: with all else kept,
+    the backward pass comes from one to the other.
 
     In a 1F1B pipeline stage i of p keeps the activations of min(p - i, m) of the m micro batches (Narayanan et al.
     2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2).
@@ -105,14 +106,14 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     tokens = layout.micro_batch_seqs * exp.data.seq_len
     n_kept = min(d.pp - index, layout.n_micro_batches(exp.trainer.global_batch_seqs))
     kept, once = _activations(exp, stage, layout)
-    heads_out = stage.n_heads_out * (1 + stage.n_mtp)
+    loss = stage.n_heads_out * (1 + stage.n_mtp) * _loss_bytes(exp, tokens, d.tp)
     gathered = 2 * e * largest_gathered(m, exp.data.seq_len) if zero >= 3 and shards > 1 else 0
     return Memory(
         weights=n * e / (shards if zero >= 3 else 1),
         gradients=n * 4 / (shards if zero >= 2 else 1),
         optimizer=n * state / (shards if zero >= 1 else 1),
         activations=tokens * (n_kept * kept + once),
-        buffers=gathered + heads_out * _loss_bytes(exp, tokens, d.tp),
+        buffers=gathered + max(loss, experts_at_work_bytes(exp, layout, stage)),
     )
 
 
@@ -285,6 +286,22 @@ def norm_bytes(width: int, e: int, kernel: Kernel, cut: int = 1) -> float:
 def tokens_of_chunk(tokens: int, vocab: float) -> int:
     """Count as kernels/linear_cross_entropy.py does, which this may not import: PyTorch comes with it."""
     return min(tokens, max(1024, int(2**25 // vocab), -(-tokens // (4 * 128)) * 128))
+
+
+def experts_at_work_bytes(exp: ExperimentConfig, layout: Layout, stage: Layers) -> float:
+    """Count what the backward pass of a layer of fused experts takes at its peak, beside what is kept of the layer.
+
+    Of each of a token's top_k rows the gradients of gate and up, 2 d_expert / tp, and two shares of the input's, 2 h;
+    the gradients that come and go, 2 h a token, or a row where rows are from other ranks (ep); the gradients of the
+    layer's weights. Nothing that is kept goes earlier, since all is one operation. PyTorch's operations let go of the
+    layer piece by piece meanwhile: nothing is counted for them.
+    """
+    if exp.kernels.experts is Kernel.torch or not stage.n_moe:
+        return 0.0
+    m, d, e = exp.model, layout.degrees, element_bytes(exp)
+    k = m.moe.top_k
+    a_token = 2 * k * (m.d_model + m.moe.d_expert / d.tp) + 2 * (k if d.ep > 1 else 1) * m.d_model
+    return e * (layout.micro_batch_seqs * exp.data.seq_len * a_token + stage.experts_on_rank(d.tp, d.ep) / stage.n_moe)
 
 
 def _loss_bytes(exp: ExperimentConfig, tokens: int, tp: int) -> float:

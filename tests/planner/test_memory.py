@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from deepseek_exp.kernels import TORCH
+from deepseek_exp.kernels import TORCH, experts
 from deepseek_exp.moe import MoE
 from deepseek_exp.planner import parameters
-from deepseek_exp.planner.layers import largest_gathered
-from deepseek_exp.planner.memory import block_activation_bytes, product_bytes
+from deepseek_exp.planner.layers import largest_gathered, layers_of
+from deepseek_exp.planner.memory import block_activation_bytes, experts_at_work_bytes, product_bytes
 from tests.planner.plan_parts import Products, blocks, experiment, layout, planned, saved_bytes
 
 DENSE = ("model=v4_distill", "size=small")
@@ -104,6 +109,51 @@ def test_experts_are_shared_out_over_ep():
     experts = sum(s.experts for s in planned(exp, layout()).stages)
     assert weights[0] - weights[1] == 4 * experts / 2
     assert weights[1] - weights[2] == 4 * experts / 4
+
+
+class Live(TorchDispatchMode):
+    """Notes the most that was alive at once of what operations made."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        made = [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        made = [] if "set_" in str(func) else made  # the interpreter looks at what there is
+        self.held |= {s._cdata: (StorageWeakRef(s), s.nbytes()) for s in made if s._cdata not in before}
+        gc.collect()  # the interpreter leaves circles behind
+        self.held = {key: (ref, size) for key, (ref, size) in self.held.items() if not ref.expired()}
+        self.most = max(self.most, sum(size for _, size in self.held.values()))
+        return out
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_fused_experts_at_work_take_what_is_counted(tp, ep):
+    """The backward pass itself, and its incoming gradient; with ep each row is a token of its own."""
+    exp = experiment(*EXPERTS, "kernels.experts=triton", "model.moe.n_routed_experts=8")
+    m, stage, n_experts = exp.model, layers_of(exp.model, exp.data.seq_len)[-2], 8 // ep
+    n_rows = exp.data.seq_len * m.moe.top_k
+    x = torch.randn(n_rows if ep > 1 else exp.data.seq_len, m.d_model, requires_grad=True)
+    weights = torch.rand(len(x), n_rows // len(x), requires_grad=True)
+    w = [torch.randn(n_experts, m.moe.d_expert // tp, m.d_model, requires_grad=True) for _ in range(2)]
+    w.append(w[0].detach().transpose(1, 2).contiguous().requires_grad_())
+    by_expert = TORCH.sort_by_expert(torch.randint(n_experts, weights.shape), n_experts)
+    y = experts.routed_experts(x, weights, *by_expert, *w)
+    live, backward = Live(), experts._routed_experts_backward
+
+    def watched(*args):
+        with live:
+            return backward.function(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "_routed_experts_backward", watched)
+        y.backward(torch.ones_like(y))
+    counted = experts_at_work_bytes(exp, layout(dp=ep, tp=tp, ep=ep), stage)
+    assert live.most + y.nbytes == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -122,10 +122,11 @@ class Live(TorchDispatchMode):
         before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         made = [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        made = [] if "set_" in str(func) else made  # the interpreter looks at what there is
-        self.held |= {s._cdata: (StorageWeakRef(s), s.nbytes()) for s in made if s._cdata not in before}
-        gc.collect()  # the interpreter leaves circles behind
-        self.held = {key: (ref, size) for key, (ref, size) in self.held.items() if not ref.expired()}
+        made = {s._cdata: (StorageWeakRef(s), s.nbytes()) for s in made if s._cdata not in before}
+        if not made or "set_" in str(func):  # that is how the interpreter looks at what there is
+            return out
+        gc.collect()  # it leaves circles behind
+        self.held = {key: (ref, size) for key, (ref, size) in (self.held | made).items() if not ref.expired()}
         self.most = max(self.most, sum(size for _, size in self.held.values()))
         return out
 
@@ -134,7 +135,7 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("tp", [1, 2])
 def test_fused_experts_at_work_take_what_is_counted(tp, ep):
     """The backward pass itself, and its incoming gradient; with ep each row is a token of its own."""
-    exp = experiment(*EXPERTS, "kernels.experts=triton", "model.moe.n_routed_experts=8")
+    exp = experiment(*EXPERTS, "kernels.experts=triton", "model.moe.n_routed_experts=8", "data.seq_len=64")
     m, stage, n_experts = exp.model, layers_of(exp.model, exp.data.seq_len)[-2], 8 // ep
     n_rows = exp.data.seq_len * m.moe.top_k
     x = torch.randn(n_rows if ep > 1 else exp.data.seq_len, m.d_model, requires_grad=True)

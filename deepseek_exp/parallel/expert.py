@@ -48,7 +48,7 @@ class _Numbers(NamedTuple):
 
     Attributes:
         rows_PL: (ranks, experts of this rank) int32, rows that come from each rank for each.
-        on_host: (2, ranks) int32, rows that go to each rank and come from it, once `copied` has happened.
+        on_host: (2, ranks) int64, rows that go to each rank and come from it, once `copied` has happened.
         copied: None: it has.
     """
 
@@ -125,7 +125,7 @@ class AllToAllDispatcher:
         out_PL = ends_E.diff(prepend=ends_E.new_zeros(1)).view(self.n_ranks, -1)
         in_PL = torch.empty_like(out_PL)
         dist.all_to_all_single(in_PL, out_PL, group=self.group)
-        on_host = torch.stack([out_PL.sum(1), in_PL.sum(1)]).to("cpu", non_blocking=True)
+        on_host = torch.stack([out_PL.sum(1), in_PL.sum(1)]).to("cpu", non_blocking=in_PL.is_cuda)
         copied = torch.cuda.Event() if in_PL.is_cuda else None
         if copied is not None:
             copied.record()

@@ -87,8 +87,9 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     divides the optimizer's share (stage 1), also the gradients (2), also the weights (3) by dp / ep, the ranks that
     hold the same: Rajbhandari et al. 2020, "ZeRO", section 5 and figure 1 (there 16 bytes, with gradients in fp16).
     Stage 3 has two blocks' weights gathered at a time, the one at work and the one fetched ahead: buffers, of the
-    largest block. Buffers are also those of the loss or of experts at work, whichever are larger: with all else kept,
-    the backward pass comes from one to the other.
+    largest block. Buffers are also those of the losses or of experts at work, whichever are larger: with all else kept,
+    the backward pass comes from one to the other. The main loss is there until the modules for multi-token prediction,
+    whose loss comes first, have been passed.
 
     In a 1F1B pipeline stage i of p keeps the activations of min(p - i, m) of the m micro batches (Narayanan et al.
     2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2).
@@ -106,14 +107,15 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     tokens = layout.micro_batch_seqs * exp.data.seq_len
     n_kept = min(d.pp - index, layout.n_micro_batches(exp.trainer.global_batch_seqs))
     kept, once = _activations(exp, stage, layout)
-    loss = stage.n_heads_out * (1 + stage.n_mtp) * _loss_bytes(exp, tokens, d.tp)
+    loss = stage.n_heads_out * _loss_bytes(exp, tokens, d.tp)
+    at_work = experts_at_work_bytes(exp, layout, stage) + (loss if stage.n_mtp else 0)
     gathered = 2 * e * largest_gathered(m, exp.data.seq_len) if zero >= 3 and shards > 1 else 0
     return Memory(
         weights=n * e / (shards if zero >= 3 else 1),
         gradients=n * 4 / (shards if zero >= 2 else 1),
         optimizer=n * state / (shards if zero >= 1 else 1),
         activations=tokens * (n_kept * kept + once),
-        buffers=gathered + max(loss, experts_at_work_bytes(exp, layout, stage)),
+        buffers=gathered + max((1 + stage.n_mtp) * loss, at_work),
     )
 
 
@@ -291,17 +293,23 @@ def tokens_of_chunk(tokens: int, vocab: float) -> int:
 def experts_at_work_bytes(exp: ExperimentConfig, layout: Layout, stage: Layers) -> float:
     """Count what the backward pass of a layer of fused experts takes at its peak, beside what is kept of the layer.
 
-    Of each of a token's top_k rows the gradients of gate and up, 2 d_expert / tp, and two shares of the input's, 2 h;
-    the gradients that come and go, 2 h a token, or a row where rows are from other ranks (ep); the gradients of the
-    layer's weights. Nothing that is kept goes earlier, since all is one operation. PyTorch's operations let go of the
-    layer piece by piece meanwhile: nothing is counted for them.
+    At its end: of each of a token's top_k rows the gradients of gate and up, 2 d_expert / tp, and two shares of the
+    input's, 2 h; the gradients that come and go, 2 h a token, or a row where rows are from other ranks (ep); those of
+    the layer's weights. Before that, which is more where d_expert is wide: of a row its gradient, h, and the hidden
+    layer beside the gradients of gate and up, 3 d_expert / tp; the gradient that came; that of w_down. Nothing that is
+    kept goes earlier, since all is one operation. PyTorch's operations let go of the layer piece by piece meanwhile:
+    nothing is counted for them, nor for the one-byte copies of kernels.fp8_experts.
     """
     if exp.kernels.experts is Kernel.torch or not stage.n_moe:
         return 0.0
     m, d, e = exp.model, layout.degrees, element_bytes(exp)
-    k = m.moe.top_k
-    a_token = 2 * k * (m.d_model + m.moe.d_expert / d.tp) + 2 * (k if d.ep > 1 else 1) * m.d_model
-    return e * (layout.micro_batch_seqs * exp.data.seq_len * a_token + stage.experts_on_rank(d.tp, d.ep) / stage.n_moe)
+    tokens, weights = layout.micro_batch_seqs * exp.data.seq_len, stage.experts_on_rank(d.tp, d.ep) / stage.n_moe
+    row_h, row_f = m.moe.top_k * m.d_model, m.moe.top_k * m.moe.d_expert / d.tp
+    outside = row_h if d.ep > 1 else m.d_model
+    return e * max(
+        tokens * (2 * row_h + 2 * row_f + 2 * outside) + weights,
+        tokens * (row_h + 3 * row_f + outside) + weights / 3,
+    )
 
 
 def _loss_bytes(exp: ExperimentConfig, tokens: int, tp: int) -> float:

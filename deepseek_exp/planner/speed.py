@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,8 +39,8 @@ class Undivided(NamedTuple):
 
 
 UNDIVIDED = {Kernel.torch: Undivided(340, 145, 30, 22), Kernel.triton: Undivided(39, 18, 40, 12)}
-# columns of a tile of the grouped products; of nine, forward and backward, six have d_expert columns or rows
-EXPERT_TILE, OF_TILES = 256, 2 / 3
+# products of an expert's row, forward and backward, of which each has a side of d_model columns
+ROW_PRODUCTS = 9
 # a row's bytes beyond these where experts are on other ranks: it is put in order there, and back, in both passes
 EXCHANGED = {Kernel.torch: 16, Kernel.triton: 18}
 
@@ -96,8 +95,8 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     of one on the rank; a recomputed block adds its forward pass, a third of that. Norms, activation functions, rotary
     embedding, the softmax of the loss and the launch of kernels count no FLOPs: the efficiencies, which are those of
     whole steps on one GPU, are lower for it. With the FLOPs tp divides that too; what every tensor rank does alike adds
-    T (1 - 1 / tp) `undivided_bytes` / memory_bandwidth, experts cut narrow T expert_flops `empty_tiles` / (peak
-    matmul_efficiency), and where experts are on other ranks rows are copied in T `exchanged_bytes` / memory_bandwidth.
+    T (1 - 1 / tp) (`undivided_bytes` + `expert_product_bytes`) / memory_bandwidth, and where experts are on other ranks
+    rows are copied in T `exchanged_bytes` / memory_bandwidth.
     fp8 takes away what the products of the blocks, and where kernels.fp8_experts says so two thirds of the experts',
     take at bf16's peak more than at its own; what the efficiencies leave of the peak stays as long as it is. The
     optimizer reads gradient, weights and state and writes the last two.
@@ -119,8 +118,8 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
         narrow_experts = NARROW_EXPERTS * experts if exp.kernels.fp8_experts else 0.0
         narrow = saved * (stage.product_flops / d.tp + narrow_experts)
         compute = tokens / peak * (dense / c.matmul_efficiency + experts / c.grouped_efficiency - narrow)
-        compute += tokens / peak * experts * empty_tiles(exp.model.moe.d_expert, d.tp) / c.matmul_efficiency
-        moved = (1 - 1 / d.tp) * undivided_bytes(exp, stage) + exchanged_bytes(exp, stage, d.ep)
+        alike = undivided_bytes(exp, stage) + expert_product_bytes(exp, stage)
+        moved = (1 - 1 / d.tp) * alike + exchanged_bytes(exp, stage, d.ep)
         compute += tokens * moved / c.memory_bandwidth
         again = compute / 3 if layout.checkpointing is ActivationCheckpointing.full else 0.0
         axes = axis_seconds(stage_traffic(exp, layout, stage, index), layout, c)
@@ -165,18 +164,15 @@ def exchanged_bytes(exp: ExperimentConfig, stage: Layers, ep: int) -> float:
     return rows * m.d_model * EXCHANGED[exp.kernels.experts] * element_bytes(exp) / 2
 
 
-def empty_tiles(d_expert: int, tp: int) -> float:
-    """Give the work on parts of tiles beyond an expert's width that cutting by tp adds, over the experts' FLOPs.
+def expert_product_bytes(exp: ExperimentConfig, stage: Layers) -> float:
+    """Count what the experts' products move of a token on every tensor rank alike: the side of d_model columns.
 
-    Grouped products compute whole tiles; `cluster.grouped_efficiency` is of uncut experts. Measured on an H200 (64
-    experts, 131,072 rows, d_model 2048, bf16): products of d_expert 768, three tiles, 6.68 ms, and of 384, one and a
-    half, 4.00 in place of 3.34: 0.20, where this gives 0.22.
+    Each of its top_k rows, in each block with experts, for each of `ROW_PRODUCTS`. Experts are narrow, so this does
+    not vanish behind their FLOPs: on an H200 (131,072 rows, 64 experts, d_model 2048, bf16) the products of d_expert
+    768 take 6.68 ms, and of 384 4.00, which is 0.66 more than half. These bytes take 1.14 ms, half of which tp=2 adds.
     """
-
-    def whole(width: float) -> float:
-        return math.ceil(width / EXPERT_TILE) * EXPERT_TILE / width
-
-    return OF_TILES * max(0.0, whole(d_expert / tp) - whole(d_expert)) if d_expert else 0.0
+    m = exp.model
+    return ROW_PRODUCTS * stage.n_moe * m.moe.top_k * m.d_model * element_bytes(exp)
 
 
 def exposed(seconds: float, computing: float, overlap: float) -> float:

@@ -125,10 +125,15 @@ class Live(TorchDispatchMode):
         made = {s._cdata: (StorageWeakRef(s), s.nbytes()) for s in made if s._cdata not in before}
         if not made or "set_" in str(func):  # that is how the interpreter looks at what there is
             return out
-        gc.collect()  # it leaves circles behind
-        self.held = {key: (ref, size) for key, (ref, size) in (self.held | made).items() if not ref.expired()}
-        self.most = max(self.most, sum(size for _, size in self.held.values()))
+        self.held |= made
+        if self.total() > self.most:
+            gc.collect()  # it leaves circles behind
+            self.most = max(self.most, self.total())
         return out
+
+    def total(self):
+        self.held = {key: (ref, size) for key, (ref, size) in self.held.items() if not ref.expired()}
+        return sum(size for _, size in self.held.values())
 
 
 @pytest.mark.parametrize("ep", [1, 2])

@@ -9,7 +9,7 @@ import pytest
 from deepseek_exp.config import Kernel
 from deepseek_exp.planner import flops_per_token, parameters
 from deepseek_exp.planner.layers import layers_of
-from deepseek_exp.planner.speed import bubble_fraction, empty_tiles, exposed, undivided_bytes
+from deepseek_exp.planner.speed import bubble_fraction, expert_product_bytes, exposed, undivided_bytes
 from deepseek_exp.planner.traffic import Load, axis_seconds, ring_all_reduce, stage_traffic
 from deepseek_exp.topology import Axis
 from tests.planner.plan_parts import experiment, layout, planned
@@ -131,17 +131,8 @@ class TestSpeed:
         c, tokens = EXPERTS.cluster, 8 * 256
         products = tokens * 6 * stage.whole / 2 / c.peak_fp32_flops / c.matmul_efficiency
         rest = tokens * undivided_bytes(EXPERTS, stage) / 2 / c.memory_bandwidth
-        tiles = empty_tiles(EXPERTS.model.moe.d_expert, 2) * stage.expert_flops / 2
-        rest += tokens * tiles / c.peak_fp32_flops / c.matmul_efficiency
+        rest += tokens * expert_product_bytes(EXPERTS, stage) / 2 / c.memory_bandwidth
         assert two - one / 2 == pytest.approx(products + rest, rel=1e-6)
-
-    @pytest.mark.parametrize(
-        ("d_expert", "tp", "share"),
-        [(768, 1, 0), (768, 2, 1 / 3), (512, 2, 0), (1408, 2, 0), (100, 1, 0), (512, 4, 1), (0, 2, 0)],
-    )
-    def test_narrow_experts_leave_tiles_empty(self, d_expert, tp, share):
-        """Six of nine products have tiles of 256 columns over an expert's width; 1408 fills five and a half anyway."""
-        assert empty_tiles(d_expert, tp) == pytest.approx(2 / 3 * share)
 
     def test_the_bubble(self):
         assert bubble_fraction(1, 8) == 0

@@ -16,7 +16,7 @@ from deepseek_exp.kernels import experts, resolve
 from deepseek_exp.models import Transformer
 from deepseek_exp.moe import MoE
 from deepseek_exp.planner.layers import layers_of
-from deepseek_exp.planner.speed import exchanged_bytes, undivided_bytes
+from deepseek_exp.planner.speed import exchanged_bytes, expert_product_bytes, undivided_bytes
 from tests.planner.plan_parts import exchange, experiment
 
 BATCH, SEQ = 2, 64
@@ -106,6 +106,31 @@ def test_compiled_norms_count_as_fused_ones():
         return undivided_bytes(exp, layers_of(exp.model, SEQ)[1])
 
     assert said("trainer.compile=true") == said("kernels.rms_norm=triton") < said()
+
+
+class Wide(TorchDispatchMode):
+    """Adds up those operands and results of grouped products that have d_model columns for each row."""
+
+    def __init__(self, n_rows: int, width: int) -> None:
+        super().__init__()
+        self.shapes, self.total = {(n_rows, width), (width, n_rows)}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "grouped" in str(func):
+            self.total += sum(t.nbytes for t in (*args[:2], out) if tuple(t.shape) in self.shapes)
+        return out
+
+
+def test_products_of_experts_move_what_the_plan_says():
+    exp = experiment("model=v3_moe", *SIZES, *MOE, "trainer.precision=bf16")
+    with torch.device("meta"):
+        net = MoE(exp.model, resolve(exp.kernels)).to(torch.bfloat16)
+        x = torch.zeros(BATCH, SEQ, exp.model.d_model, dtype=torch.bfloat16, requires_grad=True)
+    with Wide(BATCH * SEQ * exp.model.moe.top_k, exp.model.d_model) as wide:
+        net(x)[0].backward(x)
+    said = expert_product_bytes(exp, layers_of(exp.model, SEQ)[1])
+    assert said * BATCH * SEQ == wide.total
 
 
 class Copied(Bytes):

@@ -136,11 +136,13 @@ class Live(TorchDispatchMode):
         return sum(size for _, size in self.held.values())
 
 
-@pytest.mark.parametrize("ep", [1, 2])
-@pytest.mark.parametrize("tp", [1, 2])
-def test_fused_experts_at_work_take_what_is_counted(tp, ep):
+FUSED_EXPERTS = (*EXPERTS, "kernels.experts=triton", "model.moe.n_routed_experts=8", "data.seq_len=64")
+
+
+@pytest.mark.parametrize(("tp", "ep", "d_expert"), [(1, 1, 48), (1, 2, 48), (2, 1, 48), (2, 2, 48), (1, 2, 768)])
+def test_fused_experts_at_work_take_what_is_counted(tp, ep, d_expert):
     """The backward pass itself, and its incoming gradient; with ep each row is a token of its own."""
-    exp = experiment(*EXPERTS, "kernels.experts=triton", "model.moe.n_routed_experts=8", "data.seq_len=64")
+    exp = experiment(*FUSED_EXPERTS, f"model.moe.d_expert={d_expert}")
     m, stage, n_experts = exp.model, layers_of(exp.model, exp.data.seq_len)[-2], 8 // ep
     n_rows = exp.data.seq_len * m.moe.top_k
     x = torch.randn(n_rows if ep > 1 else exp.data.seq_len, m.d_model, requires_grad=True)
@@ -160,6 +162,13 @@ def test_fused_experts_at_work_take_what_is_counted(tp, ep):
         y.backward(torch.ones_like(y))
     counted = experts_at_work_bytes(exp, layout(dp=ep, tp=tp, ep=ep), stage)
     assert live.most + y.nbytes == pytest.approx(counted, rel=0.02)
+
+
+def test_the_main_loss_is_there_while_experts_of_multi_token_prediction_work():
+    """12 bytes a token and entry of the vocabulary, which is small, so that experts take more."""
+    few = (*FUSED_EXPERTS, "model.vocab_size=512")
+    with_mtp, without = (planned(experiment(*few, f"model.n_mtp_layers={n}"), layout()).memory[0] for n in (1, 0))
+    assert with_mtp.buffers - without.buffers == 12 * 64 * 512
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -136,13 +136,16 @@ class Live(TorchDispatchMode):
         return sum(size for _, size in self.held.values())
 
 
-FUSED_EXPERTS = (*EXPERTS, "kernels.experts=triton", "model.moe.n_routed_experts=8", "data.seq_len=64")
+FUSED_EXPERTS = (*EXPERTS, "kernels.experts=triton", "model.moe.n_routed_experts=8")
 
 
-@pytest.mark.parametrize(("tp", "ep", "d_expert"), [(1, 1, 48), (1, 2, 48), (2, 1, 48), (2, 2, 48), (1, 2, 768)])
-def test_fused_experts_at_work_take_what_is_counted(tp, ep, d_expert):
+@pytest.mark.parametrize(
+    ("tp", "ep", "d_expert", "seq_len"),
+    [(1, 1, 48, 64), (1, 2, 48, 64), (2, 1, 48, 64), (2, 2, 48, 64), (1, 8, 768, 256)],
+)
+def test_fused_experts_at_work_take_what_is_counted(tp, ep, d_expert, seq_len):
     """The backward pass itself, and its incoming gradient; with ep each row is a token of its own."""
-    exp = experiment(*FUSED_EXPERTS, f"model.moe.d_expert={d_expert}")
+    exp = experiment(*FUSED_EXPERTS, f"model.moe.d_expert={d_expert}", f"data.seq_len={seq_len}")
     m, stage, n_experts = exp.model, layers_of(exp.model, exp.data.seq_len)[-2], 8 // ep
     n_rows = exp.data.seq_len * m.moe.top_k
     x = torch.randn(n_rows if ep > 1 else exp.data.seq_len, m.d_model, requires_grad=True)
@@ -166,7 +169,7 @@ def test_fused_experts_at_work_take_what_is_counted(tp, ep, d_expert):
 
 def test_the_main_loss_is_there_while_experts_of_multi_token_prediction_work():
     """12 bytes a token and entry of the vocabulary, which is small, so that experts take more."""
-    few = (*FUSED_EXPERTS, "model.vocab_size=512")
+    few = (*FUSED_EXPERTS, "model.vocab_size=512", "data.seq_len=64")
     with_mtp, without = (planned(experiment(*few, f"model.n_mtp_layers={n}"), layout()).memory[0] for n in (1, 0))
     assert with_mtp.buffers - without.buffers == 12 * 64 * 512
 

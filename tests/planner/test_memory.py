@@ -141,11 +141,12 @@ FUSED_EXPERTS = (*EXPERTS, "kernels.experts=triton", "model.moe.n_routed_experts
 
 @pytest.mark.parametrize(
     ("tp", "ep", "d_expert", "seq_len"),
-    [(1, 1, 48, 64), (1, 2, 48, 64), (2, 1, 48, 64), (2, 2, 48, 64), (1, 8, 768, 256)],
+    [(1, 1, 48, 64), (1, 2, 48, 64), (2, 1, 48, 64), (2, 2, 48, 64), (1, 8, 1536, 384)],
 )
 def test_fused_experts_at_work_take_what_is_counted(tp, ep, d_expert, seq_len):
     """The backward pass itself, and its incoming gradient; with ep each row is a token of its own."""
-    exp = experiment(*FUSED_EXPERTS, f"model.moe.d_expert={d_expert}", f"data.seq_len={seq_len}")
+    sizes = (f"model.moe.d_expert={d_expert}", f"model.max_seq_len={seq_len}", f"data.seq_len={seq_len}")
+    exp = experiment(*FUSED_EXPERTS, *sizes)
     m, stage, n_experts = exp.model, layers_of(exp.model, exp.data.seq_len)[-2], 8 // ep
     n_rows = exp.data.seq_len * m.moe.top_k
     x = torch.randn(n_rows if ep > 1 else exp.data.seq_len, m.d_model, requires_grad=True)

@@ -285,11 +285,6 @@ def norm_bytes(width: int, e: int, kernel: Kernel, cut: int = 1) -> float:
     return ((e if kernel is Kernel.triton else 8) / cut + e) * width
 
 
-def tokens_of_chunk(tokens: int, vocab: float) -> int:
-    """Count as kernels/linear_cross_entropy.py does, which this may not import: PyTorch comes with it."""
-    return min(tokens, max(1024, int(2**25 // vocab), -(-tokens // (4 * 128)) * 128))
-
-
 def experts_at_work_bytes(exp: ExperimentConfig, layout: Layout, stage: Layers) -> float:
     """Count what the backward pass of a layer of fused experts takes at its peak, beside what is kept of the layer.
 
@@ -310,6 +305,11 @@ def experts_at_work_bytes(exp: ExperimentConfig, layout: Layout, stage: Layers) 
         tokens * (2 * row_h + 2 * row_f + 2 * outside) + weights,
         tokens * (row_h + 3 * row_f + outside) + weights / 3,
     )
+
+
+def tokens_of_chunk(tokens: int, vocab: float) -> int:
+    """Count as kernels/linear_cross_entropy.py does, which this may not import: PyTorch comes with it."""
+    return min(tokens, max(1024, int(2**25 // vocab), -(-tokens // (4 * 128)) * 128))
 
 
 def _loss_bytes(exp: ExperimentConfig, tokens: int, tp: int) -> float:

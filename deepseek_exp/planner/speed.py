@@ -96,10 +96,10 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     embedding, the softmax of the loss and the launch of kernels count no FLOPs: the efficiencies, which are those of
     whole steps on one GPU, are lower for it. With the FLOPs tp divides that too; what every tensor rank does alike adds
     T (1 - 1 / tp) (`undivided_bytes` + `expert_product_bytes`) / memory_bandwidth, and where experts are on other ranks
-    rows are copied in T `exchanged_bytes` / memory_bandwidth.
-    fp8 takes away what the products of the blocks, and where kernels.fp8_experts says so two thirds of the experts',
-    take at bf16's peak more than at its own; what the efficiencies leave of the peak stays as long as it is. The
-    optimizer reads gradient, weights and state and writes the last two.
+    rows are copied in T `exchanged_bytes` / memory_bandwidth. fp8 takes away what the products of the blocks, and where
+    kernels.fp8_experts says so two thirds of the experts', take at bf16's peak more than at its own; what the
+    efficiencies leave of the peak stays as long as it is. The optimizer reads gradient, weights and state and writes
+    the last two.
 
     Of pp and ep the share `cluster.overlap` hides behind the computing of the same micro batches, and of data behind
     that of the last one (ZeRO 2 and 3: of all); of tp, whose results the next matrix waits for, nothing does.

@@ -7,9 +7,10 @@ import pytest
 from tests.golden.curves import HERE, STEPS, curve
 from tests.test_config import MODELS
 
-# steps in which rounding stays rounding: between an AMD EPYC and an Intel Xeon it is 2e-6 at most up to here; later one
-# token of v2 takes another expert, and its losses differ by up to 5e-3 from then on, those of the others by 3e-6
+# between an AMD EPYC and an Intel Xeon losses differ by 2e-6 at most in so many steps, and by 3e-6 later, but for v2:
+# there a token takes another expert, and they differ by up to 5e-3 from then on
 SURE = 20
+LATER = {"v2_moe": 1e-2}
 
 
 @pytest.mark.parametrize("version", MODELS)
@@ -21,7 +22,7 @@ def test_curve(version, tmp_path):
         assert now == golden
     else:  # another processor rounds differently: the curve must still be this one
         for step, (a, b) in enumerate(zip(now[1:], golden[1:], strict=True), start=1):
-            rel = 1e-5 if step <= SURE else 1e-2
+            rel = 1e-5 if step <= SURE else LATER.get(version, 1e-3)
             assert float(a.split()[1]) == pytest.approx(float(b.split()[1]), rel=rel), step
 
 

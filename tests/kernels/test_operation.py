@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_exp.kernels.linears import _linears
 from deepseek_exp.kernels.local_global_attention import _attention
@@ -12,6 +11,7 @@ from deepseek_exp.kernels.rms_norm import _add_rms_norm
 from deepseek_exp.kernels.sorting import _sort_by_expert
 from deepseek_exp.kernels.swiglu import _swiglu
 from tests.kernels.fused import outputs_and_gradients
+from tests.operators import Called
 
 W = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
 QKV = torch.randn(3, 1, 2, 9, 4, generator=torch.Generator().manual_seed(1))
@@ -25,16 +25,6 @@ CASES = {
 }
 
 
-class Names(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_results_and_gradients_are_those_of_the_operator(name):
     op, calling, inputs = CASES[name]
@@ -44,9 +34,9 @@ def test_results_and_gradients_are_those_of_the_operator(name):
 
 
 def test_who_looks_sees_the_operator():
-    with Names() as names:
+    with Called() as called:
         _swiglu(QKV[0], QKV[1])
-    assert names.seen >= {"deepseek_exp::swiglu"}
+    assert called.names >= {"deepseek_exp::swiglu"}
     x = QKV[0].clone().requires_grad_()
     assert type(_swiglu(x, x).grad_fn).__name__ == "deepseek_exp_swigluBackward"
     assert _swiglu(QKV[0].to("meta"), QKV[1].to("meta")).shape == QKV[0].shape

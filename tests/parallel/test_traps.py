@@ -15,10 +15,10 @@ import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_exp.errors import UserError
 from deepseek_exp.parallel.tensor import Region, Rule, match_plan, tensor_plan
+from tests.operators import Called
 from tests.parallel.layouts import SHORT, Watch, difference, labelled_texts, layout, n_ranks
 from tests.test_config import composed
 
@@ -128,18 +128,6 @@ def test_activations_and_their_gradients_are_not_partitioned_over_experts(layout
     assert_same(alone(*model), layouts.run(4, *model, *layout(pp=2, dp=2, ep=2)))
 
 
-class Called(TorchDispatchMode):
-    """Notes the names of operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 class Gradient(Watch):
     """Notes a matrix's gradient before the first step; of one process its sum in bf16 too, of parts how it is added."""
 
@@ -200,7 +188,7 @@ def test_bf16_gradients_add_up_in_fp32(layouts):
     one, in_bf16 = torch.tensor(layouts.run(1, *model, watch=Gradient).said[0])
     for said, called in layouts.run(2, *model, *layout(dp=2), watch=Gradient).said:
         assert (torch.tensor(said) - one).norm() / one.norm() < 1e-5
-        assert "add_" in called and "_to_copy" not in called  # no copy in fp32 is made first
+        assert "aten::add_.Tensor" in called and "aten::_to_copy" not in called  # no copy in fp32 is made first
     assert (in_bf16 - one).norm() / one.norm() > 5e-3  # what a sum in bf16 would be off by
 
 

@@ -6,13 +6,18 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test ui lint golden bench bench-gpu setup clean
+.PHONY: run test test-long test-all ui lint golden bench bench-gpu setup clean
 
 run: $(READY)  ## train v1 on this machine; more arguments: make run ARGS="size=tiny seed=1"
 	$(PY) run.py $(ARGS)
 
-test: $(READY)  ## run the tests
-	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+test: $(READY)  ## run the tests, without those that take minutes
+	$(PY) -m pytest -n 2 --dist worksteal -m "not long" $(ARGS)
+
+test-long: $(READY)  ## run the tests that take minutes: random command lines, damaged checkpoints, the checkpoint matrix
+	$(PY) -m pytest -n 2 --dist worksteal -m long $(ARGS)
+
+test-all: test test-long  ## run all tests
 
 ui: $(READY)  ## MLflow's web page over all runs, at http://127.0.0.1:5000
 	@mkdir -p outputs

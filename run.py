@@ -31,7 +31,9 @@ def run_job(cfg: DictConfig) -> float | None:
             if not isinstance(error, UserError):
                 traceback.print_exc()
             sys.stderr.write(f"job {context.job.num} failed: {error}\n")
-            (sweep_dir / FAILED_FILE).write_text(f"{type(error).__name__}: {error}\n")
+            (sweep_dir / FAILED_FILE).write_text(
+                f"{type(error).__name__}: {error}\n", encoding="utf-8", errors="backslashreplace"
+            )
             return float("nan")
         if isinstance(error, UserError):
             end(error)

@@ -89,10 +89,10 @@ def hand_out(job: Job) -> str:
         return f"run this on {which}:\n\n{nodes.torchrun_command(cfg, job.n_ranks, file, variables)}\n"
     script = file.with_name("job.sbatch")
     on_gpus = job.cfg.device is not Device.cpu
-    script.write_text(nodes.slurm_script(cfg, job.n_ranks, file, variables, on_gpus=on_gpus))
+    script.write_text(nodes.slurm_script(cfg, job.n_ranks, file, variables, on_gpus=on_gpus), encoding="utf-8")
     if not cfg.submit:
         return f"wrote     {shown(script)}\nsubmit it sbatch {shown(script)}"
-    done = subprocess.run(["sbatch", str(script)], capture_output=True, text=True)
+    done = subprocess.run(["sbatch", str(script)], capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         rule = f"failed: sbatch {shown(script)} said {done.stderr.strip()!r}"
         raise ConfigError(Problem("launch.submit", True, rule, "mend that, or set launch.submit=false"))
@@ -170,7 +170,7 @@ def verify(job: Job, tracked: RunLog, run_id: str) -> None:
         for step, difference in row.by_step(n_steps).items():
             tracked.log_metrics({row.metric: difference}, step)
     for file, content in {"certificate.md": found.markdown, "certificate.json": found.json}.items():
-        (job.run_dir / file).write_text(content + "\n")
+        (job.run_dir / file).write_text(content + "\n", encoding="utf-8")
         tracked.log_text(content, file)
     say(f"\n{found.markdown}")
     if not found.holds:
@@ -312,7 +312,7 @@ def _check_data(job: Job, parts: Parts) -> None:
     """Refuse to go on from a checkpoint with text or a tokenizer that has changed since."""
     if job.checkpoint is None:
         return
-    saved = json.loads((job.checkpoint / DIGESTS).read_text())
+    saved = json.loads((job.checkpoint / DIGESTS).read_text(encoding="utf-8"))
     compared = saved if job.cfg.do is Do.train else ["tokenizer"]
     now = parts.data.digests()
     changed = [name for name in compared if saved[name] != now.get(name)]

@@ -57,13 +57,13 @@ class Job:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(0o600)  # the store's URL may hold a password
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cfg"}
-        file.write_text(json.dumps({**fields, "run_id": run_id}, default=str))
+        file.write_text(json.dumps({**fields, "run_id": run_id}, default=str), encoding="utf-8")
         return file
 
     @classmethod
     def load(cls, file: Path) -> tuple[Job, str | None]:
         """Read what `save` wrote."""
-        fields = json.loads(file.read_text())
+        fields = json.loads(file.read_text(encoding="utf-8"))
         run_id, checkpoint = fields.pop("run_id"), fields["checkpoint"]
         tree = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.create(fields["yaml"]))
         fields["overrides"], fields["run_dir"] = tuple(fields["overrides"]), Path(fields["run_dir"])
@@ -94,7 +94,7 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
         for sentence in passed_over:
             say(sentence)
         composed = _on_top_of(checkpoint, overrides)
-    sweep = json.loads((sweep_dir.parent / SWEEP_FILE).read_text()) if sweep_dir is not None else None
+    sweep = json.loads((sweep_dir.parent / SWEEP_FILE).read_text(encoding="utf-8")) if sweep_dir is not None else None
     if sweep is not None:
         composed.tracking.parent_run_id, composed.tracking.run_name = sweep["run_id"], None
     cfg = _laid_out(composed)

@@ -52,9 +52,8 @@ class SweepRun(Callback):
                 artifact_dir=Path(config.output_dir) / "artifacts",
             )
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / SWEEP_FILE).write_text(
-                json.dumps({"run_id": self.parent_run_id, "keys": [o.lstrip("+").split("=")[0] for o in swept]})
-            )
+            content = {"run_id": self.parent_run_id, "keys": [o.lstrip("+").split("=")[0] for o in swept]}
+            (folder / SWEEP_FILE).write_text(json.dumps(content), encoding="utf-8")
         atexit.register(self._abandon, cfg)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:

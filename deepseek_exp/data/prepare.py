@@ -260,7 +260,7 @@ def _tokenizers(cfg: DataConfig) -> Path:
 def _alone(path: Path) -> Iterator[None]:
     """Keep other processes of this machine out; the lock ends with the process, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
+    with path.open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

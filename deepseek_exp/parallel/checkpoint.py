@@ -89,9 +89,9 @@ class FolderCheckpointIO(CheckpointIO):
     ) -> None:
         tree, tensors = encode(rest)
         save_file(tensors, folder / STATE)
-        (folder / TREE).write_text(json.dumps(tree))
+        (folder / TREE).write_text(json.dumps(tree), encoding="utf-8")
         for name, text in self.texts.items():
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, encoding="utf-8")
         step, val_loss = rest["global_step"], rest.get("val_loss")
         manifest.seal(folder, target, step=step, run_id=self.run_id, val_loss=val_loss, digests=digests)
 
@@ -100,7 +100,7 @@ class FolderCheckpointIO(CheckpointIO):
         folder = Path(path)
         if not (folder / MODEL).is_file():
             return _of_one_process(open_state(folder))
-        tree = decode(json.loads((folder / TREE).read_text()), load_file(folder / STATE))
+        tree = decode(json.loads((folder / TREE).read_text(encoding="utf-8")), load_file(folder / STATE))
         return {**tree, "state_dict": {PREFIX + k: v for k, v in load_weights(folder).items()}}
 
     def remove_checkpoint(self, path: Any) -> None:

@@ -244,7 +244,7 @@ def _deepspeed() -> Iterator[Any]:
     """Load DeepSpeed, and keep it from printing what it does while it is set up."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_initialized() else "cpu")
-    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
+    with Path(os.devnull).open("w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):
         import deepspeed
 
         # a shared-memory operator that it would compile for over a minute; its links are not what a step waits for

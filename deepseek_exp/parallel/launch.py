@@ -51,7 +51,7 @@ class _Rank:
     def outcome(self) -> dict[str, Any] | None:
         """What it left in its file, None where it left nothing."""
         path = outcome_path(self.folder, self.number)
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def run(command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, str]) -> Ended:

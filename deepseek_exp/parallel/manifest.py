@@ -76,7 +76,7 @@ def seal(
     before = max((_saved_at(path) for path in list_checkpoints(target.parent.parent)), default=0.0)
     saved_at = max(time.time(), before + 1e-3)  # the order of saving, also where a clock was set back
     manifest = Manifest(step=step, run_id=run_id, saved_at=saved_at, val_loss=val_loss, files=files)
-    (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
+    (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
         fsync_path(path)
     replaced = target.with_name(f".{target.name}{REPLACED}")
@@ -96,7 +96,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     fix = "name another checkpoint, or resume=last for the newest whole one"
     try:
-        manifest = Manifest(**json.loads((folder / MANIFEST).read_text()))
+        manifest = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         rule = f"has no readable {MANIFEST} ({type(error).__name__})"
         raise CheckpointError(Problem("resume", str(folder), rule, fix)) from error

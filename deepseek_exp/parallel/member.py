@@ -128,7 +128,7 @@ def _leave(folder: Path, error: BaseException) -> NoReturn:
     failure = {"error": f"{kind}: {first_line}", "kind": kind, "problems": problems, "traceback": trace}
     _write(folder, failure)
     if has_parent():  # which tells the person in front of it what came first
-        with log_path(folder, number()).open("a") as file:
+        with log_path(folder, number()).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(said)
     else:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -144,5 +144,5 @@ def _write(folder: Path, outcome: dict[str, Any]) -> None:
     """Leave the outcome whole or not at all."""
     path = outcome_path(folder, number())
     part = path.with_suffix(".part")
-    part.write_text(json.dumps({"time_ns": time.time_ns(), **outcome}, default=str))
+    part.write_text(json.dumps({"time_ns": time.time_ns(), **outcome}, default=str), encoding="utf-8")
     part.replace(path)

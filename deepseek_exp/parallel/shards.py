@@ -248,7 +248,7 @@ def open_state(folder: Path) -> State:
         CheckpointError: a file is missing or damaged, a part of a parameter is missing or there twice, or the
             checkpoint is of a version that did not save the parameters' names with the optimizer.
     """
-    tree = {key: value for key, value in json.loads((folder / TREE).read_text())["dict"]}
+    tree = {key: value for key, value in json.loads((folder / TREE).read_text(encoding="utf-8"))["dict"]}
     return _open_shards(folder, tree) if SHARDED in tree else _open_single(folder, tree)
 
 

@@ -133,7 +133,7 @@ def _check_shapes(file: Any, path: Path | str, wanted: dict[str, Tensor], n_doma
 
 def _check_memory(domain: str, new: Iterable[Tensor], layers: Iterable[MoE], most: int) -> None:
     """Refuse to hold more than `most` bytes: what is resident, the new weights, and the copy of the largest stack."""
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    resident = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     copy = max(p.numel() * p.element_size() for layer in layers for p in layer.experts.parameters())
     needed = resident + copy + sum(t.numel() * t.element_size() for t in new)
     if needed > most:

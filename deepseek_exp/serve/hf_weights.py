@@ -284,7 +284,7 @@ def save(m: ModelConfig, checkpoint: Path, target: Path, *, shard_bytes: int = S
     if len(shards) > 1:
         weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     return [target / name for name in names]
 
 

@@ -147,7 +147,7 @@ class Carrier:
 
     def _send_artifacts(self) -> None:
         if not self._progress.facts_sent:
-            known = json.loads((self._run_dir / FACTS).read_text())
+            known = json.loads((self._run_dir / FACTS).read_text(encoding="utf-8"))
             for path, text in known.items():
                 self._outbox.send_text(text, path)
             self._progress.facts_sent = True

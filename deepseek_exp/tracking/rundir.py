@@ -48,7 +48,7 @@ class Spec:
     @classmethod
     def load(cls, run_dir: Path) -> Spec:
         """Read it from the run's folder."""
-        fields = json.loads((run_dir / _SPEC).read_text())
+        fields = json.loads((run_dir / _SPEC).read_text(encoding="utf-8"))
         return cls(**{**fields, "tracking": TrackingConfig(**fields["tracking"])})
 
 
@@ -77,13 +77,13 @@ class Progress:
     def load(cls, run_dir: Path) -> Progress:
         """Read it from the run's folder; a run that was never sent has sent nothing."""
         path = run_dir / _PROGRESS
-        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else cls()
 
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a file by a JSON document, atomically; only the user may read it (a store's URL may hold a password)."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w") as file:
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         json.dump(content, file)
     Path(name).replace(path)
 
@@ -95,6 +95,6 @@ def lock(path: Path, *, wait: bool) -> Iterator[None]:
     Raises:
         BlockingIOError: another process holds it and `wait` is false.
     """
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield

@@ -118,7 +118,7 @@ def _be_nice(level: int) -> None:
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, int(thread.name), level)
     with suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(level))
+        Path("/proc/self/autogroup").write_text(str(level), encoding="utf-8")
 
 
 def _tune_garbage_collection() -> None:
@@ -129,7 +129,7 @@ def _tune_garbage_collection() -> None:
 
 def _take_standard_output() -> TextIO:
     """Keep standard output for answers; what libraries print goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers
 

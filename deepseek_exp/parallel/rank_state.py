@@ -73,11 +73,24 @@ def load_optimizer(part: Part, optimizer: Any, state: State) -> None:
             if fragment is None:
                 continue
             for kind in state.kinds(placed.name):
+                if not state.is_elementwise(placed.name, kind):
+                    _load_other(base, p, fragment, kind, placed, state)
+                    continue
                 whole = state.read(placed.name, kind, placed.cuts).flatten()
                 values = whole[fragment.start : fragment.start + fragment.weight.numel()]
                 target = fragment.weight if kind == WEIGHT else _moment(base, fragment, kind)
                 target.copy_(values)
-                base.state[fragment.owner] |= {kind: torch.tensor(value) for kind, value in state.scalars.items()}
+            base.state[fragment.owner] |= {kind: torch.tensor(value) for kind, value in state.scalars.items()}
+
+
+def _load_other(
+    base: torch.optim.Optimizer, p: nn.Parameter, fragment: Fragment, kind: str, placed: Placement, state: State
+) -> None:
+    """Set a state of another shape than its parameter's, which needs the whole parameter on this rank."""
+    if _is_shared(p):
+        rule = f"has a state {kind} for {placed.name} that is not elementwise, and ZeRO cuts flattened parameters"
+        raise CheckpointError(Problem("resume", str(state.folder), rule, "set parallel.zero_stage=0"))
+    base.state[fragment.owner][kind] = state.read(placed.name, kind, placed.cuts).to(fragment.owner.device)
 
 
 def pieces(part: Part, groups: Groups, optimizer: Any) -> Iterator[Piece]:
@@ -89,13 +102,18 @@ def pieces(part: Part, groups: Groups, optimizer: Any) -> Iterator[Piece]:
             continue
         if groups.at.data and not _is_shared(p):
             continue  # each data-parallel rank has all of it
-        n = fragment.weight.numel()
+        n, owner = fragment.weight.numel(), fragment.owner
+        states = {kind: v for kind, v in base.state[owner].items() if isinstance(v, Tensor) and v.ndim}
         moments = {
             kind: value.flatten()[fragment.first : fragment.first + n]
-            for kind, value in base.state[fragment.owner].items()
-            if isinstance(value, Tensor) and value.numel() == fragment.owner.numel() and value.ndim
+            for kind, value in states.items()
+            if value.shape == owner.shape
         }
-        yield Piece(placed.name, placed.shape, placed.cuts, fragment.start, {WEIGHT: fragment.weight, **moments})
+        others = {kind: value for kind, value in states.items() if value.shape != owner.shape}
+        if others and (placed.cuts or _is_shared(p)):  # the layout's rules refuse such optimizers before
+            raise ValueError(f"{sorted(others)} of {placed.name} are not elementwise and cannot be saved in parts")
+        values = {WEIGHT: fragment.weight, **moments}
+        yield Piece(placed.name, placed.shape, placed.cuts, fragment.start, values, others)
 
 
 def buffers(part: Part, groups: Groups) -> dict[str, Tensor]:

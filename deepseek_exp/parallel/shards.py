@@ -50,6 +50,8 @@ class Piece:
         start: the first element of the flattened local tensor that `values` hold.
         values: kind -> (n,), equally long: "weight", in fp32 where there is a master, and the optimizer's elementwise
             states under their names.
+        others: kind -> optimizer state of another shape, such as a factor of the second moment. It covers the whole
+            parameter, so only a rank that holds all of it can save one.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Piece:
     cuts: tuple[Cut, ...]
     start: int
     values: Mapping[str, Tensor]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,12 @@ def save_shard(
     described: list[dict[str, Any]] = []
     for piece in pieces:
         (size,) = {value.shape for value in piece.values.values()}  # (n,)
-        tensors |= {f"{len(described)}.{kind}": value for kind, value in piece.values.items()}
+        everything = {**piece.values, **piece.others}
+        tensors |= {f"{len(described)}.{kind}": value for kind, value in everything.items()}
         cuts = [(cut.dim, cut.ways, cut.index) for cut in piece.cuts]
         stop = piece.start + size.numel()
         entry = {"name": piece.name, "shape": piece.shape, "cuts": cuts, "range": (piece.start, stop)}
-        described.append({**entry, "kinds": list(piece.values)})
+        described.append({**entry, "kinds": list(piece.values), "others": list(piece.others)})
     tensors |= {BUFFER + name: tensor for name, tensor in buffers.items()}
     path = folder / shard_name(rank)
     record = write_tensors(path, tensors, {"pieces": json.dumps(described)}, tensors.__getitem__)
@@ -202,6 +206,12 @@ class State:
         """List what there is of a parameter: "weight", and the optimizer's states."""
         return list(self._stored[self.aliases.get(name, name)])
 
+    def is_elementwise(self, name: str, kind: str) -> bool:
+        """Return whether a state has one element per element of its parameter, so that it can be cut with it."""
+        name = self.aliases.get(name, name)
+        first = self._stored[name][kind][0]
+        return first.range is not None or tuple(first.file.get_shape()) == self._shapes[name]
+
     def read(self, name: str, kind: str, cuts: Sequence[Cut] = ()) -> Tensor:
         """Put together what these cuts leave of a parameter, or of its optimizer's state, on the CPU.
 
@@ -212,7 +222,7 @@ class State:
         parts = self._stored.get(name, {}).get(kind)
         if parts is None:
             raise damaged(self.folder, f"holds no {kind} of {name}")
-        if parts[0].range is None and tuple(parts[0].file.get_shape()) != self._shapes[name]:
+        if not self.is_elementwise(name, kind):
             return self._odd(parts[0], name, kind, cuts)
         wanted = box_of(self._shapes[name], cuts)
         whole = torch.empty(_sizes(wanted), dtype=parts[0].dtype)
@@ -271,9 +281,11 @@ class _Held:
     cuts: tuple[Cut, ...]
     range: tuple[int, int]
     files: dict[str, Any]  # kind -> its row
+    others: dict[str, Any]  # kind -> a state of another shape
 
     def stored(self, kind: str) -> _Stored:
-        return _Stored(self.files[kind], box_of(self.shape, self.cuts), self.range)
+        box = box_of(self.shape, self.cuts)
+        return _Stored(self.others[kind], box) if kind in self.others else _Stored(self.files[kind], box, self.range)
 
 
 def _open_shards(folder: Path, tree: dict[str, Any]) -> State:
@@ -293,15 +305,18 @@ def _open_shards(folder: Path, tree: dict[str, Any]) -> State:
         if wrong:
             raise damaged(folder, f"{wrong} {name}")
         state._shapes[name] = held[name][0].shape
-        state._stored[name] = {kind: [piece.stored(kind) for piece in held[name]] for kind in held[name][0].files}
+        first = held[name][0]
+        state._stored[name] = {kind: [piece.stored(kind) for piece in held[name]] for kind in first.files}
+        state._stored[name] |= {kind: [first.stored(kind)] for kind in first.others}
     return state
 
 
 def _pieces(file: Any) -> Iterator[tuple[str, _Held]]:
     for i, entry in enumerate(json.loads(file.metadata()["pieces"])):
         rows = {kind: file.get_slice(f"{i}.{kind}") for kind in entry["kinds"]}
+        others = {kind: file.get_slice(f"{i}.{kind}") for kind in entry.get("others", [])}
         cuts = tuple(Cut(*cut) for cut in entry["cuts"])
-        yield entry["name"], _Held(tuple(entry["shape"]), cuts, tuple(entry["range"]), rows)
+        yield entry["name"], _Held(tuple(entry["shape"]), cuts, tuple(entry["range"]), rows, others)
 
 
 def _what_is_wrong(pieces: Sequence[_Held]) -> str | None:

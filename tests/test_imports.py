@@ -8,7 +8,7 @@ from tests.runs import ROOT
 
 PACKAGE = "deepseek_exp"
 LAYER = {
-    "errors": 0, "disk": 0, "topology": 0, "config": 0, "layout": 0, "model_rules": 0, "validate": 0, "compose": 0,
+    "errors": 0, "disk": 0, "redact": 0, "topology": 0, "config": 0, "layout": 0, "model_rules": 0, "validate": 0, "compose": 0,
     "huggingface": 0,
     "kernels": 1, "planner": 1, "data": 1, "tracking": 1,
     "models": 2, "moe": 2,
@@ -18,10 +18,11 @@ LAYER = {
     "run": 6, "rank": 6,
 }  # fmt: skip
 NOT_SIDEWAYS = {1, 3}
-BELOW = {"config", "errors", "topology", "layout"}  # what layer 1 knows
+BELOW = {"config", "errors", "redact", "topology", "layout"}  # what layer 1 knows
 LIGHT = {
     "errors",
     "disk",
+    "redact",
     "topology",
     "config",
     "layout",

@@ -1,4 +1,8 @@
-"""Who may import whom: arrows point down only, and never sideways inside the layers 1 and 3."""
+"""Who may import whom: arrows point down only, and never sideways inside the layers 1 and 3.
+
+One exception: serve/ reads the checkpoints of runs through `READERS`, those files of parallel/ that do no more than
+read and write folders. They communicate with nobody and import nothing of what spreads a run over processes.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ LAYER = {
     "run": 6, "rank": 6,
 }  # fmt: skip
 NOT_SIDEWAYS = {1, 3}
+READERS = {f"deepseek_exp.parallel.{name}" for name in ("manifest", "files", "shards")}
 BELOW = {"config", "errors", "redact", "topology", "layout"}  # what layer 1 knows
 LIGHT = {
     "errors",
@@ -50,7 +55,8 @@ def imports(path) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
-            found += [f"{base}.{alias.name}" for alias in node.names] if base == PACKAGE else [base]
+            whole = base in (PACKAGE, f"{PACKAGE}.parallel")  # the names are modules
+            found += [f"{base}.{alias.name}" for alias in node.names] if whole else [base]
     return found
 
 
@@ -69,10 +75,24 @@ def test_arrows_point_down():
             if parts[0] != PACKAGE or len(parts) < 2 or parts[1] == here:
                 continue
             there = parts[1]
+            if here == "serve" and name in READERS:
+                continue
             sideways = LAYER[here] == LAYER[there] and LAYER[here] in NOT_SIDEWAYS
             if LAYER[there] > LAYER[here] or sideways:
                 wrong.append(f"{path.relative_to(ROOT)} (layer {LAYER[here]}) imports {name} (layer {LAYER[there]})")
     assert wrong == []
+
+
+def test_what_serve_reads_checkpoints_with_is_no_more_than_a_reader():
+    for name in READERS:
+        wrong = [
+            other
+            for other in imports(ROOT / f"{name.replace('.', '/')}.py")
+            if (other.startswith(PACKAGE) and other not in READERS and LAYER[other.split(".")[1]] > 0)
+            or other.split(".")[0] in HEAVY - {"torch"}
+            or other.startswith("torch.distributed")
+        ]
+        assert wrong == [], name
 
 
 def test_layer_1_knows_only_the_configuration():

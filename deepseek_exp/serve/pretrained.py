@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,26 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import safe_open
 
 from deepseek_exp.config import ModelConfig
 from deepseek_exp.data import Tokenizer
 from deepseek_exp.errors import CheckpointError, Problem
 from deepseek_exp.huggingface import read_release
-from deepseek_exp.huggingface.files import SINGLE, TOKENIZER
+from deepseek_exp.huggingface.files import CONFIG, TOKENIZER
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
+from deepseek_exp.parallel import manifest
 from deepseek_exp.serve import hf_weights
-from deepseek_exp.serve.domain_packs import domain_index, load_module, loaded_rows, save_module, unload_module
+from deepseek_exp.serve.domain_packs import (
+    domain_index,
+    load_domain,
+    load_module,
+    loaded_rows,
+    save_module,
+    unload_module,
+)
 from deepseek_exp.serve.generate import generate
+from deepseek_exp.serve.stored import open_weights
 
 OURS = "config.yaml"
 
@@ -43,11 +52,14 @@ class Pretrained:
         """Take a domain's experts out of memory; see `domain_packs.unload_module`."""
         unload_module(self.model, domain)
 
-    def load_module(self, source: str | Path, max_resident_bytes: int | None = None) -> str:
+    def load_module(
+        self, source: str | Path, max_resident_bytes: int | None = None, *, check_model: bool = True
+    ) -> str:
         """Load a domain's experts, by the checkpoint's name for it or a pack's path; see `domain_packs.load_module`."""
         if source in self.model.cfg.moe.domains:
-            return load_module(self.model, self.folder / SINGLE, str(source), max_resident_bytes)
-        return load_module(self.model, source, max_resident_bytes=max_resident_bytes)
+            weights = open_weights(self.folder)
+            return load_domain(self.model, weights, self.folder, str(source), max_resident_bytes)
+        return load_module(self.model, source, max_resident_bytes, check_model=check_model)
 
     def generate(
         self,
@@ -89,17 +101,22 @@ def from_pretrained(
 ) -> Pretrained:
     """Read a model and its tokenizer.
 
+    The files of our checkpoints are compared with their digests first; Hugging Face's have none.
+
     Args:
-        path: a checkpoint folder of one of our runs (checkpoints/step-...), or the folder of a Hugging Face checkpoint.
+        path: a checkpoint folder of one of our runs (checkpoints/step-...), whatever layout saved it, the folder of a
+            run (its newest whole checkpoint), or the folder of a Hugging Face checkpoint.
         device: where the model goes.
         dtype: of its weights; the router's bias stays fp32.
-        domains: those to load of a model with domains, beside the first; the others' experts are not read. None: all.
+        domains: those to load of a model with domains, in addition to the first; the others' experts are not read.
+            None: all.
 
     Raises:
         UserError: the folder holds neither, or what it holds is damaged or cannot be expressed.
     """
     folder = Path(path)
-    if (folder / OURS).is_file():
+    if _is_ours(folder):
+        folder = _whole_checkpoint(folder)
         model, tokenizer = _read_ours(folder, domains), Tokenizer.load
     else:
         model, tokenizer = _read_release(folder), Tokenizer.given
@@ -117,6 +134,31 @@ def from_pretrained(
         raise CheckpointError(
             Problem("path", str(path), rule, "use serve.generate with token ids of your own")
         ) from error
+
+
+def _is_ours(folder: Path) -> bool:
+    if (folder / OURS).is_file() or (folder / manifest.MANIFEST).is_file():
+        return True
+    return (folder / manifest.FOLDER).is_dir() and not (folder / CONFIG).exists()
+
+
+def _whole_checkpoint(folder: Path) -> Path:
+    """Return the checkpoint that a folder is, or the newest whole one of a run, compared with its digests.
+
+    Raises:
+        CheckpointError: it is damaged; the file is named.
+    """
+    try:
+        if (folder / manifest.FOLDER).is_dir() and not (folder / manifest.MANIFEST).exists():
+            found, passed_over = manifest.locate(str(folder), folder)
+            for sentence in passed_over:
+                warnings.warn(sentence, stacklevel=3)
+            return found
+        manifest.verify(folder)
+    except CheckpointError as error:
+        fix = "name another checkpoint, or a run's folder for its newest whole one"
+        raise CheckpointError(*(dataclasses.replace(p, key="path", fix=fix) for p in error.problems)) from error
+    return folder
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:
@@ -151,13 +193,11 @@ def _read_ours(folder: Path, domains: Sequence[str] | None) -> Transformer:
         for index in set(range(1, len(cfg.moe.domains))) - wanted:
             unload_module(model, cfg.moe.domains[index])
     try:
-        state = model.state_dict()
-        with safe_open(folder / SINGLE, framework="pt") as file:
-            aliases = json.loads(file.metadata()["aliases"])
-            if set(file.keys()) | set(aliases) != set(state):
-                raise ValueError(f"{SINGLE} and {OURS} are of different models")
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                state[name].copy_(loaded_rows(model, name, file.get_slice(name)))
+        state, weights = model.state_dict(), open_weights(folder)
+        if set(weights.names) | set(weights.aliases) != set(state):
+            raise ValueError(f"its weights and {OURS} are of different models")
+        for name in weights.names:
+            state[name].copy_(loaded_rows(model, name, weights))
     except Exception as error:
         raise _unreadable(folder, error) from error
     return model

@@ -18,6 +18,9 @@ from deepseek_exp.data import Tokenizer
 from deepseek_exp.huggingface.read import Release, read_release
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
+from deepseek_exp.parallel import manifest
+from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, begin
+from deepseek_exp.parallel.shards import Piece, Whole, save_shard
 from deepseek_exp.serve import hf_weights
 from deepseek_exp.serve.pretrained import model_config
 
@@ -121,15 +124,42 @@ def some_tokenizer() -> Tokenizer:
 
 def write_checkpoint(model: Transformer, folder: Path) -> Path:
     """Write what a checkpoint of ours holds of a model."""
-    folder.mkdir(parents=True)
+    part = folder.with_name(f".{folder.name}.part")
+    part.mkdir(parents=True)
     state, aliases = dict(model.state_dict()), {}
     if model.cfg.tie_embeddings:
         aliases["head.weight"] = "embedding.weight"
         del state["head.weight"]
-    save_file(state, folder / "model.safetensors", metadata={"aliases": json.dumps(aliases)})
-    (folder / "config.yaml").write_text(yaml.safe_dump({"model": plain(asdict(model.cfg))}))
-    (folder / "tokenizer.json").write_text(some_tokenizer().json)
+    save_file(state, part / "model.safetensors", metadata={"aliases": json.dumps(aliases)})
+    for name, text in texts_of(model).items():
+        (part / name).write_text(text, encoding="utf-8")
+    manifest.seal(part, folder, step=1, run_id="abcd", val_loss=None, digests={})
     return folder
+
+
+def write_shards(model: Transformer, folder: Path, n_ranks: int = 2) -> Path:
+    """Write the same as so many ranks of ZeRO would, each with its share of every parameter in fp32."""
+    part = begin(folder)
+    aliases = {"head.weight": "embedding.weight"} if model.cfg.tie_embeddings else {}
+    weights = dict(model.named_parameters())
+    whole = Whole(model.embedding.weight.dtype, [{"lr": 0.1, "param_names": list(weights)}], {"step": 1.0}, aliases)
+    written: dict[str, Any] = {}
+    for rank in range(n_ranks):
+        pieces = []
+        for name, weight in weights.items():
+            first, last = (weight.numel() * r // n_ranks for r in (rank, rank + 1))
+            row = weight.detach().float().flatten()[first:last]
+            pieces.append(Piece(name, tuple(weight.shape), (), first, {"weight": row}))
+        state = model.state_dict()
+        buffers = {name: t for name, t in state.items() if name not in weights and name not in aliases}
+        written |= save_shard(part, rank, pieces, buffers if rank == 0 else {})
+    FolderCheckpointIO(texts_of(model), "abcd").finish(part, folder, {"global_step": 1}, whole, written)
+    return folder
+
+
+def texts_of(model: Transformer) -> dict[str, str]:
+    """Return the texts of a checkpoint: the configuration and the tokenizer."""
+    return {"config.yaml": yaml.safe_dump({"model": plain(asdict(model.cfg))}), "tokenizer.json": some_tokenizer().json}
 
 
 def plain(tree: Any) -> Any:

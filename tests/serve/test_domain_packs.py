@@ -7,10 +7,8 @@ import sys
 
 import pytest
 import torch
-from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from deepseek_exp.data import Tokenizer
 from deepseek_exp.errors import UserError
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer, init_weights
@@ -18,6 +16,7 @@ from deepseek_exp.serve import from_pretrained, generate
 from deepseek_exp.serve.domain_packs import load_module, save_module, unload_module
 from deepseek_exp.serve.pretrained import Pretrained
 from tests.runs import ROOT
+from tests.serve.releases import write_checkpoint, write_shards
 from tests.test_config import composed
 
 DOMAINS = ["general", "finance", "medical", "law"]
@@ -72,12 +71,42 @@ def test_a_pack_of_another_training_replaces_that_domain_alone(tmp_path):
     before = {name: logits(model, name) for name in DOMAINS}
     save_module(other, "law", tmp_path / "law")
     unload_module(model, "law")
-    load_module(model, tmp_path / "law")
+    load_module(model, tmp_path / "law", check_model=False)
     for name in DOMAINS:
         assert torch.equal(logits(model, name), before[name]) is (name != "law")
     layer, source = model.routed_layers()[0], other.routed_layers()[0]
     for key, tensor in layer.domain_state(3).items():
         assert torch.equal(tensor, source.domain_state(3)[key])
+
+
+def test_a_pack_belongs_to_the_model_it_was_saved_from(tmp_path):
+    model, other = build(), build(seed=1)
+    save_module(other, "law", tmp_path / "law")
+    save_module(model.bfloat16(), "law", tmp_path / "own")  # the same weights in another type
+    model = build()
+    unload_module(model, "law")
+    before = logits(model, "law")
+    with pytest.raises(UserError, match=r"pack='.*law' was saved from a model whose shared weights are others"):
+        load_module(model, tmp_path / "law")
+    tensors = load_file(tmp_path / "own")
+    save_file(tensors, tmp_path / "old", metadata={"domain": "law", "version": "v5_domain_moe"})
+    with pytest.raises(UserError, match=r"pack='.*old' does not record the model .*check_model=False"):
+        load_module(model, tmp_path / "old")
+    assert torch.equal(logits(model, "law"), before)
+    load_module(model, tmp_path / "own")
+    assert not torch.equal(logits(model, "law"), before)
+
+
+def test_a_domain_that_was_trained_on_alone_still_fits(tmp_path):
+    model, trained = build(), build()
+    with torch.no_grad():
+        for layer in trained.routed_layers():
+            for tensor in layer.domain_state(3).values():
+                tensor.add_(0.1)
+    save_module(trained, "law", tmp_path / "law")
+    unload_module(model, "law")
+    load_module(model, tmp_path / "law")
+    assert torch.equal(logits(model, "law"), logits(trained, "law"))
 
 
 def test_errors(tmp_path):
@@ -176,14 +205,10 @@ def test_generation_of_a_domain(tmp_path):
     assert lm.load_module(tmp_path / "law") == "law"
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A checkpoint folder of a model with domains."""
-    cfg = composed("model=v5_domain_moe", "size=tiny")
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(cfg.model)}))
-    save_file(build().state_dict(), tmp_path / "model.safetensors", metadata={"aliases": "{}"})
-    Tokenizer.train(["some text to train on"] * 3, 300).save(tmp_path / "tokenizer.json")
-    return tmp_path
+@pytest.fixture(params=[write_checkpoint, write_shards])
+def checkpoint(request, tmp_path):
+    """A checkpoint folder of a model with domains, of one process and of two ranks."""
+    return request.param(build(), tmp_path / "checkpoints" / "step-00000001")
 
 
 def test_only_the_wanted_domains_are_read(checkpoint):

@@ -14,8 +14,9 @@ from deepseek_exp import compose
 from deepseek_exp.errors import CheckpointError, ConfigError, UserError
 from deepseek_exp.huggingface import read_release
 from deepseek_exp.huggingface.write import family_of
+from deepseek_exp.parallel import manifest
 from deepseek_exp.serve import export_hf, from_pretrained
-from tests.serve.releases import load_ours, some_tokenizer, their_model, write_checkpoint
+from tests.serve.releases import load_ours, some_tokenizer, their_model, write_checkpoint, write_shards
 from tests.test_config import composed
 
 FIELDS = [
@@ -310,5 +311,46 @@ class TestFromPretrained:
         with pytest.raises(UserError, match=r"path='.*llama' has no tokenizer.json"):
             from_pretrained(copied("llama"))
         (tmp_path / "config.yaml").write_text("model: {}")
-        with pytest.raises(UserError, match=r"path='.*' is no checkpoint that this version reads"):
+        with pytest.raises(UserError, match=r"path='.*' has no readable manifest.json"):
             from_pretrained(tmp_path)
+        (tmp_path / "part").mkdir()
+        (tmp_path / "part" / "config.yaml").write_text("model: {}")
+        manifest.seal(tmp_path / "part", tmp_path / "step-1", step=1, run_id="a", val_loss=None, digests={})
+        with pytest.raises(UserError, match=r"path='.*' is no checkpoint that this version reads"):
+            from_pretrained(tmp_path / "step-1")
+
+    @pytest.mark.parametrize("write", [write_checkpoint, write_shards])
+    @pytest.mark.parametrize("case", ["deepseek_v3", "deepseek_v3_dense_tied"])
+    def test_any_layout(self, write, case, folders, tmp_path):
+        ours, _, _ = load_ours(folders(case))
+        run = tmp_path / "a run"
+        write(ours, run / "checkpoints" / "step-00000001")
+        for path in (run, run / "checkpoints" / "step-00000001"):
+            read = from_pretrained(path)
+            assert read.folder.name == "step-00000001"
+            assert all(torch.equal(a, b) for a, b in zip(read.model.parameters(), ours.parameters(), strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(read.model.buffers(), ours.buffers(), strict=True))
+        assert (read.model.head.weight is read.model.embedding.weight) is ("tied" in case)
+
+    @pytest.mark.parametrize(
+        ("write", "name"), [(write_checkpoint, "model.safetensors"), (write_shards, "shard-00001.safetensors")]
+    )
+    def test_a_damaged_file_is_named(self, write, name, folders, tmp_path):
+        ours, _, _ = load_ours(folders("deepseek_v3"))
+        run = tmp_path / "run"
+        path = write(ours, run / "checkpoints" / "step-00000001") / name
+        data = bytearray(path.read_bytes())
+        data[-9] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=rf"path='.*step-00000001' is damaged \({name} is corrupted"):
+            from_pretrained(path.parent)
+        with pytest.raises(CheckpointError, match=r"path='.*run' has no whole checkpoint in"):
+            from_pretrained(run)
+        path.parent.rename(tmp_path / "away")
+        write(ours, run / "checkpoints" / "step-00000002")
+        (tmp_path / "away").rename(path.parent)
+        newer = run / "checkpoints" / "step-00000003"
+        path = write(ours, newer) / "config.yaml"
+        path.write_text(path.read_text() + "\n")
+        with pytest.warns(UserWarning, match=r"step-00000003 is damaged \(config.yaml is .*; taking the one before"):
+            assert from_pretrained(run).folder.name == "step-00000002"

@@ -154,7 +154,7 @@ def _build_datamodule(
         seed=cfg.seed,
         global_batch_seqs=cfg.trainer.global_batch_seqs,
         micro_batch_seqs=cfg.trainer.micro_batch_seqs,
-        eval_batches=cfg.trainer.eval_batches,
+        eval_seqs=cfg.trainer.eval_seqs,
         dp=groups.degrees.dp if groups is not None else 1,
         dp_rank=groups.at.dp if groups is not None else 0,
         fill_up=groups is not None,

@@ -381,8 +381,17 @@ def _explain_file(error: HydraException) -> Problem:
     return Problem("conf", place, rule, _meant(path, "mend that file") if path else "mend that file")
 
 
+# keys of earlier versions, and what to set instead
+RENAMED = {
+    "trainer.eval_batches": "set trainer.eval_seqs, the sequences of one validation: "
+    "trainer.eval_batches times trainer.micro_batch_seqs"
+}
+
+
 def _meant(path: str, otherwise: str) -> str:
     """Say which key a misspelt one may have meant."""
+    if path in RENAMED:
+        return RENAMED[path]
     known = list(schema_keys())
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
     near = same_leaf or difflib.get_close_matches(

@@ -332,7 +332,12 @@ class TrainerConfig:
     n_threads: int = key("CPU threads of one operation; 0: PyTorch's choice", ge=0)
     log_every_steps: int = key("steps between logged training metrics", ge=1)
     eval_every_steps: int = key("steps between validations; the last step always validates", ge=1)
-    eval_batches: int = key("micro batches of one validation; 0: the whole validation set", ge=0)
+    eval_seqs: int = key(
+        "sequences of one validation, the same ones whatever the micro batch and the layout; 0: the whole validation "
+        "set. Each part of a mixture has an equal number. With data.order=contiguous rounded down to steps of "
+        "global_batch_seqs lanes",
+        ge=0,
+    )
     checkpoint_every_steps: int = key("steps between checkpoints; the last step always saves", ge=1)
     keep_checkpoints: int = key("newest checkpoints that stay, beside the best one; 0: none is saved", ge=0)
     callbacks: dict[str, Any] = key("further Lightning callbacks: name -> `_target_` and arguments")

@@ -44,6 +44,7 @@ class LanguageModel(pl.LightningModule):
         self.register_buffer("unigram_bits", unigram_bits, persistent=False)
         self.memories: dict[int, Tensor | None] = {}  # micro batch -> the memory that its next segment goes on from
         self.val_memory: Tensor | None = None
+        self.val_memories: dict[int, Tensor | None] = {}  # of validation: batch of a step -> its lanes' memory
         self.moe_layers = [m for m in model.modules() if isinstance(m, MoE)]
         for layer in self.moe_layers:
             layer.loss_scale = cfg.trainer.micro_batch_seqs / cfg.trainer.global_batch_seqs
@@ -160,12 +161,15 @@ class LanguageModel(pl.LightningModule):
         self.val_sums.zero_()
         self.val_part_sums.zero_()
         self.val_unlabelled_nats.zero_()
-        self.val_memory = None
+        self.val_memories = {}
         self.reset_counts()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one micro batch to the validation sums; the routing of one that is filled up is not counted."""
+        lanes = batch_idx % self.trainer.datamodule.batches_per_eval_step if self.cfg.model.memory_len else 0
+        self.val_memory = self.val_memories.get(lanes)
         self.evaluate(batch, self._add, count_routing=batch.n_counted == len(batch.tokens))
+        self.val_memories[lanes] = self.val_memory
         if self.domain_of_part is not None and self.cfg.data.mixture:
             self.evaluate_unlabelled(batch)
 

@@ -56,7 +56,7 @@ def fit(tmp_path):
             f"output_dir={tmp_path}",
             f"trainer.max_steps={STEPS}",
             "trainer.eval_every_steps=2",
-            "trainer.eval_batches=1",
+            "trainer.eval_seqs=8",
             "trainer.checkpoint_every_steps=100",
             "trainer.log_every_steps=1",
             "trainer.n_threads=1",

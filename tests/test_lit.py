@@ -26,7 +26,7 @@ def parts(tmp_path) -> build.Parts:
         rows = [{"text": text.format(i) * 20} for i in range(400 - 150 * k)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         overrides += [f"+data.mixture.{name}.path={path}", f"+data.mixture.{name}.weight={k + 1}"]
-    sizes = ("trainer.micro_batch_seqs=4", "trainer.eval_batches=9", "device=cpu")
+    sizes = ("trainer.micro_batch_seqs=4", "trainer.eval_seqs=36", "device=cpu")
     cfg = composed("size=tiny", "data=mixture", *overrides, *sizes, f"output_dir={tmp_path}")
     return build.build_parts(cfg)
 
@@ -55,6 +55,29 @@ def test_validation_loss_of_each_part(parts, monkeypatch):
     assert counts[2] < counts[0]  # the overall loss weighs the parts by tokens
     overall = sum(v * n for v, n in zip(expected.values(), counts, strict=True)) / sum(counts)
     assert logged["val/loss"] == pytest.approx(overall, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model=v3_moe",),
+        ("model=v1_dense", "data.order=contiguous", "model.memory_len=15", "trainer.eval_seqs=40"),
+    ],
+    ids=["v3_moe", "memory"],
+)
+def test_validation_does_not_depend_on_the_micro_batch(tmp_path, monkeypatch, overrides):
+    logged = []
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    monkeypatch.setattr(trainer.__class__, "logger", type("L", (), {"log_metrics": lambda _, v, s: logged.append(v)})())
+    for micro in (8, 1, 2):
+        sizes = ("trainer.global_batch_seqs=8", f"trainer.micro_batch_seqs={micro}", "trainer.eval_seqs=37")
+        fixed = ("size=tiny", "data=synthetic", "device=cpu", f"output_dir={tmp_path}", "trainer.n_threads=1")
+        parts = build.build_parts(composed(*fixed, *sizes, *overrides))
+        trainer.validate(parts.lit, datamodule=parts.datamodule, verbose=False)
+    assert len(logged[0]) >= 3
+    for values in logged[1:]:
+        assert values == pytest.approx(logged[0], rel=1e-6)
+        assert values["val/unigram_bits_per_byte"] == pytest.approx(logged[0]["val/unigram_bits_per_byte"], rel=1e-12)
 
 
 def test_the_label_of_a_sequence_is_the_domain_of_its_part(tmp_path):

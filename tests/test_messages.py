@@ -24,6 +24,8 @@ MESSAGES = {
     "Fix: did you mean optim.lr? Otherwise see python run.py --help for all keys.",
     "lr=1": "lr=1 is not a configuration key. "
     "Fix: did you mean optim.lr? Otherwise see python run.py --help for all keys.",
+    "trainer.eval_batches=4": "trainer.eval_batches=4 is not a configuration key. Fix: set trainer.eval_seqs, the "
+    "sequences of one validation: trainer.eval_batches times trainer.micro_batch_seqs.",
     "xyzzy=1": "xyzzy=1 is not a configuration key. Fix: see python run.py --help for all keys.",
     "+optim.momentum=1": "optim.momentum=1 is not a configuration key. "
     "Fix: did you mean optim.optimizer? Otherwise remove it.",

@@ -58,7 +58,7 @@ class TokenDataModule(LightningDataModule):
         seed: int,
         global_batch_seqs: int,
         micro_batch_seqs: int,
-        eval_batches: int,
+        eval_seqs: int,
         dp: int = 1,
         dp_rank: int = 0,
         fill_up: bool = False,
@@ -71,15 +71,15 @@ class TokenDataModule(LightningDataModule):
             cfg: the data section.
             seed: decides the order of shuffled sequences.
             global_batch_seqs: rows of a training batch.
-            micro_batch_seqs: rows of a validation batch.
-            eval_batches: batches of one validation; 0: all of them.
+            micro_batch_seqs: rows of a validation batch; decides nothing else.
+            eval_seqs: sequences of one validation; 0: all of them.
             dp: data-parallel ranks.
             dp_rank: this one's place among them.
             fill_up: make all validation batches of one size, and equally many for each rank.
             pin_memory: put batches into page-locked memory, for a GPU.
 
         Raises:
-            DataError: order=contiguous and fewer sequences than lanes.
+            DataError: order=contiguous and fewer training sequences than lanes.
         """
         super().__init__()
         self.position = 0
@@ -88,11 +88,10 @@ class TokenDataModule(LightningDataModule):
         self.n_train_sequences = self._train.n_sequences
         self._n_workers, self._pin_memory = cfg.n_workers, pin_memory
         self._global_batch_seqs, self._micro_batch_seqs = global_batch_seqs, micro_batch_seqs
-        self._eval_batches, self._dp, self._dp_rank, self._fill_up = eval_batches, dp, dp_rank, fill_up
+        self._eval_seqs, self._dp, self._dp_rank, self._fill_up = eval_seqs, dp, dp_rank, fill_up
         self._is_contiguous = cfg.order is Order.contiguous
         if self._is_contiguous:
-            _check_lanes("train", self._train, "trainer.global_batch_seqs", global_batch_seqs)
-            _check_lanes("valid", self._valid, "trainer.micro_batch_seqs", micro_batch_seqs)
+            _check_lanes(self._train.n_sequences, global_batch_seqs)
             self._order: Contiguous | Mixed | Shuffled = Contiguous(self._train.n_sequences, global_batch_seqs)
         elif data.part_names:
             weights = tuple(part.weight for part in data.parts)
@@ -109,34 +108,54 @@ class TokenDataModule(LightningDataModule):
         return self._loader(self._train, steps, self._n_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Serve batches of micro_batch_seqs sequences: eval_batches of them, or all.
+        """Serve eval_seqs sequences, or all, in batches of micro_batch_seqs.
 
-        Fewer than all are taken at even distances, so that they stand for the whole of the text and not for its first
-        documents. With order=contiguous a row of each batch reads on where that row of the batch before ended, rows
-        start at even distances, and what does not fill a batch is left out; else the last batch of all is smaller when
-        they do not divide. Read in the training process: validation needs no order of its own to be prefetched.
+        Which sequences these are depends neither on the micro batch nor on the layout. Fewer than all are taken at
+        even distances, so that they stand for the whole text and not for its first documents; a last batch may be
+        smaller. Read in the training process: validation needs no order of its own to be prefetched.
 
-        The parts of a mixture come one after the other, no batch holds two of them, and each has an equal number of
-        the eval_batches, whatever its weight: the first parts one more when they do not divide, and each one at least.
+        The parts of a mixture follow one another, no batch holds two of them, and each part has an equal number of
+        sequences whatever its weight: at least one, and the first parts one more if the numbers do not divide.
 
-        Several data-parallel ranks take turns. With fill_up what is missing to full batches, equally many for each,
-        is made up by rows that do not count.
+        With order=contiguous the text is read in lanes, as in training: `n_eval_lanes` of them start at even
+        distances, and each goes through eval_seqs // n_eval_lanes sequences in a row. A step of all lanes is cut into
+        `batches_per_eval_step` batches, so lane l is in row l % micro_batch_seqs of every batch_idx that leaves the
+        remainder l // micro_batch_seqs when divided by it.
+
+        Several data-parallel ranks take turns. With fill_up, rows that do not count complete all batches, and each
+        rank has equally many batches.
         """
         return self._loader(self._valid, self._share(self._val_batches()), 0)
 
+    @property
+    def n_eval_lanes(self) -> int:
+        """Lanes of a validation with order=contiguous: global_batch_seqs, or fewer if there are fewer sequences."""
+        return min(self._global_batch_seqs, self._valid.n_sequences, self._eval_seqs or self._valid.n_sequences)
+
+    @property
+    def batches_per_eval_step(self) -> int:
+        """Batches that hold one sequence of each lane of a validation with order=contiguous."""
+        return -(-self.n_eval_lanes // self._micro_batch_seqs)
+
     def _val_batches(self) -> list[list[int]]:
-        rows, n_parts = self._micro_batch_seqs, len(self._valid.sizes)
         if self._is_contiguous:
-            n, order = self._valid.n_sequences, Contiguous(self._valid.n_sequences, rows)
-            batches = [[order.sequence_at(g) for g in range(s * rows, (s + 1) * rows)] for s in range(n // rows)]
-            return batches[: self._eval_batches or None]
-        batches = []
+            return self._val_lanes()
+        batches, n_parts = [], len(self._valid.sizes)
         for part, (start, n) in enumerate(zip(self._valid.starts, self._valid.sizes, strict=True)):
-            n_batches = max(1, (self._eval_batches + n_parts - 1 - part) // n_parts)
-            n_taken = min(n, n_batches * rows) if self._eval_batches else n
-            taken = [start + i * n // n_taken for i in range(n_taken)]
-            batches += [taken[i : i + rows] for i in range(0, n_taken, rows)]
+            share = max(1, (self._eval_seqs + n_parts - 1 - part) // n_parts)
+            n_taken = min(n, share) if self._eval_seqs else n
+            batches += self._cut([start + i * n // n_taken for i in range(n_taken)])
         return batches
+
+    def _val_lanes(self) -> list[list[int]]:
+        n, lanes = self._valid.n_sequences, self.n_eval_lanes
+        order, n_steps = Contiguous(n, lanes), min(self._eval_seqs or n, n) // lanes
+        steps = ([order.sequence_at(g) for g in range(s * lanes, (s + 1) * lanes)] for s in range(n_steps))
+        return [batch for step in steps for batch in self._cut(step)]
+
+    def _cut(self, sequences: list[int]) -> list[list[int]]:
+        rows = self._micro_batch_seqs
+        return [sequences[i : i + rows] for i in range(0, len(sequences), rows)]
 
     def _share(self, batches: list[list[int]]) -> list[list[int]]:
         """Take this rank's turns."""
@@ -223,9 +242,8 @@ def _as_is(batch: Batch) -> Batch:
     return batch
 
 
-def _check_lanes(split: str, sequences: _Sequences, key: str, n_lanes: int) -> None:
-    if sequences.n_sequences < n_lanes:
-        rule = (
-            f"needs as many sequences of {split} text with data.order=contiguous and there are {sequences.n_sequences}"
-        )
-        raise DataError(Problem(key, n_lanes, rule, f"lower {key} or data.seq_len, or give more {split} text"))
+def _check_lanes(n_sequences: int, n_lanes: int) -> None:
+    if n_sequences < n_lanes:
+        key = "trainer.global_batch_seqs"
+        rule = f"needs as many sequences of train text with data.order=contiguous and there are {n_sequences}"
+        raise DataError(Problem(key, n_lanes, rule, f"lower {key} or data.seq_len, or give more train text"))

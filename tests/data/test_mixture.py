@@ -207,23 +207,23 @@ def test_batches_know_the_parts_of_their_sequences(mixture_cfg, n_workers) -> No
 
 def test_lightning_resumes_in_the_middle_of_a_mixture(mixture_cfg, tmp_path) -> None:
     rows, _ = expected_rows(prepare(mixture_cfg), 3, 7 * 8)
-    watcher, trainer = fit(module(mixture_cfg, eval_batches=3), tmp_path, 3)
+    watcher, trainer = fit(module(mixture_cfg, eval_seqs=12), tmp_path, 3)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        resumed, _ = fit(module(mixture_cfg, eval_batches=3), tmp_path, 7, str(tmp_path / "a.ckpt"))
+        resumed, _ = fit(module(mixture_cfg, eval_seqs=12), tmp_path, 7, str(tmp_path / "a.ckpt"))
     assert torch.cat([*watcher.seen, *resumed.seen]).tolist() == rows
 
 
-@pytest.mark.parametrize(("eval_batches", "wanted"), [(0, None), (1, [1, 1, 1]), (3, [1, 1, 1]), (8, [3, 3, 2])])
-def test_validation_serves_each_part_alone(mixture_cfg, eval_batches, wanted) -> None:
+@pytest.mark.parametrize(("eval_seqs", "wanted"), [(0, None), (1, [1, 1, 1]), (12, [4, 4, 4]), (32, [11, 11, 10])])
+def test_validation_serves_each_part_alone(mixture_cfg, eval_seqs, wanted) -> None:
     data = prepare(mixture_cfg)
     sizes = [(part.valid.n_tokens - 1) // 16 for part in data.parts]
-    batches = list(module(mixture_cfg, eval_batches=eval_batches).val_dataloader())
+    batches = list(module(mixture_cfg, eval_seqs=eval_seqs).val_dataloader())
     assert all(len(set(batch.part.tolist())) == 1 for batch in batches)
     for k, part in enumerate(data.parts):
         own = [batch for batch in batches if batch.part[0] == k]
-        n = sizes[k] if wanted is None else min(sizes[k], 4 * wanted[k])
+        n = sizes[k] if wanted is None else min(sizes[k], wanted[k])
         tokens = part.valid.open()
         assert torch.cat([batch.tokens for batch in own]).tolist() == [
             row(tokens, i * sizes[k] // n, 16) for i in range(n)

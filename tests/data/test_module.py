@@ -11,18 +11,19 @@ from pytorch_lightning import LightningModule, Trainer
 
 from deepseek_exp.config import Order
 from deepseek_exp.data import Batch, TokenDataModule, prepare
-from deepseek_exp.data.stream import Contiguous, Shuffled
+from deepseek_exp.data.stream import Shuffled
 from deepseek_exp.errors import DataError
 
 
-def module(cfg, *, seed=3, eval_batches=0, global_batch_seqs=8, micro_batch_seqs=4) -> TokenDataModule:
+def module(cfg, *, seed=3, eval_seqs=0, global_batch_seqs=8, micro_batch_seqs=4, **ranks) -> TokenDataModule:
     return TokenDataModule(
         prepare(cfg),
         cfg,
         seed=seed,
         global_batch_seqs=global_batch_seqs,
         micro_batch_seqs=micro_batch_seqs,
-        eval_batches=eval_batches,
+        eval_seqs=eval_seqs,
+        **ranks,
     )
 
 
@@ -110,8 +111,6 @@ def test_lanes_read_on(cfg) -> None:
     first, second = take(data.train_dataloader(), 2)
     assert torch.equal(first[:, -1], second[:, 0])
     assert first[1].tolist() == row(tokens, ((len(tokens) - 1) // 16) // 8, 16)
-    first, second = take(data.val_dataloader(), 2)
-    assert torch.equal(first[:, -1], second[:, 0])
 
 
 def test_validation_reads_all_in_order_or_some_at_even_distances(cfg) -> None:
@@ -122,26 +121,54 @@ def test_validation_reads_all_in_order_or_some_at_even_distances(cfg) -> None:
         batches = take(module(cfg, micro_batch_seqs=micro).val_dataloader())
         assert torch.cat(batches).tolist() == rows
         assert [len(b) for b in batches] == [micro] * (n // micro) + [n % micro] * (n % micro > 0)
-    spread = torch.cat(take(module(cfg, eval_batches=3).val_dataloader())).tolist()
-    assert spread == [rows[i * n // 12] for i in range(12)]
-    assert n > 24 and spread[-1] == rows[11 * n // 12]
-    assert len(take(module(cfg, eval_batches=10_000).val_dataloader())) == -(-n // 4)
-    batches = take(module(dataclasses.replace(cfg, order=Order.contiguous), micro_batch_seqs=7).val_dataloader())
-    order = Contiguous(n, 7)
-    assert torch.cat(batches).tolist() == [rows[order.sequence_at(g)] for g in range(n // 7 * 7)]
+    for micro in (1, 4, 5):  # the last batch of 5 is partly filled
+        batches = take(module(cfg, eval_seqs=12, micro_batch_seqs=micro).val_dataloader())
+        assert torch.cat(batches).tolist() == [rows[i * n // 12] for i in range(12)]
+        assert [len(b) for b in batches] == [micro] * (12 // micro) + [12 % micro] * (12 % micro > 0)
+    assert n > 24
+    assert torch.cat(take(module(cfg, eval_seqs=10_000).val_dataloader())).tolist() == rows
 
 
-@pytest.mark.parametrize("split", ["train", "valid"])
-def test_fewer_sequences_than_lanes(cfg, split: str) -> None:
+def test_validation_of_ranks_is_that_of_one(cfg) -> None:
+    for order, eval_seqs, micro, dp in itertools.product(Order, (0, 13), (1, 2, 4, 8), (1, 2, 4)):
+        changed = dataclasses.replace(cfg, order=order)
+        one = take(module(changed, eval_seqs=eval_seqs).val_dataloader())
+        sizes = {"eval_seqs": eval_seqs, "micro_batch_seqs": micro, "dp": dp, "fill_up": dp > 1}
+        ranks = [list(module(changed, **sizes, dp_rank=rank).val_dataloader()) for rank in range(dp)]
+        assert len({len(batches) for batches in ranks}) == 1
+        assert all(len(batch.tokens) == micro for batches in ranks for batch in batches) or dp == 1
+        counted = [row for batches in ranks for batch in batches for row in batch.tokens[: batch.n_counted].tolist()]
+        assert sorted(counted) == sorted(torch.cat(one).tolist())
+
+
+def test_validation_in_lanes_reads_on(cfg) -> None:
     cfg = dataclasses.replace(cfg, order=Order.contiguous)
-    n = (getattr(prepare(cfg).parts[0], split).n_tokens - 1) // 16
-    key = {"train": "global_batch_seqs", "valid": "micro_batch_seqs"}[split]
-    module(cfg, **{key: n})
+    tokens = prepare(cfg).parts[0].valid.open()
+    n = (len(tokens) - 1) // 16
+    rows = [row(tokens, i, 16) for i in range(n)]
+    # eval_seqs, global batch, and what they make: lanes, steps
+    for eval_seqs, n_global, lanes, steps in ((0, 8, 8, n // 8), (50, 8, 8, 6), (5, 8, 5, 1), (0, 2 * n, n, 1)):
+        for micro in (1, 3, 8):
+            data = module(cfg, eval_seqs=eval_seqs, global_batch_seqs=n_global, micro_batch_seqs=micro)
+            assert (data.n_eval_lanes, data.batches_per_eval_step) == (lanes, -(-lanes // micro))
+            batches = take(data.val_dataloader())
+            assert torch.cat(batches).tolist() == [
+                rows[lane * (n // lanes) + s] for s in range(steps) for lane in range(lanes)
+            ]
+            for before, after in zip(batches, batches[data.batches_per_eval_step :], strict=False):
+                assert torch.equal(before[:, -1], after[:, 0])
+    assert n // 8 > 6
+
+
+def test_fewer_training_sequences_than_lanes(cfg) -> None:
+    cfg = dataclasses.replace(cfg, order=Order.contiguous)
+    n = (prepare(cfg).parts[0].train.n_tokens - 1) // 16
+    module(cfg, global_batch_seqs=n)
     with pytest.raises(DataError) as error:
-        module(cfg, **{key: n + 1})
+        module(cfg, global_batch_seqs=n + 1)
     assert str(error.value) == (
-        f"trainer.{key}={n + 1} needs as many sequences of {split} text with data.order=contiguous and there are {n}. "
-        f"Fix: lower trainer.{key} or data.seq_len, or give more {split} text."
+        f"trainer.global_batch_seqs={n + 1} needs as many sequences of train text with data.order=contiguous and there "
+        f"are {n}. Fix: lower trainer.global_batch_seqs or data.seq_len, or give more train text."
     )
 
 
@@ -189,12 +216,12 @@ def fit(data: TokenDataModule, folder, max_steps: int, ckpt_path: str | None = N
 def test_lightning_resumes_in_the_middle_of_an_epoch(cfg, tmp_path, n_workers: int) -> None:
     cfg = dataclasses.replace(cfg, n_workers=n_workers)
     batches = take(module(cfg).train_dataloader(), 7)
-    watcher, trainer = fit(module(cfg, eval_batches=2), tmp_path, 3)
+    watcher, trainer = fit(module(cfg, eval_seqs=8), tmp_path, 3)
     assert same(watcher.seen, batches[:3])
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        watcher, trainer = fit(module(cfg, eval_batches=2), tmp_path, 7, str(tmp_path / "a.ckpt"))
+        watcher, trainer = fit(module(cfg, eval_seqs=8), tmp_path, 7, str(tmp_path / "a.ckpt"))
     assert not [str(warning.message) for warning in caught if "resum" in str(warning.message)]
     assert same(watcher.seen, batches[3:])
     assert trainer.global_step == 7

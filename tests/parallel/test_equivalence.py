@@ -73,7 +73,7 @@ def test_a_layout_trains_what_one_process_trains(layouts, alone, model, degrees,
 
 def test_every_length_of_a_block_has_its_graphs(layouts):
     """Five look ahead, each at one token less, in training and validation: more than the compiler keeps by itself."""
-    few = ("trainer.max_steps=1", "optim.warmup_steps=0", "trainer.eval_every_steps=1", "trainer.eval_batches=1")
+    few = ("trainer.max_steps=1", "optim.warmup_steps=0", "trainer.eval_every_steps=1", "trainer.eval_seqs=1")
     model = ("model=v3_moe", "model.n_mtp_layers=5", "model.n_layers=2", "data.seq_len=16", "trainer.compile=true")
     many = layouts.run(2, *few, *model, "trainer.global_batch_seqs=1", *layout(tp=2), watch=Traced)
     assert "val/loss" in many.metrics[1]
@@ -98,7 +98,7 @@ class OnlyFused(Watch):
     ],
 )
 def test_fused_kernels_in_a_layout(layouts, alone, model, degrees):
-    few = ("trainer.max_steps=2", "trainer.eval_every_steps=2", "trainer.eval_batches=1", "optim.warmup_steps=1")
+    few = ("trainer.max_steps=2", "trainer.eval_every_steps=2", "trainer.eval_seqs=1", "optim.warmup_steps=1")
     few = (*few, f"model={model}", "data.seq_len=24", "model.n_layers=2")
     assert_same(alone(*few), layouts.run(n_ranks(degrees), *few, "kernels=fused", *layout(**degrees), watch=OnlyFused))
 
@@ -191,7 +191,7 @@ class Counted(Watch):
 @pytest.mark.parametrize("degrees", [{"dp": 4}, {"pp": 2, "dp": 2}], ids=str)
 def test_rows_that_fill_up_do_not_count(layouts, alone, degrees):
     few = ("model=v1_dense", "trainer.max_steps=1", "optim.warmup_steps=0", "trainer.eval_every_steps=1")
-    few += ("trainer.eval_batches=0", "trainer.micro_batch_seqs=2", "data.max_bytes=83000")
+    few += ("trainer.eval_seqs=0", "trainer.micro_batch_seqs=2", "data.max_bytes=83000")
     one, many = alone(*few), layouts.run(4, *few, *layout(**degrees), watch=Counted)
     first = many.said[: degrees["dp"]]  # of the first stage
     counted, filled = (sum(rows[i] for rank in first for rows in rank) for i in (0, 1))

@@ -72,7 +72,7 @@ def test_evaluates_and_samples_without_a_run(trained):
     folder, _, _ = trained
     losses = []
     for override in ("init_from=release", "resume=last"):
-        extra = QUICK if override.startswith("init") else ["trainer.eval_batches=2"]
+        extra = QUICK if override.startswith("init") else ["trainer.eval_seqs=8"]
         done = forks.run(folder, "do=eval", override, *extra)
         assert done.returncode == 0, done.stderr
         losses.append(float(done.stdout.split("loss ")[1].split()[0]))

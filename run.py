@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -13,7 +14,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from deepseek_exp import compose, config, do
+from deepseek_exp import compose, config, do, streams
+from deepseek_exp.disk import disk_error
 from deepseek_exp.errors import ConfigError, UserError
 from deepseek_exp.job import make_job
 from deepseek_exp.sweep import FAILED_FILE
@@ -21,42 +23,54 @@ from deepseek_exp.sweep import FAILED_FILE
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def run_job(cfg: DictConfig) -> float | None:
-    """Run one job; in a sweep a job that fails is told of and the others go on."""
+    """Run one job; if a job of a sweep fails, its error is printed and the others go on."""
     context = HydraConfig.get()
     sweep_dir = Path(context.runtime.output_dir) if context.mode.name == "MULTIRUN" else None
     try:
         return do.run(make_job(cfg, context.overrides.task, context.runtime.choices["size"], sweep_dir))
     except Exception as error:
+        worded = in_words(error, str(cfg.output_dir))
         if sweep_dir is not None:
-            if not isinstance(error, UserError):
+            if worded is None:
                 traceback.print_exc()
-            sys.stderr.write(f"job {context.job.num} failed: {error}\n")
-            (sweep_dir / FAILED_FILE).write_text(
-                f"{type(error).__name__}: {error}\n", encoding="utf-8", errors="backslashreplace"
-            )
+            streams.write(sys.stderr, f"job {context.job.num} failed: {worded or error}\n")
+            text = f"{type(worded or error).__name__}: {worded or error}\n"
+            (sweep_dir / FAILED_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
             return float("nan")
-        if isinstance(error, UserError):
-            end(error)
+        if worded is not None:
+            end(worded)
         raise
 
 
+def in_words(error: Exception, output_dir: str) -> UserError | None:
+    """Return an error in words, or None for a defect of this program, which needs its traceback."""
+    return error if isinstance(error, UserError) else disk_error(error, "output_dir", output_dir)
+
+
 def end(error: UserError) -> NoReturn:
-    """Tell what is wrong and leave: status 2 for the configuration, 1 for the rest."""
-    sys.stderr.write(f"{error}\n")
+    """Print what is wrong and exit with status 2 for the configuration, 1 for the rest."""
+    streams.write(sys.stderr, f"{error}\n")
     sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 def main() -> None:
     """Answer a mistake in the command line or the configuration before anything else is loaded."""
+    streams.protect()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then hands errors on instead of printing them itself
     config.register()
     compose.register_help()
     sys.argv[1:] = [re.sub(r"^resume=([0-9a-f]+)$", r"resume='\1'", arg) for arg in sys.argv[1:]]  # 12e4 is a run id
     try:
         compose.check_command_line(sys.argv[1:])
-    except ConfigError as error:
-        end(error)
-    run_job()
+        run_job()
+    except KeyboardInterrupt:
+        streams.write(sys.stderr, "\nstopped by SIGINT before there was anything to save\n")
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        worded = in_words(error, ".")
+        if worded is None:
+            raise
+        end(worded)
 
 
 if __name__ == "__main__":

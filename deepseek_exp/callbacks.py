@@ -222,7 +222,7 @@ class Progress(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves when due, at the end, and when SIGTERM or SIGINT asks the run to stop.
+    """Saves when due, at the end, and when SIGTERM, SIGINT or SIGHUP asks the run to stop.
 
     A step that is validated is saved after its validation, so that the checkpoint knows its loss; a signal lets that
     validation end, so that a stopped and resumed run validates where the unbroken one does.
@@ -240,7 +240,7 @@ class Checkpoints(Callback):
         Lightning has noted the handlers before and puts them back when the training ends, however it ends. A rank of
         several is asked in another way (parallel/member.py), so that a SIGTERM can end it at once.
         """
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in member.stop_signals():
             signal.signal(signum, self._remember if trainer.world_size == 1 else signal.SIG_DFL)
 
     def on_train_batch_end(
@@ -269,6 +269,8 @@ class Checkpoints(Callback):
             raise Stopped(signum, step)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None and member.is_repeat(signum):
+            return
         if self.signum is not None:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import difflib
 import json
+import os
+import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -44,6 +46,7 @@ def check_command_line(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: with all problems of all jobs, each told once.
     """
+    _check_encoding(argv)
     args = get_args_parser().parse_args(list(argv))
     if args.help or args.hydra_help or args.shell_completion:
         return
@@ -63,6 +66,26 @@ def check_command_line(argv: Sequence[str]) -> None:
         problems["resume"] = Problem("resume", "a sweep", "cannot be combined with -m", fix)
     if problems:
         raise ConfigError(*problems.values())
+
+
+def _check_encoding(argv: Sequence[str]) -> None:
+    """Refuse words that are no text: Python keeps bytes that the locale's encoding lacks as surrogates."""
+    encoding = sys.getfilesystemencoding()
+    problems = []
+    for word in argv:
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            key, _, value = word.partition("=")
+            rule = f"holds bytes that are not text in the locale's encoding ({encoding})"
+            fix = "type it in that encoding" if encoding == "utf-8" else "use a UTF-8 locale: export LC_ALL=C.UTF-8"
+            problems.append(Problem(_escaped(key), _escaped(value), rule, fix))
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _escaped(text: str) -> str:
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def takes_checkpoint(cfg: DictConfig) -> bool:

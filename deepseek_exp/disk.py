@@ -1,9 +1,34 @@
-"""What makes files last through a power cut; the standard library alone."""
+"""What makes files last through a power cut, and words for a disk that fails; the standard library alone."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import sys
+import tempfile
 from pathlib import Path
+
+from deepseek_exp.errors import DiskError, Problem
+
+FOLDER = "use a folder that this user may write"
+# errno -> remedy; an OSError with another errno is a defect of this program, not of the disk
+REMEDIES = {
+    errno.ENOSPC: "free space on that disk, or use a folder on another disk",
+    errno.EDQUOT: "free some of this user's quota on that disk, or use a folder on another disk",
+    errno.EFBIG: "raise the largest file size that this process may write (ulimit -f)",
+    errno.EIO: "check that disk",
+    errno.EROFS: FOLDER,
+    errno.EACCES: FOLDER,
+    errno.EPERM: FOLDER,
+    errno.EEXIST: "remove that file, or use another path",
+    errno.ENOTDIR: "use a path whose parents are folders",
+    errno.EISDIR: "use the path of a file",
+    errno.ELOOP: "use a path whose links do not lead back to themselves",
+    errno.ENAMETOOLONG: "use a shorter path",
+    errno.EMFILE: "raise the number of files that this process may open (ulimit -n)",
+}
+TESTED_BYTES = 1 << 16
 
 
 def fsync_path(path: Path) -> None:
@@ -13,3 +38,58 @@ def fsync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def disk_error(error: BaseException, key: str, value: str) -> DiskError | None:
+    """Word a failure of the disk, the permissions or the locale.
+
+    Args:
+        error: any error.
+        key: the key that is named if the error names no file: its folder is the one that is written most.
+        value: its value.
+
+    Returns:
+        The error in words, or None if it is of another kind.
+    """
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        rule = f"cannot be a file name in the encoding of this locale ({error.encoding})"
+        return DiskError(Problem("path", error.object, rule, "use a UTF-8 locale: export LC_ALL=C.UTF-8"))
+    number = _errno(error)
+    if number not in REMEDIES:
+        return None
+    name = getattr(error, "filename", None)
+    if name is not None:
+        key, value = "file", os.fsdecode(name) if isinstance(name, str | bytes) else str(name)
+    rule = f"cannot be {'used' if name is not None else 'written'} ({os.strerror(number)})"
+    return DiskError(Problem(key, value, rule, REMEDIES[number]))
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Refuse a folder in which nothing can be written, whether or not it exists; leaves nothing behind.
+
+    Args:
+        key: the key that names it.
+        folder: the folder.
+
+    Raises:
+        DiskError: it, or the nearest of its parents that exists, is no folder, forbidden, read-only or full.
+    """
+    whole = folder.absolute()
+    try:
+        there = next(p for p in (whole, *whole.parents) if os.path.lexists(p))
+        if any(len(os.fsencode(part)) > os.pathconf(there, "PC_NAME_MAX") for part in whole.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(TESTED_BYTES))
+            file.flush()
+    except OSError as error:
+        rule = f"cannot be written ({os.strerror(error.errno or 0)})"
+        raise DiskError(Problem(key, str(folder), rule, REMEDIES.get(error.errno or 0, FOLDER))) from error
+
+
+def _errno(error: BaseException) -> int:
+    """Find the error number, also in the words of a library that is written in Rust."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 
 from deepseek_exp import planner
 from deepseek_exp.config import ROOT, Device, Do, ExperimentConfig, ExportFormat, Launcher
+from deepseek_exp.disk import check_writable
 from deepseek_exp.errors import ConfigError, DataError, Problem, UserError, VerifyError
 from deepseek_exp.job import Job
 from deepseek_exp.layout import degrees
@@ -43,6 +45,8 @@ def run(job: Job) -> float | None:
         return say(planner.report(job.cfg))
     if job.cfg.do in (Do.sample, Do.export):
         return sample(job) if job.cfg.do is Do.sample else export(job)
+    check_writable("output_dir", Path(job.cfg.output_dir))
+    check_writable("run_dir", job.run_dir)
     if job.cfg.launch.launcher is not Launcher.local:
         return say(hand_out(job))
     if job.cfg.do is Do.verify:
@@ -282,6 +286,8 @@ def _tracked(job: Job, action: Action) -> float | None:
         try:
             loss = action(job, tracked, run_id)
         except Stopped as stopped:
+            if stopped.signum == signal.SIGHUP:  # the shell that ends may send another one
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
             _end(tracked, "KILLED", str(stopped))
             saved = f"; the checkpoint is saved. Go on with: {command()} {resume_words(job, run_id)}"
             kept = cfg.do is Do.train and cfg.trainer.keep_checkpoints
@@ -290,10 +296,20 @@ def _tracked(job: Job, action: Action) -> float | None:
     except BaseException as error:
         if isinstance(error, SystemExit) and isinstance(error.__cause__, Stopped):
             raise
+        if _is_interrupt(error):
+            _end(tracked, "KILLED", "stopped by SIGINT")
+            raise KeyboardInterrupt from error
         _end(tracked, "FAILED", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         raise
     _end(tracked, "FINISHED", None)
     return loss
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Return whether Ctrl-C ended it; Lightning turns that into an exit with status 1 while it validates."""
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+    )
 
 
 def _end(tracked: TrackedRun, status: Any, error: str | None) -> None:

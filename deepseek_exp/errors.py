@@ -63,6 +63,10 @@ class VerifyError(UserError):
     """A layout does not compute what one process does."""
 
 
+class DiskError(UserError):
+    """A file or folder cannot be read or written: a full disk, or no permission."""
+
+
 class DeviceError(UserError):
     """The device asked for is not there."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from deepseek_exp import streams
 from deepseek_exp.parallel import member
 
 
 def main() -> int:
     """Do this rank's part of the job; returns the exit code."""
+    streams.protect()
     job_file = Path(sys.argv[1])
     member.enter(job_file.parent)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepseek_exp import planner
+from deepseek_exp import planner, streams
 from deepseek_exp.layout import degrees
 from deepseek_exp.parallel import manifest
 
@@ -21,9 +21,8 @@ PART = "val/loss/"
 
 
 def say(text: str) -> None:
-    """Tell the person in front of it."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """Print a line or several; it fails on no terminal, pipe, disk or encoding."""
+    streams.write(sys.stdout, text + "\n")
 
 
 def plan_text(job: Job, parts: Parts, run_id: str) -> str:

@@ -12,8 +12,8 @@ from tests.runs import ROOT
 
 PACKAGE = "deepseek_exp"
 LAYER = {
-    "errors": 0, "disk": 0, "redact": 0, "topology": 0, "config": 0, "layout": 0, "model_rules": 0, "validate": 0, "compose": 0,
-    "huggingface": 0,
+    "errors": 0, "disk": 0, "redact": 0, "streams": 0, "topology": 0, "config": 0, "layout": 0, "model_rules": 0,
+    "validate": 0, "compose": 0, "huggingface": 0,
     "kernels": 1, "planner": 1, "data": 1, "tracking": 1,
     "models": 2, "moe": 2,
     "parallel": 3, "compress": 3, "finetune": 3, "serve": 3,
@@ -23,11 +23,12 @@ LAYER = {
 }  # fmt: skip
 NOT_SIDEWAYS = {1, 3}
 READERS = {f"deepseek_exp.parallel.{name}" for name in ("manifest", "files", "shards")}
-BELOW = {"config", "errors", "redact", "topology", "layout"}  # what layer 1 knows
+BELOW = {"config", "disk", "errors", "redact", "topology", "layout"}  # what layer 1 knows
 LIGHT = {
     "errors",
     "disk",
     "redact",
+    "streams",
     "topology",
     "config",
     "layout",

@@ -26,7 +26,7 @@ from typing import IO, Any, TextIO
 from deepseek_exp import errors
 from deepseek_exp.config import ROOT, LaunchConfig
 from deepseek_exp.errors import Problem, RankError, UserError
-from deepseek_exp.parallel.member import PARENT, STOP, Ended, log_path, outcome_path
+from deepseek_exp.parallel.member import PARENT, STOP, Ended, is_repeat, log_path, outcome_path, stop_signals
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 2.0
@@ -57,7 +57,7 @@ class _Rank:
 def run(command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, str]) -> Ended:
     """Start the ranks, show what rank 0 says, and wait for all of them; none is left when this returns.
 
-    SIGTERM and SIGINT are handed on as `STOP`; a second one ends this process, and the ranks with it.
+    SIGTERM, SIGINT and SIGHUP are handed on as `STOP`; a second one ends this process, and the ranks with it.
 
     Args:
         command: what each rank runs; it ends with `report`.
@@ -115,6 +115,8 @@ def _handing_on_signals(ranks: list[_Rank]) -> Iterator[list[int]]:
     asked: list[int] = []
 
     def hand_on(signum: int, frame: FrameType | None) -> None:
+        if asked and is_repeat(signum):
+            return
         if asked:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
@@ -122,7 +124,7 @@ def _handing_on_signals(ranks: list[_Rank]) -> Iterator[list[int]]:
         for rank in ranks:
             rank.process.send_signal(STOP)  # to the rank alone: its children may die of it
 
-    before = {signum: signal.signal(signum, hand_on) for signum in (signal.SIGTERM, signal.SIGINT)}
+    before = {signum: signal.signal(signum, hand_on) for signum in stop_signals()}
     try:
         yield asked
     finally:

@@ -16,12 +16,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from deepseek_exp import streams
+from deepseek_exp.disk import disk_error
 from deepseek_exp.errors import UserError
 
 FOLDER = "ranks"
 STOP = signal.SIGUSR1  # asks a rank to save and stop; SIGTERM ends it at once
 PARENT = "DEEPSEEK_EXP_PARENT"  # process id of `launch.run`; under torchrun it is not set
 PR_SET_PDEATHSIG = 1
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what asks a run to save and stop
 
 _stop_asked = False
 
@@ -54,6 +57,16 @@ def has_parent() -> bool:
 def stop_asked() -> bool:
     """Say whether this rank was asked to save and stop; the others may not have heard yet."""
     return _stop_asked
+
+
+def stop_signals() -> list[signal.Signals]:
+    """List the signals to listen for: SIGHUP is left alone if it is ignored, as `nohup` asks for."""
+    return [s for s in ASKING if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+
+
+def is_repeat(signum: int) -> bool:
+    """Return whether a further signal is to be passed over: a shell that ends sends a second SIGHUP to its jobs."""
+    return signum == signal.SIGHUP
 
 
 def log_path(folder: Path, rank: int) -> Path:
@@ -121,6 +134,7 @@ def _remember_stop(signum: int, frame: FrameType | None) -> None:
 
 def _leave(folder: Path, error: BaseException) -> NoReturn:
     trace = traceback.format_exc()
+    error = disk_error(error, "output_dir", str(folder.parent)) or error
     said = f"{error}\n" if isinstance(error, UserError) else trace
     problems = [vars(p) for p in error.problems] if isinstance(error, UserError) else []
     kind = type(error).__name__
@@ -134,9 +148,9 @@ def _leave(folder: Path, error: BaseException) -> NoReturn:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)  # for torchrun
-        sys.stderr.write(said)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        streams.write(sys.stderr, said)
+    for stream in (sys.stdout, sys.stderr):
+        streams.write(stream, "")
     os._exit(1)
 
 

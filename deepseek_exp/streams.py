@@ -1,0 +1,76 @@
+"""Standard output and standard error as streams that end no training; the standard library alone.
+
+A reader that goes away, a full disk below a log, a terminal that hangs up or closed streams cost what could not be
+written, and nothing else. A character that the stream's encoding lacks is written as an escape sequence.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import select
+import sys
+from typing import Any, TextIO
+
+# what moves the cursor, changes the title or the colors of a terminal; a line may end with \r\n
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+
+
+class _Sink(io.FileIO):
+    """A file descriptor that drops what it cannot take."""
+
+    def write(self, data: Any, /) -> int:
+        """Write all of the data, or drop the rest of it; the caller sees success in both cases."""
+        left = memoryview(data).cast("B")
+        size = len(left)
+        while left:
+            try:
+                written = os.write(self.fileno(), left)
+            except BlockingIOError:  # another program made the terminal non-blocking
+                select.select([], [self.fileno()], [])
+                continue
+            except OSError:
+                break
+            left = left[written:]
+        return size
+
+
+def protect() -> None:
+    """Replace `sys.stdout` and `sys.stderr` by streams whose write never fails, for the rest of the process.
+
+    A descriptor that is closed is opened on /dev/null: a file that is opened later would otherwise get its number, and
+    whatever writes to descriptor 1 or 2 would write into that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+    sys.stdout = _stream(1, sys.stdout)
+    sys.stderr = _stream(2, sys.stderr)
+
+
+def write(stream: TextIO, text: str) -> None:
+    """Write a text with its control characters made visible, and flush it.
+
+    It never fails, also if `protect` was not called, as in a program that uses this package.
+    """
+    text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    try:
+        stream.write(text)
+        stream.flush()
+    except UnicodeEncodeError as error:
+        write(stream, text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+    except (OSError, ValueError, AttributeError):  # gone, full, closed, or None
+        pass
+
+
+def _stream(number: int, now: TextIO | None) -> TextIO:
+    """Open a descriptor with the encoding of the stream that uses it now."""
+    encoding = getattr(now, "encoding", None) or "utf-8"
+    buffer = io.BufferedWriter(_Sink(number, "w", closefd=False))
+    return io.TextIOWrapper(buffer, encoding=encoding, errors="backslashreplace", line_buffering=True)

@@ -433,6 +433,7 @@ class TrackingConfig:
     tags: dict[str, str] = key("further tags of the run")
     system_metrics: bool = key("log CPU, memory, disk, network and GPU use of the machine")
     drain_seconds: float = key("how long the end of a run waits for a store that takes nothing, seconds", gt=0)
+    new_run: bool = key("resume: record as a new MLflow run that names the one it continues", default=False)
 
 
 @dataclass

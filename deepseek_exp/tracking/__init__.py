@@ -4,7 +4,7 @@ The training process appends events to a journal on disk (`TrackedRun`); a secon
 MLflow. Neither MLflow nor Lightning is imported here; the Lightning adapter is `deepseek_exp.tracking.logger`.
 """
 
-from deepseek_exp.tracking.run import RunLog, TrackedRun
+from deepseek_exp.tracking.run import RunLog, TrackedRun, copy_history
 from deepseek_exp.tracking.sweep import finish_sweep, render_table, start_sweep, sweep_table
 
-__all__ = ["RunLog", "TrackedRun", "finish_sweep", "render_table", "start_sweep", "sweep_table"]
+__all__ = ["RunLog", "TrackedRun", "copy_history", "finish_sweep", "render_table", "start_sweep", "sweep_table"]

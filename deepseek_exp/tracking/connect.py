@@ -60,22 +60,22 @@ def open_store(cfg: TrackingConfig) -> MlflowClient:
 
 
 def find_run(client: MlflowClient, cfg: TrackingConfig, run_id: str) -> Run:
-    """Get a run that is to be gone on with.
+    """Return a run that is to be continued.
 
     Raises:
         TrackingError: there is no such run, or it is deleted.
     """
     uri = hide_password(cfg.uri)
-    anew = "or start anew with resume=null"
+    new_run = "or record what follows as a new run with tracking.new_run=true"
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        fix = f"set tracking.uri to the store that has it, {anew}"
+        fix = f"set tracking.uri=... to the store that has it, {new_run}"
         raise TrackingError(Problem("resume", run_id, f"is not an MLflow run of tracking.uri='{uri}'", fix)) from error
     if run.info.lifecycle_stage != "active":
-        fix = f"restore it (MLFLOW_TRACKING_URI={uri} mlflow runs restore --run-id {run_id}), {anew}"
+        fix = f"restore it (MLFLOW_TRACKING_URI={uri} mlflow runs restore --run-id {run_id}), {new_run}"
         raise TrackingError(Problem("resume", run_id, f"is a deleted MLflow run of tracking.uri='{uri}'", fix))
     return run
 

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,12 @@ class JournalWriter:
 
     def start(self) -> None:
         """Begin a life of the run; a resumed run has several."""
+        self._size_before = os.fstat(self._fd).st_size
         self._append("start", {})
+
+    def take_back(self) -> None:
+        """Remove all that was written since `start`, which is included."""
+        os.ftruncate(self._fd, self._size_before)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record metric values of one step."""
@@ -126,6 +131,36 @@ def read_events(path: Path, offset: int, max_bytes: int = _READ_BYTES) -> tuple[
             chunk += file.readline()
     complete = chunk[: chunk.rfind(b"\n") + 1]
     return [_parse(line) for line in complete.splitlines()], offset + len(complete)
+
+
+def copy_metrics(source: Path, target: Path, last_step: int) -> None:
+    """Begin a journal with the metrics of another one, their times included.
+
+    Args:
+        source: the journal to read.
+        target: the journal to make; it must not exist.
+        last_step: metrics of later steps are left out. If a metric has several values of one step, since a resumed
+            run repeated it, the last one is taken.
+    """
+    last: dict[tuple[str, int], int] = {}
+    for number, event in enumerate(metric_events(source)):
+        last.update(((name, event["step"]), number) for name in event["values"])
+    temporary = target.with_name(f".{target.name}.new")
+    with temporary.open("w", encoding="utf-8") as file:
+        for number, event in enumerate(metric_events(source)):
+            values = {k: v for k, v in event["values"].items() if last[k, event["step"]] == number}
+            if values and event["step"] <= last_step:
+                file.write(json.dumps({**event, "values": values}, separators=(",", ":")) + "\n")
+    target.hardlink_to(temporary)  # fails if it exists
+    temporary.unlink()
+
+
+def metric_events(path: Path) -> Iterator[Event]:
+    """Yield the metrics of a journal."""
+    offset, events = 0, [{"kind": "begin"}]
+    while events:
+        events, offset = read_events(path, offset)
+        yield from (event for event in events if event["kind"] == "metrics")
 
 
 def is_being_written(path: Path) -> bool:

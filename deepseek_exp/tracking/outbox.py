@@ -162,9 +162,9 @@ def open_run(
     """Create the run, or find the one to go on with, and send it the parameters and tags.
 
     Args:
-        run_dir: the run's folder; the progress is saved there.
+        run_dir: the run's folder.
         spec: what the run is.
-        progress: is given the run id.
+        progress: gets the run id; of a new run it is saved at once.
         git_tags: git state of the source now.
         live: the training process is there; a run to go on with is set back to running.
 
@@ -179,9 +179,9 @@ def open_run(
         if not (progress.run_id or spec.run_id):
             tags = {**_source_tags(spec), **git_tags}
             progress.run_id = create_run(client, experiment_id, spec.name, tags, spec.start_ms)
+            progress.save(run_dir)
         run = find_run(client, spec.tracking, progress.run_id or str(spec.run_id))
         progress.run_id = str(run.info.run_id)
-        progress.save(run_dir)
         outbox = Outbox(client, run, progress.refused)
         if live and spec.run_id:
             outbox.go_on(git_tags)

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from deepseek_exp.config import ROOT, TrackingConfig
 from deepseek_exp.errors import Problem, TrackingError
-from deepseek_exp.tracking.journal import Event, JournalWriter, encode_float, read_events
+from deepseek_exp.tracking.journal import JournalWriter, copy_metrics, encode_float, metric_events, read_events
 from deepseek_exp.tracking.metrics import check_names
 from deepseek_exp.tracking.params import flatten
 from deepseek_exp.tracking.rundir import JOURNAL, LOG, Progress, Spec
@@ -62,13 +62,13 @@ class RunLog:
         Args:
             step: the step that a resumed run goes on from: what it repeats after it was logged by its earlier life.
         """
-        for event in _metric_events(self.run_dir / JOURNAL):
+        for event in metric_events(self.run_dir / JOURNAL):
             if event["step"] > step:
                 self._known.update((name, event["step"], value) for name, value in event["values"].items())
 
     def logged(self, name: str) -> dict[int, float]:
         """Give what was logged of a metric: step -> the last value."""
-        events = _metric_events(self.run_dir / JOURNAL)
+        events = metric_events(self.run_dir / JOURNAL)
         return {e["step"]: float(e["values"][name]) for e in events if name in e["values"]}
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -125,6 +125,9 @@ class TrackedRun(RunLog):
         """For `start`, which see."""
         super().__init__(run_dir, journal)
         self._spec = spec
+        self._taken_back = False
+        log = run_dir / LOG
+        self._log_size = log.stat().st_size if log.exists() else 0
         self._process = _start_sender(run_dir)
 
     @classmethod
@@ -140,6 +143,7 @@ class TrackedRun(RunLog):
         source_dir: Path,
         artifact_dir: Path,
         run_id: str | None = None,
+        continues: tuple[str, int] | None = None,
     ) -> TrackedRun:
         """Begin to record a run; returns at once, see `wait_ready`.
 
@@ -152,7 +156,9 @@ class TrackedRun(RunLog):
             tags: tags of the run; those of `cfg` beat them.
             source_dir: folder whose git state is recorded.
             artifact_dir: where a database store keeps artifacts; a server decides that itself.
-            run_id: MLflow run to go on with; None: a new one.
+            run_id: MLflow run to continue; None: a new one. Nothing in `run_dir` changes if it cannot be continued.
+            continues: MLflow run and step that a new run goes on from; become tags. `copy_history` can begin its
+                journal before.
 
         Raises:
             TrackingError: `run_dir` is another run's, or a process is writing there.
@@ -170,14 +176,14 @@ class TrackedRun(RunLog):
             name=name,
             params=flatten(params),
             config_yaml=hide_password(config_yaml),
-            tags={**tags, **cfg.tags},
+            tags={**tags, **cfg.tags, **_continues_tags(continues)},
             source_dir=str(source_dir.resolve()),
             source_name=sys.argv[0],
             artifact_dir=str(artifact_dir.resolve()),
             run_id=run_id,
             start_ms=time.time_ns() // 1_000_000,
         )
-        spec.save(run_dir)
+        spec.save(run_dir, pending=run_id is not None)
         journal.start()
         return cls(run_dir, spec, journal)
 
@@ -186,8 +192,33 @@ class TrackedRun(RunLog):
 
         Raises:
             TrackingError: the store cannot be reached or used, the run to go on with is not there, or there is no
-                answer within `timeout_seconds`. Nothing is being sent then.
+                answer within `timeout_seconds`. Nothing is being sent then, and the folder of a run that was to be
+                continued is as it was before `start`.
         """
+        try:
+            run_id = self._answer(timeout_seconds)
+        except TrackingError:
+            if self._spec.run_id is not None:
+                self._take_back()
+            raise
+        if self._spec.run_id is not None:
+            Spec.settle(self.run_dir, keep=True)
+            with suppress(BrokenPipeError):  # the sender has died: `finish` says so
+                self._process.stdin.write(b"\n")  # type: ignore[union-attr]
+                self._process.stdin.flush()  # type: ignore[union-attr]
+        return run_id
+
+    def _take_back(self) -> None:
+        """Leave the folder of a run that cannot be continued as it was."""
+        self._process.kill()
+        self._process.wait()
+        Spec.settle(self.run_dir, keep=False)
+        os.truncate(self.run_dir / LOG, self._log_size)
+        self._journal.take_back()
+        self._taken_back = True
+
+    def _answer(self, timeout_seconds: float) -> str:
+        """Wait for the sender's answer; returns the run id."""
         uri = hide_password(self._spec.tracking.uri)
         answers = self._process.stdout
         assert answers is not None
@@ -212,11 +243,14 @@ class TrackedRun(RunLog):
             status: how the run ended.
             error: what went wrong; becomes the tag `error`.
         """
-        self._journal.end(status, error)
+        if not self._taken_back:
+            self._journal.end(status, error)
         self._journal.close()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+        if self._taken_back:
+            return Delivery(True, None, "")
         self._wait_for_sender()
         return self._delivery(Progress.load(self.run_dir))
 
@@ -250,11 +284,25 @@ class TrackedRun(RunLog):
         return Delivery(sent and not progress.refused, progress.run_id, "\n".join(parts))
 
 
-def _metric_events(journal: Path) -> Iterator[Event]:
-    offset, events = 0, [{"kind": "begin"}]
-    while events:
-        events, offset = read_events(journal, offset)
-        yield from (event for event in events if event["kind"] == "metrics")
+def copy_history(old_run_dir: Path, new_run_dir: Path, last_step: int) -> None:
+    """Begin the journal of a new run with the metrics of the run that it continues, so that it shows the whole curve.
+
+    Times and values are those of the old run; its parameters, tags and artifacts are left out.
+
+    Args:
+        old_run_dir: folder of the run that is continued.
+        new_run_dir: folder of the new run, without a journal; it is made if missing.
+        last_step: step that the new run goes on from; metrics of later steps are left out.
+    """
+    new_run_dir.mkdir(parents=True, exist_ok=True)
+    copy_metrics(old_run_dir / JOURNAL, new_run_dir / JOURNAL, last_step)
+
+
+def _continues_tags(continues: tuple[str, int] | None) -> dict[str, str]:
+    if continues is None:
+        return {}
+    run_id, step = continues
+    return {"continues.run_id": run_id, "continues.step": str(step)}
 
 
 def _check_owner(run_dir: Path, run_id: str | None) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ SENDER_LOCK = "sender.lock"
 FACTS = "facts.json"
 _SPEC = "tracking.json"
 _PROGRESS = "journal.offset"
+# What a resume will be, until it is certain that it starts: one that fails leaves the folder as it was.
+_PENDING_SPEC = "tracking.json.new"
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,26 @@ class Spec:
     run_id: str | None
     start_ms: int
 
-    def save(self, run_dir: Path) -> None:
-        """Write it into the run's folder."""
-        write_json(run_dir / _SPEC, asdict(self))
+    def save(self, run_dir: Path, *, pending: bool = False) -> None:
+        """Write it into the run's folder; if `pending`, next to the one that counts until `settle`."""
+        write_json(run_dir / (_PENDING_SPEC if pending else _SPEC), asdict(self))
+
+    @staticmethod
+    def settle(run_dir: Path, *, keep: bool) -> None:
+        """Let the pending one, if there is one, replace the one that counts; without `keep`, remove it."""
+        with suppress(FileNotFoundError):
+            if keep:
+                (run_dir / _PENDING_SPEC).replace(run_dir / _SPEC)
+            else:
+                (run_dir / _PENDING_SPEC).unlink()
 
     @classmethod
-    def load(cls, run_dir: Path) -> Spec:
-        """Read it from the run's folder."""
-        fields = json.loads((run_dir / _SPEC).read_text(encoding="utf-8"))
+    def load(cls, run_dir: Path, *, pending: bool = False) -> Spec:
+        """Read it from the run's folder; if `pending`, the pending one if there is one."""
+        path = run_dir / _PENDING_SPEC
+        if not pending or not path.exists():
+            path = run_dir / _SPEC
+        fields = json.loads(path.read_text(encoding="utf-8"))
         return cls(**{**fields, "tracking": TrackingConfig(**fields["tracking"])})
 
 

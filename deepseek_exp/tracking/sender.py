@@ -37,7 +37,7 @@ def send_live(run_dir: Path, parent_pid: int) -> int:
         signal.signal(number, signal.SIG_IGN)
     answers = _take_standard_output()
     with lock(run_dir / SENDER_LOCK, wait=True):
-        spec, progress = Spec.load(run_dir), Progress.load(run_dir)
+        spec, progress = Spec.load(run_dir, pending=True), Progress.load(run_dir)
         progress.closed, progress.end, progress.facts_sent = False, None, False
         git_tags, git_diff = facts.git_facts(Path(spec.source_dir))
         from deepseek_exp.tracking.carry import Carrier, Lifeline
@@ -46,11 +46,16 @@ def send_live(run_dir: Path, parent_pid: int) -> int:
         try:
             outbox, start_ms = open_run(run_dir, spec, progress, git_tags, live=True)
         except TrackingError as error:
-            progress.trouble = error.problems[0].rule
-            progress.save(run_dir)
+            if not spec.run_id:
+                progress.trouble = error.problems[0].rule
+                progress.save(run_dir)
             _answer(answers, {"problem": vars(error.problems[0])})
             return 1
         _answer(answers, {"run_id": progress.run_id})
+        if spec.run_id:
+            os.read(0, 1)  # until the training process is sure to go on, or is gone: the folder stays as it was
+            Spec.settle(run_dir, keep=True)
+        progress.save(run_dir)
         _be_nice(NICE)
         _tune_garbage_collection()
         sampler = _sampler(spec, str(progress.run_id), start_ms)

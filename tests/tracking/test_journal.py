@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_exp.config import ROOT
+from deepseek_exp.tracking import copy_history
 from deepseek_exp.tracking.journal import JournalWriter, is_being_written, read_events
 
 
@@ -111,3 +112,20 @@ def test_a_process_that_is_let_write_may_be_killed_within_a_line(tmp_path: Path)
     assert [event["kind"] for event in read_events(path, 0)[0]] == ["start", "tags", "end"]
     writer.close()
     assert is_being_written(path)
+
+
+def test_metrics_of_a_run_begin_the_journal_of_the_next(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path / "journal.jsonl")
+    writer.start()
+    writer.metrics({"a": 1.0, "b": math.nan}, 1)
+    writer.params({"p": "1"})
+    writer.metrics({"a": 2.0}, 2)
+    writer.metrics({"a": 3.0}, 3)
+    writer.end("KILLED", None)
+    writer.metrics({"a": 2.5}, 2)  # a resumed life repeats it
+    copy_history(tmp_path, tmp_path / "new", 2)
+    (old, _), (new, _) = (read_events(folder / "journal.jsonl", 0) for folder in (tmp_path, tmp_path / "new"))
+    assert [(event["step"], event["values"]) for event in new] == [(1, {"a": 1.0, "b": "NaN"}), (2, {"a": 2.5})]
+    assert [event["t"] for event in new] == [old[1]["t"], old[6]["t"]]
+    with pytest.raises(FileExistsError):
+        copy_history(tmp_path, tmp_path / "new", 2)

@@ -145,7 +145,11 @@ def test_description_follows_the_text_of_the_run(offline: OfflineRun, get_run: G
 
 
 def test_runs_that_cannot_be_resumed(store: TrackingConfig, offline: OfflineRun, client: MlflowClient) -> None:
-    with pytest.raises(TrackingError, match=r"^resume='0{32}' is not an MLflow run of tracking.uri='sqlite:.*Fix: set"):
+    with pytest.raises(
+        TrackingError,
+        match=r"^resume='0{32}' is not an MLflow run of tracking.uri='sqlite:.*Fix: set tracking.uri=\.\.\. "
+        "to .* tracking.new_run=true",
+    ):
         find_run(client, store, "0" * 32)
     client.delete_run(offline.run_id)
     with pytest.raises(TrackingError, match=r"is a deleted MLflow run .*Fix: restore it \(.*mlflow runs restore"):

@@ -20,10 +20,11 @@ from mlflow.entities import Run
 
 from deepseek_exp.config import ROOT, TrackingConfig
 from deepseek_exp.errors import TrackingError
-from deepseek_exp.tracking import RunLog, TrackedRun
-from deepseek_exp.tracking.journal import read_events
+from deepseek_exp.tracking import RunLog, TrackedRun, copy_history
+from deepseek_exp.tracking.journal import JournalWriter, metric_events, read_events
 from deepseek_exp.tracking.run import Delivery
-from tests.tracking.tracking_parts import history, make_config, start_run
+from deepseek_exp.tracking.rundir import Progress, Spec
+from tests.tracking.tracking_parts import OfflineRun, history, make_config, start_run
 
 GetRun = Callable[[str], Run]
 
@@ -162,6 +163,54 @@ def test_resume_goes_on_in_the_same_run(store: TrackingConfig, tmp_path: Path, c
     assert sorted(history(client, run_id, "perf/step_seconds"))[2:6] == [(3, 1.0), (3, 2.0), (4, 1.0), (4, 2.0)]
     names = [artifact.path for artifact in client.list_artifacts(run_id)]
     assert "config.yaml" in names and any(name.startswith("resumed_") for name in names)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def test_a_resume_that_fails_changes_nothing(store: TrackingConfig, tmp_path: Path, client: MlflowClient) -> None:
+    offline = OfflineRun(store, tmp_path / "run")
+    offline.spec.save(offline.run_dir)
+    writer = JournalWriter(offline.run_dir / "journal.jsonl")
+    writer.metrics({"train/loss": 1.0}, 1)
+    assert offline.carrier.attempt(closing=True)
+    writer.metrics({"train/loss": 2.0}, 2)  # has not been sent
+    writer.close()
+    (offline.run_dir / "sender.log").write_text("an earlier life\n")
+    before = _contents(offline.run_dir)
+
+    client.delete_run(offline.run_id)
+    second = start_run(store, offline.run_dir, params={"new": 1}, run_id=offline.run_id)
+    with pytest.raises(TrackingError, match=r"is a deleted MLflow run of .*tracking\.new_run=true"):
+        second.wait_ready(30)
+    assert second.finish("FAILED", "no store") == Delivery(True, None, "")
+    after = _contents(offline.run_dir)
+    assert after.pop("sender.lock") == b""  # the first sender of the folder
+    assert after == before
+
+    client.restore_run(offline.run_id)
+    offline.spec, offline.progress = Spec.load(offline.run_dir), Progress.load(offline.run_dir)
+    assert offline.reopen().attempt(closing=False)
+    assert history(client, offline.run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
+    assert client.get_run(offline.run_id).data.params == {}
+
+
+def test_a_new_run_continues_an_old_one(store: TrackingConfig, tmp_path: Path, client: MlflowClient) -> None:
+    (tmp_path / "run").mkdir()
+    first = JournalWriter(tmp_path / "run" / "journal.jsonl")
+    for step in (1, 2, 3):
+        first.metrics({"train/loss": float(step)}, step)
+    copy_history(tmp_path / "run", tmp_path / "next", 2)
+    second = start_run(store, tmp_path / "next", continues=("a" * 32, 2))
+    run_id = second.wait_ready(30)
+    second.log_metrics({"train/loss": 3.5}, 3)
+    assert second.finish("FINISHED", None).arrived
+    assert history(client, run_id, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.5)]
+    times = [event["t"] for event in metric_events(tmp_path / "run" / "journal.jsonl")]
+    assert [m.timestamp for m in client.get_metric_history(run_id, "train/loss")][:2] == times[:2]
+    tags = client.get_run(run_id).data.tags
+    assert (tags["continues.run_id"], tags["continues.step"]) == ("a" * 32, "2")
 
 
 def test_a_killed_training_process_loses_nothing(store: TrackingConfig, tmp_path: Path, client: MlflowClient) -> None:

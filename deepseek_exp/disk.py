@@ -1,4 +1,4 @@
-"""What makes files last through a power cut, and words for a disk that fails; the standard library alone."""
+"""Paths as a person writes them, what makes files last, words for a disk that fails; the standard library alone."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ REMEDIES = {
     errno.EMFILE: "raise the number of files that this process may open (ulimit -n)",
 }
 TESTED_BYTES = 1 << 16
+
+
+def expand(path: str | Path) -> Path:
+    """Return a path of the configuration with a leading `~` or `~user` replaced by that home directory.
+
+    A user that does not exist leaves the path as it is, as in a shell.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for such a user
 
 
 def fsync_path(path: Path) -> None:

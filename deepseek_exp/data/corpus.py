@@ -29,7 +29,7 @@ from deepseek_exp.config import DataConfig, Source
 from deepseek_exp.data.readers import Reader, find_files
 from deepseek_exp.errors import DataError, Problem
 
-FORMAT = 1  # to be raised when the same text and settings give other tokens, or meta.json other keys
+FORMAT = 2  # to be raised when the same text and settings give other tokens, or meta.json other keys
 FEW = 100
 MIN_TAIL_CHARS = 400
 NOT_TEXT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -24,6 +25,7 @@ from deepseek_exp.data import shards
 from deepseek_exp.data.corpus import Corpus
 from deepseek_exp.data.shards import SPLITS, Shard, Shards, Survey
 from deepseek_exp.data.tokenizer import Tokenizer
+from deepseek_exp.disk import FOLDER, REMEDIES, expand
 from deepseek_exp.errors import DataError, Problem
 
 log = logging.getLogger(__name__)
@@ -82,29 +84,40 @@ class PreparedData:
         return sum(part.valid.n_tokens for part in self.parts)
 
     def digests(self) -> dict[str, str]:
-        """Digest of the tokenizer and of each split (`train`, `valid`; of a mixture `train of <part>` ...)."""
+        """Identify the data by its content, whatever its path: name -> sha256.
+
+        Names are `tokenizer`, `train` and `valid` (the text of a split), `train tokens` and `valid tokens` (its packed
+        ids); of a mixture `train of <part>`, `train tokens of <part>` and so on.
+        """
         found = {"tokenizer": self.tokenizer.digest}
         for part in self.parts:
             of = f" of {part.name}" if part.name else ""
-            found |= {f"train{of}": part.train.digest, f"valid{of}": part.valid.digest}
+            for split in SPLITS:
+                shard = getattr(part, split)
+                found |= {f"{split}{of}": shard.digest, f"{split} tokens{of}": shard.tokens_digest}
         return found
 
 
-def prepare(cfg: DataConfig) -> PreparedData:
+def prepare(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> PreparedData:
     """Make the tokenizer and the packed tokens of a data section, or find them in `cfg.cache_dir`.
 
     The cache is keyed by the settings, by path, size and time of change of every file, and by the content of a given
     tokenizer, so a second start reads no text. Several processes may call this at once: one builds, the others wait.
+    Packed tokens whose digest is not that of their record are packed again.
+
+    Args:
+        cfg: the data section.
+        tokenizer: encodes the text, such as the tokenizer of a checkpoint; none is trained then, and
+            `cfg.tokenizer` is not read.
 
     Raises:
-        DataError: there is no such text or tokenizer, it cannot be read or used, or the text is too short.
+        DataError: there is no such text or tokenizer, it cannot be read or used, the text is too short, or the cache
+            cannot be written.
     """
-    plan = _Plan.of(cfg)
-    found = _cached(plan)
-    if found is None:
-        with _alone(plan.lock):
-            found = _cached(plan) or _build(plan)
-    tokenizer, packed = found
+    try:
+        plan, (tokenizer, packed) = _find_or_build(cfg, tokenizer)
+    except OSError as error:  # what is read of the text and of tokenizers is worded where it is read
+        raise DataError(_unusable_cache(cfg, error)) from error
     _check_lengths(plan, packed)
     skipped: dict[str, int] = {}
     for shard in packed:
@@ -121,6 +134,26 @@ def prepare(cfg: DataConfig) -> PreparedData:
         _input(c, split, getattr(p, split)) for c, p in zip(plan.corpora, packed, strict=True) for split in SPLITS
     ]
     return PreparedData(tokenizer, parts, _unigram_bits(weights, packed), skipped, inputs)
+
+
+def _find_or_build(cfg: DataConfig, tokenizer: Tokenizer | None) -> tuple[_Plan, tuple[Tokenizer, list[Shards]]]:
+    plan = _Plan.of(cfg, tokenizer)
+    if tokenizer is not None and cfg.tokenizer is None:  # it may be the one that was trained on this very text
+        trained = plan.keyed(None)
+        found = _cached(trained)
+        if found is not None and found[0].digest == tokenizer.digest:
+            return trained, found
+    found = _cached(plan)
+    if found is None:
+        with _alone(plan.lock):
+            found = _cached(plan, warn=True) or _build(plan)
+    return plan, found
+
+
+def _unusable_cache(cfg: DataConfig, error: OSError) -> Problem:
+    where = f": {error.filename}" if error.filename else ""
+    fix = REMEDIES.get(error.errno or 0, FOLDER)
+    return Problem("data.cache_dir", cfg.cache_dir, f"cannot be used ({error.strerror}{where})", fix)
 
 
 @dataclass(frozen=True)
@@ -145,14 +178,23 @@ class _Plan:
     folders: list[Path]
 
     @classmethod
-    def of(cls, cfg: DataConfig) -> _Plan:
-        given, corpora = _given(cfg), Corpus.parts(cfg)
+    def of(cls, cfg: DataConfig, tokenizer: Tokenizer | None = None) -> _Plan:
+        if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
+            rule = f"is less than the {tokenizer.vocab_size} entries of the checkpoint's tokenizer"
+            fix = "leave data.vocab_size out"
+            raise DataError(Problem("data.vocab_size", cfg.vocab_size, rule, fix))
+        given, corpora = tokenizer or _given(cfg), Corpus.parts(cfg)
         prints = [corpus.fingerprint() for corpus in corpora]
+        return cls(cfg, None, corpora, prints, Path(), []).keyed(given)
+
+    def keyed(self, given: Tokenizer | None) -> _Plan:
+        """Return the same plan with the tokenizer `given`, or one that is trained on the text."""
+        prints = self.fingerprints
         # what decides about the tokenizer
         vocabulary = given.digest[:32] if given else prints[0] if len(prints) == 1 else _hash(*prints)
-        top = Path(cfg.cache_dir).absolute() / "shards"
+        top = expand(self.cfg.cache_dir).absolute() / "shards"
         folders = [top / (p if p == vocabulary else _hash(p, vocabulary)) for p in prints]
-        return cls(cfg, given, corpora, prints, top / f"{vocabulary}.lock", folders)
+        return dataclasses.replace(self, given=given, lock=top / f"{vocabulary}.lock", folders=folders)
 
 
 def _hash(*words: str) -> str:
@@ -164,7 +206,7 @@ def _given(cfg: DataConfig) -> Tokenizer | None:
     if cfg.tokenizer is None:
         return None
     try:
-        tokenizer = Tokenizer.given(Path(cfg.tokenizer).expanduser())
+        tokenizer = Tokenizer.given(expand(cfg.tokenizer))
     except OSError as error:
         rule, fix = f"cannot be read ({error.strerror})", "name a tokenizer.json, or set data.tokenizer=null"
         raise DataError(Problem("data.tokenizer", cfg.tokenizer, rule, fix)) from error
@@ -178,8 +220,8 @@ def _given(cfg: DataConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def _cached(plan: _Plan) -> tuple[Tokenizer, list[Shards]] | None:
-    packed = [shards.load(folder) for folder in plan.folders]
+def _cached(plan: _Plan, *, warn: bool = False) -> tuple[Tokenizer, list[Shards]] | None:
+    packed = [shards.load(folder, warn=warn) for folder in plan.folders]
     if any(p is None for p in packed) or len({(p.tokenizer, p.tokenizer_file) for p in packed}) > 1:
         return None
     try:
@@ -253,7 +295,7 @@ def _unigram_bits(weights: list[float], packed: list[Shards]) -> Tensor:
 
 
 def _tokenizers(cfg: DataConfig) -> Path:
-    return Path(cfg.cache_dir) / "tokenizers"
+    return expand(cfg.cache_dir) / "tokenizers"
 
 
 @contextlib.contextmanager

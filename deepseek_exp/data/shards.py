@@ -1,12 +1,17 @@
 """Tokens of a corpus, packed into one memory-mapped file per split, built once.
 
-A folder `<fingerprint>` holds train.bin and valid.bin (flat token ids, <|endoftext|> after each document) and
-meta.json. It is built beside its place, synced and renamed, so it is whole or not there.
+A folder `<fingerprint>` holds train.bin and valid.bin (flat token ids, <|endoftext|> after each document),
+unigram_bits.npy and meta.json. It is built beside its place, synced and renamed, so it is whole or not there.
+
+meta.json has the sha256 of the other files and one of itself. Token files may be large, so they are read for their
+digest only if they are not those that were read the last time, by size, times and inode (verified.json).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -26,8 +31,10 @@ from deepseek_exp.data.tokenizer import Tokenizer, pieces
 
 SPLITS = ("train", "valid")
 UNIGRAM = "unigram_bits.npy"
+VERIFIED = "verified.json"
 BATCH_CHARS = 1 << 20
 REPORT_SECONDS = 5.0
+BIG = 1 << 30  # bytes that take about a second to verify
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +50,7 @@ class Shard:
         n_documents: documents.
         n_bytes: bytes of text, UTF-8.
         digest: sha256 of the text, in hexadecimal.
+        tokens_digest: sha256 of the file of token ids.
     """
 
     path: Path
@@ -51,6 +59,7 @@ class Shard:
     n_documents: int
     n_bytes: int
     digest: str
+    tokens_digest: str
 
     def open(self) -> np.memmap:
         """Map the ids, shape (n_tokens,), read-only."""
@@ -101,17 +110,85 @@ def survey(corpus: Corpus) -> Survey:
     return Survey(n_documents, n_bytes, {split: h.hexdigest() for split, h in hashes.items()}, dict(skipped))
 
 
-def load(folder: Path) -> Shards | None:
-    """Open what `build` made; None when it is not there or not whole."""
+class _DamagedError(Exception):
+    """A folder does not hold what was packed into it; the text says what is wrong."""
+
+
+def load(folder: Path, *, warn: bool = False) -> Shards | None:
+    """Open what `build` made; None if it is not there or damaged.
+
+    Args:
+        folder: of packed tokens.
+        warn: log what is damaged.
+    """
+    try:
+        return _load(folder)
+    except FileNotFoundError as error:
+        damage = f"{Path(error.filename).name} is missing" if folder.exists() else None
+    except _DamagedError as error:
+        damage = str(error)
+    if warn and damage is not None:
+        log.warning("%s is damaged (%s), so the text is packed again", folder, damage)
+    return None
+
+
+def _load(folder: Path) -> Shards:
+    meta = _read_meta(folder)
+    packed = {split: Shard(folder / f"{split}.bin", **meta.pop(split)) for split in SPLITS}
+    _check_tokens(folder, packed)
+    unigram = (folder / UNIGRAM).read_bytes()
+    if hashlib.sha256(unigram).hexdigest() != meta.pop("unigram_digest"):
+        raise _DamagedError(f"{UNIGRAM} is not what was written")
+    return Shards(**packed, **meta, unigram_bits=np.load(io.BytesIO(unigram)))
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        for split in SPLITS:
-            meta[split] = Shard(folder / f"{split}.bin", **meta[split])
-            if meta[split].path.stat().st_size != meta[split].n_tokens * np.dtype(meta[split].dtype).itemsize:
-                return None
-        return Shards(**meta, unigram_bits=np.load(folder / UNIGRAM))
-    except (FileNotFoundError, ValueError):
+    except (ValueError, RecursionError) as error:
+        raise _DamagedError("meta.json is not valid JSON") from error
+    if not isinstance(meta, dict) or meta.pop("meta_digest", None) != _json_digest(meta):
+        raise _DamagedError("meta.json is not what was written")
+    return meta
+
+
+def _json_digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _check_tokens(folder: Path, packed: dict[str, Shard]) -> None:
+    """Compare the token files with their digests, unless they are the ones that were compared the last time."""
+    stamps = {split: _stamp(shard.path) for split, shard in packed.items()}
+    if _read_stamps(folder) == stamps:
+        return
+    size = sum(stamp[0] for stamp in stamps.values())
+    if size >= BIG:
+        log.info("verifying %.1f GB of packed tokens", size / 1e9)
+    for shard in packed.values():
+        with shard.path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.tokens_digest:
+                raise _DamagedError(f"{shard.path.name} is not what was packed")
+    with contextlib.suppress(OSError):  # a folder that cannot be written is verified at each start
+        _write_stamps(folder, stamps)
+
+
+def _stamp(path: Path) -> list[int]:
+    """Return what changes when a file is written to or replaced: size, times in nanoseconds, inode."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _read_stamps(folder: Path) -> Any:
+    try:
+        return json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def _write_stamps(folder: Path, stamps: dict[str, list[int]]) -> None:
+    part = folder / f"{VERIFIED}.{socket.gethostname()}.{os.getpid()}.part"
+    part.write_text(json.dumps(stamps), encoding="utf-8")
+    part.replace(folder / VERIFIED)
 
 
 def build(corpus: Corpus, found: Survey, tokenizer: Tokenizer, tokenizer_file: str, folder: Path) -> Shards:
@@ -131,9 +208,19 @@ def build(corpus: Corpus, found: Survey, tokenizer: Tokenizer, tokenizer_file: s
     for leftover in (part, folder):  # of a build that was killed, or a folder that was damaged
         shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
+    try:
+        _fill(part, corpus, found, tokenizer, tokenizer_file)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # above all if the disk is full
+        raise
+    publish(part, folder)
+    return load(folder)
+
+
+def _fill(part: Path, corpus: Corpus, found: Survey, tokenizer: Tokenizer, tokenizer_file: str) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     documents = reported(corpus.documents(Counter()), "packing tokens", sum(found.n_bytes.values()))
-    counts = _write_tokens(documents, tokenizer, dtype, part)
+    counts, digests = _write_tokens(documents, tokenizer, dtype, part)
     meta: dict[str, Any] = {
         split: {
             "dtype": dtype.name,
@@ -141,20 +228,23 @@ def build(corpus: Corpus, found: Survey, tokenizer: Tokenizer, tokenizer_file: s
             "n_documents": found.n_documents[split],
             "n_bytes": found.n_bytes[split],
             "digest": found.digests[split],
+            "tokens_digest": digests[split],
         }
         for split in SPLITS
     }
     meta["tokenizer"] = tokenizer.digest
     meta["tokenizer_file"] = tokenizer_file
     meta["skipped"] = found.skipped
-    with (part / UNIGRAM).open("wb") as file:
+    with (part / UNIGRAM).open("w+b") as file:
         np.save(file, unigram_bits(counts["train"]))
         _sync(file)
+        file.seek(0)
+        meta["unigram_digest"] = hashlib.file_digest(file, "sha256").hexdigest()
+    meta["meta_digest"] = _json_digest(meta)
     with (part / "meta.json").open("w", encoding="utf-8") as file:
         json.dump(meta, file, indent=2)
         _sync(file)
-    publish(part, folder)
-    return load(folder)
+    _write_stamps(part, {split: _stamp(part / f"{split}.bin") for split in SPLITS})
 
 
 def publish(part: Path, folder: Path) -> None:
@@ -195,9 +285,10 @@ def reported(documents: Iterable[Document], what: str, total_bytes: int) -> Iter
 
 def _write_tokens(
     documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, folder: Path
-) -> dict[str, np.ndarray]:
-    """Write <split>.bin files and count ids: (vocab_size,) by split."""
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Write <split>.bin files; returns counts of ids, (vocab_size,) by split, and each file's sha256."""
     counts = {split: np.zeros(tokenizer.vocab_size, dtype=np.int64) for split in SPLITS}
+    hashes = {split: hashlib.sha256() for split in SPLITS}
     with (folder / "train.bin").open("wb") as train, (folder / "valid.bin").open("wb") as valid:
         files = {"train": train, "valid": valid}
         for batch in _batches(documents):
@@ -208,10 +299,11 @@ def _write_tokens(
             for split in SPLITS:
                 array = np.array(ids[split], dtype=dtype)
                 files[split].write(array.tobytes())
+                hashes[split].update(array.tobytes())
                 counts[split] += np.bincount(array, minlength=tokenizer.vocab_size)
         for file in files.values():
             _sync(file)
-    return counts
+    return counts, {split: h.hexdigest() for split, h in hashes.items()}
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[str, str, bool]]]:

@@ -64,9 +64,12 @@ def test_what_is_recorded_and_compared_of_each_part(mixture_cfg) -> None:
     assert shown == expected
     assert len({digest for _, _, digest, _ in shown}) == 6
     digests = {f"{context} of {name}": digest for name, context, digest, _ in shown}
+    for part in data.parts:
+        digests |= {f"{s} tokens of {part.name}": getattr(part, s).tokens_digest for s in ("train", "valid")}
     assert data.digests() == {"tokenizer": data.tokenizer.digest, **digests}
+    assert len(set(data.digests().values())) == 13
     single = prepare(dataclasses.replace(mixture_cfg, source=Source.synthetic, mixture={}, max_bytes=30_000))
-    assert list(single.digests()) == ["tokenizer", "train", "valid"]
+    assert list(single.digests()) == ["tokenizer", "train", "train tokens", "valid", "valid tokens"]
     assert single.part_names == []
 
 
@@ -86,6 +89,7 @@ def test_unigram_bits_weigh_the_parts(mixture_cfg) -> None:
 def test_a_second_start_builds_nothing_until_a_text_changes(mixture_cfg, caplog) -> None:
     caplog.set_level(logging.INFO)
     first = prepare(mixture_cfg)
+    data_names = first.part_names
     assert packed(caplog) == 1
     assert prepare(mixture_cfg).digests() == first.digests()
     assert prepare(changed(mixture_cfg, "sums", weight=99.0)).digests() == first.digests()
@@ -95,7 +99,8 @@ def test_a_second_start_builds_nothing_until_a_text_changes(mixture_cfg, caplog)
     second = prepare(mixture_cfg)
     assert packed(caplog) == 1
     names = [name for name, digest in second.digests().items() if digest != first.digests()[name]]
-    assert names == ["tokenizer", "train of code", "valid of code"]
+    all_tokens = [f"{split} tokens of {name}" for name in data_names for split in ("train", "valid")]
+    assert set(names) == {"tokenizer", "train of code", "valid of code", *all_tokens}
     (Path(first.parts[1].train.path).parent / "meta.json").unlink()
     prepare(mixture_cfg)
     assert packed(caplog) == 0  # that was the first tokenizer's

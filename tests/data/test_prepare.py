@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -6,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -150,6 +152,76 @@ def test_the_tokenizer_is_shared_by_all_with_the_same_training_text(tmp_path, te
     assert len(list((tmp_path / "cache/tokenizers").iterdir())) == 1
     third = prepare(text_cfg(tmp_path / "a.txt", valid_path=str(tmp_path / "b.txt"), vocab_size=260))
     assert third.tokenizer.vocab_size == 260
+
+
+def flip(path: Path, place: int) -> None:
+    """Change a byte in the middle of a file, and keep the time of its last change."""
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+# what is damaged by a function of the folder, and what the log says about it
+DAMAGES = {
+    "flipped train": (lambda f: flip(f / "train.bin", 1000), "train.bin is not what was packed"),
+    "flipped valid": (lambda f: flip(f / "valid.bin", 0), "valid.bin is not what was packed"),
+    "beyond the vocabulary": (lambda f: (f / "train.bin").write_bytes(b"\xff" * (f / "train.bin").stat().st_size), ""),
+    "gone train": (lambda f: (f / "train.bin").unlink(), "train.bin is missing"),
+    "nan unigram": (lambda f: np.save(f / "unigram_bits.npy", np.full(300, np.nan)), "unigram_bits.npy is not what"),
+    "odd unigram": (lambda f: np.save(f / "unigram_bits.npy", np.zeros((2, 2))), "unigram_bits.npy is not what was"),
+    "flipped unigram": (lambda f: flip(f / "unigram_bits.npy", 900), "unigram_bits.npy is not what was written"),
+    "gone unigram": (lambda f: (f / "unigram_bits.npy").unlink(), "unigram_bits.npy is missing"),
+    "{}": (lambda f: (f / "meta.json").write_text("{}"), "meta.json is not what was written"),
+    "[]": (lambda f: (f / "meta.json").write_text("[]"), "meta.json is not what was written"),
+    "nested": (lambda f: (f / "meta.json").write_text("[" * 100_000), "meta.json is not valid JSON"),
+    "dtype": (
+        lambda f: (f / "meta.json").write_text((f / "meta.json").read_text().replace("uint16", "uint61")),
+        "meta.json is not what was written",
+    ),
+    "count": (
+        lambda f: (f / "meta.json").write_text(
+            (f / "meta.json").read_text().replace('"n_bytes": 3000', '"n_bytes": 9')
+        ),
+        "meta.json is not what was written",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_cache(tmp_path_factory) -> Path:
+    """A folder that holds a cache; its copy is whole too, though its files are others."""
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_tokens_are_found_and_packed_again(cfg, whole_cache, tmp_path, caplog, damage, said: str) -> None:
+    caplog.set_level(logging.INFO)
+    first = state(prepare(dataclasses.replace(cfg, cache_dir=str(whole_cache))))
+    shutil.copytree(whole_cache, cfg.cache_dir)
+    caplog.clear()
+    assert state(prepare(cfg)) == first and not built(caplog)
+    damage(folder_of(cfg))
+    assert state(prepare(cfg)) == first
+    (message,) = [m for m in caplog.messages if " is damaged (" in m]
+    assert message.startswith(f"{folder_of(cfg)} is damaged (") and said in message
+    assert built(caplog)
+
+
+def test_tokens_are_read_for_their_digest_only_if_they_changed(cfg, monkeypatch) -> None:
+    first, read = state(prepare(cfg)), []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: [read.append(file.name), digest(file, name)][1])
+    assert state(prepare(cfg)) == first
+    assert read == []  # `build` has just written them
+    train, valid = (folder_of(cfg) / name for name in ("train.bin", "valid.bin"))
+    os.utime(valid)
+    for _ in range(2):
+        assert state(prepare(cfg)) == first
+        assert read == [str(train), str(valid)]
+    (folder_of(cfg) / "verified.json").write_text("[")
+    assert state(prepare(cfg)) == first
+    assert read == 2 * [str(train), str(valid)]
 
 
 @pytest.mark.parametrize(
@@ -361,3 +433,72 @@ def test_a_given_tokenizer(cfg, tmp_path) -> None:
         prepare(dataclasses.replace(cfg, tokenizer=str(path)))
     with pytest.raises(DataError, match=r"cannot be read \(No such file or directory\)\. Fix: name a tokenizer.json"):
         prepare(dataclasses.replace(cfg, tokenizer=f"{path}x"))
+
+
+def test_the_tokenizer_of_a_checkpoint(cfg, tmp_path, text_cfg, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    first = prepare(cfg)
+    caplog.clear()
+    assert prepare(cfg, first.tokenizer).digests() == first.digests()
+    assert not built(caplog)  # what was packed with the tokenizer trained on this text
+    gone = dataclasses.replace(cfg, tokenizer=f"{tmp_path}/gone.json", cache_dir=str(tmp_path / "other"))
+    assert prepare(gone, first.tokenizer).digests() == first.digests()
+    text = text_cfg(write_rows(tmp_path / "a.jsonl", [f"other text, number {i}" for i in range(300)]))
+    caplog.clear()
+    other = prepare(text, first.tokenizer)
+    assert built(caplog) and not [m for m in caplog.messages if "training a tokenizer" in m]
+    assert other.tokenizer.digest == first.tokenizer.digest
+    assert first.tokenizer.token_bytes[tokens(other.parts[0].train)].sum() == other.parts[0].train.n_bytes
+    assert prepare(text).tokenizer.digest != first.tokenizer.digest
+    caplog.clear()
+    assert prepare(text, first.tokenizer).digests() == other.digests() and not built(caplog)
+    with pytest.raises(DataError) as error:
+        prepare(dataclasses.replace(text, vocab_size=299), first.tokenizer)
+    assert str(error.value) == (
+        "data.vocab_size=299 is less than the 300 entries of the checkpoint's tokenizer. "
+        "Fix: leave data.vocab_size out."
+    )
+
+
+def test_digests_are_of_the_content(tmp_path, text_cfg) -> None:
+    texts = [f"document {i}" for i in range(300)]
+    first = prepare(text_cfg(write_rows(tmp_path / "a.jsonl", texts)))
+    assert list(first.digests()) == ["tokenizer", "train", "train tokens", "valid", "valid tokens"]
+    assert first.digests()["train tokens"] == hashlib.sha256(first.parts[0].train.path.read_bytes()).hexdigest()
+    assert prepare(text_cfg(write_rows(tmp_path / "moved.jsonl", texts))).digests() == first.digests()
+    changed = prepare(text_cfg(write_rows(tmp_path / "b.jsonl", [*texts[1:], texts[0]])), first.tokenizer).digests()
+    assert {name for name in changed if changed[name] != first.digests()[name]} == {"train", "train tokens"}
+
+
+@pytest.mark.parametrize(
+    ("cache_dir", "reason", "fix"),
+    [
+        ("file/cache", "Not a directory", "use a path whose parents are folders"),
+        ("/dev/null/x", "Not a directory", "use a path whose parents are folders"),
+        ("/proc/x", "No such file or directory", "use a folder that this user may write"),
+    ],
+)
+def test_a_cache_that_cannot_be_made(cfg, tmp_path, cache_dir, reason, fix) -> None:
+    (tmp_path / "file").write_text("x")
+    folder = str(tmp_path / cache_dir)  # an absolute one stays what it is
+    with pytest.raises(DataError) as error:
+        prepare(dataclasses.replace(cfg, cache_dir=folder))
+    message = str(error.value)
+    assert message.startswith(f"data.cache_dir='{folder}' cannot be used ({reason}: {folder}")
+    assert message.endswith(f"). Fix: {fix}.")
+
+
+@pytest.mark.parametrize("place", ["_write_tokens", "_sync"])
+def test_a_full_disk_while_packing(cfg, monkeypatch, place) -> None:
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, place, full)
+        with pytest.raises(DataError) as error:
+            prepare(cfg)
+    assert str(error.value) == (
+        f"data.cache_dir='{cfg.cache_dir}' cannot be used (No space left on device). "
+        "Fix: free space on that disk, or use a folder on another disk."
+    )
+    assert not list(Path(cfg.cache_dir).glob("shards/*/")) and prepare(cfg).n_train_tokens

@@ -4,37 +4,43 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import json
 import os
 import sys
-import types
 import typing
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+import hydra.version
+from hydra import compose
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import OverrideParseException
+from hydra.plugins.config_source import ConfigSource
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from deepseek_exp import huggingface, validate
+from deepseek_exp import huggingface, hydra_rules, validate
 from deepseek_exp.config import ROOT, Do, ExperimentConfig
 from deepseek_exp.errors import ConfigError, Problem, UserError
+from deepseek_exp.explain import file_words, meant, override_words, parse_one, unparsed
 from deepseek_exp.huggingface.files import CONFIG, TOKENIZER
+from deepseek_exp.schema import SECTION_OF, is_enum, is_mapping, schema_keys
 
 CONF = str(ROOT / "conf")
-# groups that write into another section of the tree
-SECTION_OF = {"size": "model"}
 
 
 def check_command_line(argv: Sequence[str]) -> None:
@@ -48,18 +54,16 @@ def check_command_line(argv: Sequence[str]) -> None:
     """
     _check_encoding(argv)
     args = get_args_parser().parse_args(list(argv))
-    if args.help or args.hydra_help or args.shell_completion:
+    flaws = list(hydra_rules.flag_problems(args))
+    if flaws:
+        raise ConfigError(*flaws)
+    if args.shell_completion or ((args.help or args.hydra_help) and not args.overrides):
         return
-    with _hydra():
-        jobs = _jobs(args.overrides) if args.multirun else [args.overrides]
-        problems: dict[str, Problem] = {}
+    with _hydra(args.config_dir):
+        jobs, found = _jobs(args.overrides) if args.multirun else ([args.overrides], [])
+        problems = {str(p): p for p in found}
         for overrides in jobs:
-            cfg, found = _compose_all(overrides)
-            if cfg.get("init_from") is not None:
-                cfg, more = start_from(cfg, overrides)
-                found += more
-            # what goes on from a checkpoint is checked once its own configuration lies underneath
-            problems |= {str(p): p for p in found + _check(cfg, found, rules=not takes_checkpoint(cfg))}
+            problems |= {str(p): p for p in _job_problems(overrides)}
     resumes = [o.lstrip("+") for o in args.overrides if o.lstrip("+").startswith("resume=")]
     if args.multirun and any(o != "resume=null" for o in resumes):
         fix = "resume one run at a time, without -m"
@@ -86,6 +90,20 @@ def _check_encoding(argv: Sequence[str]) -> None:
 
 def _escaped(text: str) -> str:
     return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def _job_problems(overrides: Sequence[str]) -> list[Problem]:
+    """Find everything that is wrong with one job."""
+    good, found = _usable(overrides)
+    cfg, more = _compose_all(good)
+    found += more
+    if _structure_problems(cfg):
+        return found + _structure_problems(cfg)
+    if cfg.get("init_from") is not None:
+        cfg, more = start_from(cfg, overrides)
+        found += more
+    # what goes on from a checkpoint is checked once its own configuration lies underneath
+    return found + _check(cfg, found, rules=not takes_checkpoint(cfg))
 
 
 def takes_checkpoint(cfg: DictConfig) -> bool:
@@ -228,7 +246,7 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
     found = []
     for override in overrides:
         with suppress(OverrideParseException):
-            found.append(_parse_one(override))
+            found.append(parse_one(override))
     return found
 
 
@@ -256,7 +274,7 @@ def key_docs() -> str:
     lines = []
     for path, info in schema_keys().items():
         bounds = ", ".join(f"{SIGNS[k]} {v:g}" for k, v in info.metadata["bounds"].items())
-        options = "|".join(m.value for m in info.type) if _is_enum(info.type) else ""
+        options = "|".join(m.value for m in info.type) if is_enum(info.type) else ""
         extra = "; ".join(x for x in (options, bounds) if x)
         lines.append(f"  {path:44}{info.metadata['doc']}{f' ({extra})' if extra else ''}")
     return "\n".join(lines)
@@ -265,54 +283,47 @@ def key_docs() -> str:
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
-@dataclasses.dataclass(frozen=True)
-class KeyInfo:
-    """One leaf of the schema."""
-
-    type: Any
-    optional: bool
-    metadata: dict[str, Any]
-
-
-def schema_keys(cls: type = ExperimentConfig, prefix: str = "") -> dict[str, KeyInfo]:
-    """Map every dotted key of the schema to its type and documentation, in the schema's order."""
-    found: dict[str, KeyInfo] = {}
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        kind, optional = hints[field.name], False
-        if isinstance(kind, types.UnionType):
-            kind, optional = next(t for t in typing.get_args(kind) if t is not type(None)), True
-        if dataclasses.is_dataclass(kind):
-            found |= schema_keys(typing.cast(type, kind), f"{prefix}{field.name}.")
-        else:
-            found[prefix + field.name] = KeyInfo(kind, optional, dict(field.metadata))
-    return found
-
-
 def _check(cfg: DictConfig, known: list[Problem], rules: bool = True) -> list[Problem]:
     """Problems of a composed tree that composing itself lets pass; `known` keys are not told twice."""
+    problems = _structure_problems(cfg)
+    if problems or not rules:
+        return problems
+    exp = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg))
+    told = {p.key for p in known}
+    return [p for p in validate.problems(exp) if p.key not in told]
+
+
+def _structure_problems(cfg: DictConfig) -> list[Problem]:
+    """Find keys that are not in the schema or have no value, and references that cannot be resolved."""
     try:
-        problems = [Problem(p, v, "is not a configuration key", _meant(p, "remove it")) for p, v in _extra_leaves(cfg)]
-        missing = sorted(OmegaConf.missing_keys(cfg))
+        problems = [Problem(p, v, "is not a configuration key", meant(p, "remove it")) for p, v in _extra_leaves(cfg)]
+        raw = OmegaConf.to_container(cfg, resolve=False)
+        missing = sorted(OmegaConf.missing_keys(cfg) | {k for k in schema_keys() if not _has(raw, k)})
+        missing = [k for k in missing if not any(k.startswith(f"{other}.") for other in missing)]
         problems += [
             Problem(k, "???", "has no value", f"give it one, or take the option that sets {k}") for k in missing
         ]
         if problems:
             return problems
-        exp = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg))
-    except OmegaConfBaseException as error:
+        exp = OmegaConf.to_object(cfg)
+    except (OmegaConfBaseException, RecursionError) as error:
         path = getattr(error, "full_key", None) or "configuration"
         raw = OmegaConf.to_container(cfg, resolve=False)
-        return [
-            Problem(
-                path,
-                _select(raw, path.split("[")[0]),
-                f"cannot be resolved ({str(error).splitlines()[0]})",
-                "mend the reference",
-            )
-        ]
-    told = {p.key for p in known}
-    return [] if not rules else [p for p in validate.problems(exp) if p.key not in told]
+        said = "it refers to itself" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        rule = f"cannot be resolved ({said})"
+        return [Problem(path, _select(raw, path.split("[")[0]), rule, "correct the reference")]
+    wrong = [(k, _attribute(exp, k)) for k, info in schema_keys().items() if is_mapping(info.type)]
+    return [
+        Problem(k, v, "is not a mapping", f"leave {k} out; +{k}.<name>=... adds an entry")
+        for k, v in wrong
+        if not isinstance(v, dict)
+    ]
+
+
+def _attribute(exp: Any, path: str) -> Any:
+    for name in path.split("."):
+        exp = getattr(exp, name)
+    return exp
 
 
 def _extra_leaves(cfg: DictConfig) -> Iterator[tuple[str, Any]]:
@@ -325,105 +336,118 @@ def _extra_leaves(cfg: DictConfig) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{k}", cfg[name][k]) for k in cfg[name] if k not in fields)
 
 
-def _jobs(overrides: list[str]) -> list[list[str]]:
-    """Expand the overrides of a sweep as Hydra's basic sweeper will; other sweepers choose their own values."""
-    if any(o.startswith("hydra/sweeper=") for o in overrides):
-        return [[o for o in overrides if not _parse_one(o).is_sweep_override()]]
+def _jobs(overrides: list[str]) -> tuple[list[list[str]], list[Problem]]:
+    """Expand the overrides of a sweep as Hydra's basic sweeper will, and say why if it cannot.
+
+    Other sweepers choose their own values; the rest of their jobs is checked as one.
+    """
+    good, problems = _usable(overrides)
     try:
-        parsed = OverridesParser.create(_loader()).parse_overrides(overrides)
-    except OverrideParseException:
-        return [overrides]  # told by _compose_all
-    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+        master = GlobalHydra.instance().hydra.compose_config("config", good, RunMode.MULTIRUN, from_shell=False)
+    except Exception:
+        return [_without_sweeps(good)], problems  # told by _compose_all
+    problems += _section_problems(master, good)
+    if problems:
+        return [_without_sweeps(good)], problems
+    if not master.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        return [_without_sweeps(good)], []
+    params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
+    usable, problems = _usable([*params, *good])
+    parsed = OverridesParser.create(_loader()).parse_overrides(usable)
+    problems += hydra_rules.sweep_problems(parsed)
+    if problems:
+        return [_without_sweeps(good)], problems
+    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch], []
+
+
+def _without_sweeps(overrides: list[str]) -> list[str]:
+    return [o for o in overrides if not parse_one(o).is_sweep_override()]
+
+
+def _usable(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    """Sort out what cannot be handed to Hydra: it would load or run what it names, or fail without words."""
+    good, problems = [], []
+    for override in overrides:
+        problem = None
+        try:
+            parsed = parse_one(override)
+        except (OverrideParseException, ValueError) as error:
+            problem = unparsed(override, error)
+        else:
+            problem = hydra_rules.override_problem(parsed, _groups()) or _value_problem(parsed)
+        if problem is None:
+            good.append(override)
+        else:
+            problems.append(problem)
+    return good, problems
+
+
+def _value_problem(parsed: Override) -> Problem | None:
+    """Refuse what OmegaConf takes and turns into something else."""
+    path, value, known = str(parsed.key_or_group), parsed.value(), schema_keys()
+    if parsed.is_delete() and (path in known or any(k.startswith(f"{path}.") for k in known)):
+        fix = f"set {path}=null" if path in known and known[path].optional else f"leave ~{path} out"
+        return Problem(path, None, "cannot be deleted: every key of an experiment has a value", fix)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if path in known and known[path].type is bool and number:
+        return Problem(path, value, "is not true or false", f"use {path}=true or {path}=false")
+    return None
 
 
 def _compose_all(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
     """Compose with every override that can be used, and explain those that cannot."""
     try:
-        return compose("config", list(overrides)), []
-    except HydraException as error:
+        return _composed(overrides)
+    except Exception as error:  # whatever Hydra's internals raise for it
         base_error = error
     try:
         default = compose("config")
-    except HydraException:
-        raise ConfigError(_explain_file(base_error)) from base_error
+    except Exception:
+        raise ConfigError(file_words(base_error)) from base_error
+    groups = _groups()
+    shaping = [o for o in overrides if _path(o) in groups or _path(o).startswith(("hydra.", "hydra/"))]
     good: list[str] = []
     problems: list[Problem] = []
-    groups = _groups()
-    for override in sorted(overrides, key=lambda o: o.split("=")[0].lstrip("+~") not in groups):
+    cfg = default
+    for override in shaping:
         try:
-            compose("config", [*good, override])
+            cfg, more = _composed([*good, override])
+            problems += more
             good.append(override)
-        except HydraException as error:
+        except Exception as error:
             problems.append(_explain(override, error, default, groups))
-    return compose("config", good), problems
+    for override in [o for o in overrides if o not in shaping]:
+        parsed = parse_one(override)
+        try:
+            if parsed.is_sweep_override():
+                raise ValueError("a sweep")
+            ConfigLoaderImpl._apply_overrides_to_config([parsed], cfg)
+        except Exception as error:
+            problems.append(_explain(override, error, default, groups))
+    return cfg, problems
 
 
-def _explain(override: str, error: HydraException, default: DictConfig, groups: dict[str, list[str]]) -> Problem:
-    """Word what is wrong with one override of the command line."""
-    try:
-        parsed = _parse_one(override)
-    except OverrideParseException:
-        fix = "write key=value; quote a value with special characters, as in 'sample.prompt=\"a, b\"'"
-        return Problem("command line", override, "cannot be parsed", fix)
-    path, value = str(parsed.key_or_group), parsed.value()
-    if parsed.is_sweep_override():
-        return Problem(path, parsed.get_value_string(), "gives several values without -m", "add -m for a sweep")
-    known = schema_keys()
+def _composed(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
+    """Compose, and check the section `hydra` before it is left out."""
+    cfg = compose("config", list(overrides), return_hydra_config=True)
+    problems = _section_problems(cfg, overrides)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, problems
+
+
+def _section_problems(cfg: DictConfig, overrides: Sequence[str]) -> list[Problem]:
+    return list(hydra_rules.section_problems(cfg, [_path(o) for o in overrides]))
+
+
+def _explain(override: str, error: Exception, default: DictConfig, groups: dict[str, list[str]]) -> Problem:
+    path = _path(override)
     options = groups.get(path) or (_loader().get_group_options(path) if path.startswith("hydra/") else [])
-    if options:
-        near = difflib.get_close_matches(str(value), options, n=1)
-        fix = f"use {path}={near[0]}" if near else f"use one of {', '.join(options)}"
-        return Problem(path, value, f"is not an option of the group {path}", fix)
-    if path in known:
-        return _explain_value(path, value, known[path], OmegaConf.select(default, path))
-    if any(info.type == dict[str, Any] and path.startswith(k + ".") for k, info in known.items()):
-        return Problem(path, value, "adds an entry, which needs a plus sign", f"write +{override}")
-    return Problem(path, value, "is not a configuration key", _meant(path, "see python run.py --help for all keys"))
+    return override_words(parse_one(override), error, default, groups, options)
 
 
-def _explain_value(path: str, value: Any, info: KeyInfo, default: Any) -> Problem:
-    if _is_enum(info.type):
-        names = [m.value for m in info.type]
-        near = difflib.get_close_matches(str(value), names, n=1)
-        fix = f"use {path}={near[0]}" if near else f"use one of {', '.join(names)}"
-        return Problem(path, value, f"is not one of {', '.join(names)}", fix)
-    wanted = TYPE_WORDS.get(info.type, "a mapping")
-    shown = Problem(path, default.value if isinstance(default, Enum) else default, "", "")._shown()
-    return Problem(path, value, f"is not {wanted}", f"give {wanted}, for example {path}={shown}")
-
-
-TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-
-def _explain_file(error: HydraException) -> Problem:
-    """Word an error that lies in the YAML files themselves."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    place = lines[0].split(":")[0] if lines else "conf"
-    path = getattr(error.__cause__, "full_key", None)
-    rule = f"does not fit the schema ({' '.join(lines[1:3])})" if len(lines) > 1 else "cannot be composed"
-    return Problem("conf", place, rule, _meant(path, "mend that file") if path else "mend that file")
-
-
-# keys of earlier versions, and what to set instead
-RENAMED = {
-    "trainer.eval_batches": "set trainer.eval_seqs, the sequences of one validation: "
-    "trainer.eval_batches times trainer.micro_batch_seqs"
-}
-
-
-def _meant(path: str, otherwise: str) -> str:
-    """Say which key a misspelt one may have meant."""
-    if path in RENAMED:
-        return RENAMED[path]
-    known = list(schema_keys())
-    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-    near = same_leaf or difflib.get_close_matches(
-        path, known + list(SECTION_OF) + [k.split(".")[0] for k in known], n=1
-    )
-    if not near:
-        leaves = {k.rsplit(".", 1)[-1]: k for k in known}
-        near = [leaves[leaf] for leaf in difflib.get_close_matches(path.rsplit(".", 1)[-1], leaves, n=1)]
-    return f"did you mean {near[0]}? Otherwise {otherwise}" if near else otherwise
+def _path(override: str) -> str:
+    return str(parse_one(override).key_or_group)
 
 
 def _groups() -> dict[str, list[str]]:
@@ -431,25 +455,43 @@ def _groups() -> dict[str, list[str]]:
     names = [g for g in loader.list_groups("") if g != "hydra" and not g.startswith((".", "_"))]
     groups = {g: options for g in names if (options := loader.get_group_options(g))}
     recipes = ROOT / "recipes"
-    return groups | {"recipes": sorted(str(p.relative_to(recipes).with_suffix("")) for p in recipes.rglob("*.yaml"))}
+    ours = {str(p.relative_to(recipes).with_suffix("")) for p in recipes.rglob("*.yaml")}
+    return groups | {"recipes": sorted(ours | set(loader.get_group_options("recipes")))}
 
 
-def _hydra() -> AbstractContextManager[Any]:
+class Folders(ConfigRepository):
+    """The folders that options come from; no path leads out of them."""
+
+    def _find_object_source(self, config_path: str, object_type: ObjectType | None) -> ConfigSource | None:
+        if not hydra_rules.is_inside(config_path):
+            return None
+        return super()._find_object_source(config_path, object_type)
+
+
+def _hydra(config_dir: str | None = None) -> AbstractContextManager[Any]:
     """Make `compose` work: with the Hydra of a job that runs, or one for the moment."""
     running = GlobalHydra.instance().is_initialized()
-    return nullcontext() if running else initialize_config_dir(CONF, version_base="1.3")
+    return nullcontext() if running else _momentary(config_dir)
+
+
+@contextmanager
+def _momentary(config_dir: str | None) -> Iterator[None]:
+    """Set a Hydra up that searches conf/ and a folder of the user's, and take it down."""
+    hydra.version.setbase("1.3")
+    search = create_config_search_path(CONF)
+    if config_dir is not None:
+        path = f"file://{Path(config_dir).absolute()}"
+        search.prepend("command-line", path, SearchPathQuery(provider="schema", path=None))
+    made = Hydra.create_main_hydra2(task_name="app", config_search_path=search)
+    made.config_loader.repository = Folders(search)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def _loader() -> ConfigLoader:
     return GlobalHydra.instance().config_loader()
-
-
-def _parse_one(override: str) -> Override:
-    return OverridesParser.create().parse_overrides([override])[0]
-
-
-def _is_enum(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:

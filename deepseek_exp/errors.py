@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from deepseek_exp.redact import redact
+
+MOST_SHOWN = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -21,14 +26,28 @@ class Problem:
 
     def __str__(self) -> str:
         """Render the one-line message."""
-        return f"{self.key}={self._shown()} {self.rule}. Fix: {self.fix}."
+        return redact(f"{printable(self.key)}={self.shown()} {printable(self.rule)}. Fix: {printable(self.fix)}.")
 
-    def _shown(self) -> str:
+    def shown(self) -> str:
+        """Return the value as it is written in YAML: short, without passwords and control characters."""
         if self.value is None:
             return "null"
         if isinstance(self.value, bool):
             return str(self.value).lower()
-        return f"'{self.value}'" if isinstance(self.value, str) else str(self.value)
+        if isinstance(self.value, int) and self.value.bit_length() > 4 * MOST_SHOWN:
+            return f"a number of {int(self.value.bit_length() * math.log10(2)) + 1:,} digits"
+        text = printable(redact(str(self.value)))
+        if len(text) > MOST_SHOWN:
+            text = f"{text[: MOST_SHOWN - 20]}... ({len(text):,} characters)"
+        return f"'{text}'" if isinstance(self.value, str) else text
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters and lone surrogates written as escapes.
+
+    What comes from a file or a server must not move the cursor or change the title of a terminal.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class UserError(Exception):

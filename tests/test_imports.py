@@ -14,6 +14,7 @@ PACKAGE = "deepseek_exp"
 LAYER = {
     "errors": 0, "disk": 0, "redact": 0, "streams": 0, "topology": 0, "config": 0, "layout": 0, "model_rules": 0,
     "validate": 0, "compose": 0, "huggingface": 0,
+    "schema": 0, "hydra_rules": 0, "explain": 0,
     "kernels": 1, "planner": 1, "data": 1, "tracking": 1,
     "models": 2, "moe": 2,
     "parallel": 3, "compress": 3, "finetune": 3, "serve": 3,
@@ -35,6 +36,9 @@ LIGHT = {
     "model_rules",
     "validate",
     "compose",
+    "schema",
+    "hydra_rules",
+    "explain",
     "huggingface",
     "planner",
 }

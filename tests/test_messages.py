@@ -47,9 +47,10 @@ MESSAGES = {
     "tracking.tags=x": "tracking.tags='x' is not a mapping. Fix: give a mapping, for example tracking.tags={}.",
     "model.rope_theta=null": "model.rope_theta=null is not a number. "
     "Fix: give a number, for example model.rope_theta=10000.0.",
-    "~optim": "optim='???' has no value. Fix: give it one, or take the option that sets optim.",
+    "~optim": "optim=null cannot be deleted: it is what an experiment takes one option from. "
+    "Fix: use one of adafactor, adamw, adamw_scaled.",
     "output_dir=${nope}": "output_dir='${nope}' cannot be resolved (Interpolation key 'nope' not found). "
-    "Fix: mend the reference.",
+    "Fix: correct the reference.",
     "optim.lr=[1": "command line='optim.lr=[1' cannot be parsed. "
     "Fix: write key=value; quote a value with special characters, as in 'sample.prompt=\"a, b\"'.",
     "model.n_heads=2,4": "model.n_heads='2,4' gives several values without -m. Fix: add -m for a sweep.",
@@ -240,7 +241,7 @@ MESSAGES = {
     "segments of a model with model.memory_len=9. Fix: set trainer.compile=false, or model.memory_len=0.",
     "-m ++resume=last": "resume='a sweep' cannot be combined with -m. Fix: resume one run at a time, without -m.",
     "optim.optimizer.betas=[${nope},1]": "optim.optimizer.betas[0]=['${nope}', 1] cannot be resolved "
-    "(Interpolation key 'nope' not found). Fix: mend the reference.",
+    "(Interpolation key 'nope' not found). Fix: correct the reference.",
     "tracking.uri=outputs": "tracking.uri='outputs' has no scheme of sqlite, http, https, postgresql, mysql, mssql "
     "(MLflow's file store is gone). "
     "Fix: set tracking.uri=sqlite:///outputs/mlflow.db or a server's http address.",

@@ -30,7 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepseek_exp.parallel import manifest
-from deepseek_exp.parallel.files import MODEL, NAMES, STATE, TREE, decode, encode, write_tensors
+from deepseek_exp.parallel.files import NAMES, decode, encode, read_tree, readable, write_tensors
+from deepseek_exp.parallel.manifest import MODEL, STATE, TREE
 from deepseek_exp.parallel.shards import SHARDED, WEIGHT, State, Whole, open_state, shard_name
 
 PREFIX = "model."
@@ -93,14 +94,17 @@ class FolderCheckpointIO(CheckpointIO):
         for name, text in self.texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         step, val_loss = rest["global_step"], rest.get("val_loss")
-        manifest.seal(folder, target, step=step, run_id=self.run_id, val_loss=val_loss, digests=digests)
+        said = {"val_loss": val_loss, "finite": rest.get("finite")}
+        manifest.seal(folder, target, step=step, run_id=self.run_id, digests=digests, **said)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a folder back into the tree that one process saves; `manifest.locate` checks its digests before."""
         folder = Path(path)
         if not (folder / MODEL).is_file():
             return _of_one_process(open_state(folder))
-        tree = decode(json.loads((folder / TREE).read_text(encoding="utf-8")), load_file(folder / STATE))
+        with readable(folder):
+            tensors = load_file(folder / STATE)
+            tree = {key: decode(value, tensors) for key, value in read_tree(folder).items()}
         return {**tree, "state_dict": {PREFIX + k: v for k, v in load_weights(folder).items()}}
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -116,6 +120,11 @@ def begin(target: Path) -> Path:
     return folder
 
 
+def remove_unfinished(target: Path) -> None:
+    """Remove what there is of the checkpoint `target` before it is whole."""
+    shutil.rmtree(part_folder(target), ignore_errors=True)
+
+
 def part_folder(target: Path) -> Path:
     """Name the folder that the checkpoint `target` is written to until it is whole."""
     return target.with_name(f".{target.name}.part")
@@ -125,10 +134,10 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     """Read the model's parameters and buffers of a checkpoint, tied ones under each of their names."""
     if not (folder / MODEL).is_file():
         return _weights(open_state(folder))
-    with safe_open(folder / MODEL, framework="pt") as file:
+    with readable(folder), safe_open(folder / MODEL, framework="pt") as file:
         aliases = json.loads(file.metadata()["aliases"])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    return weights | {alias: weights[name] for alias, name in aliases.items()}
+        return weights | {alias: weights[name] for alias, name in aliases.items()}
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepseek_exp.errors import CheckpointError, Problem
+from deepseek_exp.parallel.manifest import OTHER, TREE
 
-MODEL, STATE, TREE = "model.safetensors", "state.safetensors", "state.json"
 # what safetensors calls the types that checkpoints hold
 DTYPES = {
     "F64": torch.float64,
@@ -29,6 +30,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# raised by what reads content of a wrong form; RuntimeError is what PyTorch raises for a wrong shape
+WRONG_CONTENT = (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError)
 
 
 def encode(tree: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -117,8 +120,27 @@ def open_tensors(path: Path) -> Any:
 
 def damaged(folder: Path, rule: str) -> CheckpointError:
     """Word what is wrong with a checkpoint."""
-    fix = "name another checkpoint, or resume=last for the newest whole one"
-    return CheckpointError(Problem("resume", str(folder), rule, fix))
+    return CheckpointError(Problem("resume", str(folder), rule, OTHER))
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Word whatever reading a checkpoint raises: its files may be whole and yet hold what no version writes.
+
+    Raises:
+        CheckpointError: in place of what a parser, a look-up or a copy raised.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, *WRONG_CONTENT) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise damaged(folder, f"holds what this version cannot read ({what})") from error
+
+
+def read_tree(folder: Path) -> dict[str, Any]:
+    """Read state.json, its tensors still by name: key -> encoded value."""
+    pairs = json.loads((folder / TREE).read_text(encoding="utf-8"))["dict"]
+    return {key: value for key, value in pairs}
 
 
 def _bytes_of(tensor: Tensor) -> Any:

@@ -8,21 +8,30 @@ later. This module does not import torch.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
 import shutil
+import stat
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from deepseek_exp.disk import fsync_path
 from deepseek_exp.errors import CheckpointError, Problem
 
-FORMAT = 2  # 1 knew no shards
+FORMAT = 3  # 1 knew no shards, 2 had no digest of the manifest
 MANIFEST = "manifest.json"
+MODEL, STATE, TREE = "model.safetensors", "state.safetensors", "state.json"
+SHARDS = "shard-*.safetensors"
+# what a reader may open, and so has to be named where it is there
+READ = (MODEL, STATE, TREE, SHARDS, "config.yaml", "tokenizer.json", "data.json")
+MOST_BYTES = 1 << 26  # of a manifest; one of 100,000 ranks has a fifth of it
+OTHER = "name another checkpoint, or resume=last for the newest whole one"
 FOLDER = "checkpoints"
 REPLACED = ".replaced"
 
@@ -37,6 +46,8 @@ class Manifest:
         saved_at: seconds since the epoch.
         val_loss: validation loss at this step, nats per token, where it was measured.
         files: name -> {"bytes": size, "sha256": digest}.
+        finite: all steps up to here, the weights and the optimizer's state were finite; None: saved by a version that
+            did not check.
         format: version of this layout.
     """
 
@@ -45,7 +56,14 @@ class Manifest:
     saved_at: float
     val_loss: float | None
     files: dict[str, dict[str, Any]]
+    finite: bool | None = None
     format: int = FORMAT
+
+    def text(self) -> str:
+        """Return the content of manifest.json, which ends with its own digest."""
+        fields = dataclasses.asdict(self)
+        digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+        return json.dumps({**fields, "sha256": digest}, indent=1)
 
 
 def checkpoint_name(step: int) -> str:
@@ -61,6 +79,7 @@ def seal(
     run_id: str,
     val_loss: float | None,
     digests: Mapping[str, dict[str, Any]],
+    finite: bool | None = None,
 ) -> None:
     """Digest the files of `folder`, make them durable and move the folder to `target` in one step.
 
@@ -71,12 +90,13 @@ def seal(
         run_id: MLflow run that it belongs to.
         val_loss: validation loss at this step, or None.
         digests: name -> {"bytes": size, "sha256": digest} of files that whoever wrote them has digested already.
+        finite: everything in it was checked to be finite.
     """
     files = {path.name: digests.get(path.name) or _digest(path) for path in sorted(folder.iterdir())}
     before = max((_saved_at(path) for path in list_checkpoints(target.parent.parent)), default=0.0)
     saved_at = max(time.time(), before + 1e-3)  # the order of saving, also where a clock was set back
-    manifest = Manifest(step=step, run_id=run_id, saved_at=saved_at, val_loss=val_loss, files=files)
-    (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
+    manifest = Manifest(step, run_id, saved_at, val_loss, files, finite)
+    (folder / MANIFEST).write_text(manifest.text(), encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
         fsync_path(path)
     replaced = target.with_name(f".{target.name}{REPLACED}")
@@ -92,40 +112,120 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged or of a newer format.
+        CheckpointError: it is missing, damaged, not of the form that this version writes, or of a newer format.
     """
-    fix = "name another checkpoint, or resume=last for the newest whole one"
     try:
-        manifest = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        rule = f"has no readable {MANIFEST} ({type(error).__name__})"
-        raise CheckpointError(Problem("resume", str(folder), rule, fix)) from error
-    if manifest.format > FORMAT:
-        rule = f"has format {manifest.format}, and this version reads {FORMAT}"
-        raise CheckpointError(Problem("resume", str(folder), rule, "use the version that wrote it"))
-    return manifest
+        text = _read_text(folder / MANIFEST)
+        fields = json.loads(text)
+        found = fields.get("format", 1) if isinstance(fields, dict) else None
+        if type(found) is int and found > FORMAT:
+            rule = f"has format {found}, and this version reads {FORMAT}"
+            raise CheckpointError(Problem("resume", str(folder), rule, "use the version that wrote it"))
+        wrong = _what_is_wrong(fields)
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        raise CheckpointError(Problem("resume", str(folder), f"has no readable {MANIFEST} ({why})", OTHER)) from error
+    if wrong is None:
+        fields.pop("sha256", None)
+        manifest = Manifest(**fields)
+        if manifest.format < 3 or manifest.text() == text:
+            return manifest
+        wrong = "its SHA-256 is not the one recorded in it"
+    raise CheckpointError(Problem("resume", str(folder), f"is damaged ({MANIFEST} is corrupted: {wrong})", OTHER))
+
+
+def _read_text(path: Path) -> str:
+    """Read a regular file: opening a pipe would wait for its writer."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if found.st_size > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"larger than {MOST_BYTES:,} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+def _what_is_wrong(fields: Any) -> str | None:
+    """Say what in the content of a manifest no version writes; None: nothing."""
+    if not isinstance(fields, dict):
+        return "it is not a JSON object"
+    is_old = fields.get("format", 1) in (1, 2)
+    needed: dict[str, Callable[[Any], bool]] = {
+        "step": _is_count,
+        "run_id": lambda v: isinstance(v, str),
+        "saved_at": _is_number,
+        "val_loss": lambda v: v is None or isinstance(v, float) or _is_number(v),
+        "files": _are_files,
+        "format": lambda v: is_old or (type(v) is int and v == FORMAT),
+    }
+    if not is_old:
+        needed |= {"finite": lambda v: v is None or isinstance(v, bool), "sha256": lambda v: isinstance(v, str)}
+    optional = {"format"} if is_old else set()
+    for key in sorted(needed.keys() - optional - fields.keys()):
+        return f"it has no {key!r}"
+    for key in sorted(fields.keys() - needed.keys()):
+        return f"it has {key!r}, which no version writes"
+    return next((f"its {key!r} is not what a version writes" for key in fields if not needed[key](fields[key])), None)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are_files(value: Any) -> bool:
+    """Return whether this maps plain file names to sizes and digests."""
+    return isinstance(value, dict) and all(
+        name == Path(name).name
+        and isinstance(record, dict)
+        and record.keys() == {"bytes", "sha256"}
+        and _is_count(record["bytes"])
+        and isinstance(record["sha256"], str)
+        for name, record in value.items()
+    )
 
 
 def verify(folder: Path) -> Manifest:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        CheckpointError: a file is missing, truncated or changed.
+        CheckpointError: a file is missing, truncated, changed, or not named by the manifest.
     """
     manifest = read_manifest(folder)
+    damage = _missing_or_unnamed(folder, manifest.files)
     for name, want in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            damage = "is missing"
-        elif path.stat().st_size != want["bytes"]:
-            damage = f"is truncated: {path.stat().st_size} of {want['bytes']} bytes"
-        elif _sha256(path) != want["sha256"]:
-            damage = "is corrupted: its SHA-256 is not the one recorded"
-        else:
-            continue
-        fix = "name another checkpoint, or resume=last for the newest whole one"
-        raise CheckpointError(Problem("resume", str(folder), f"is damaged ({name} {damage})", fix))
+        damage = damage or _damage_of(folder / name, want)
+    if damage is not None:
+        raise CheckpointError(Problem("resume", str(folder), f"is damaged ({damage})", OTHER))
     return manifest
+
+
+def _missing_or_unnamed(folder: Path, files: Mapping[str, Any]) -> str | None:
+    """Say which file every checkpoint has this one lacks, or which one the manifest says nothing of; None: neither."""
+    weights = MODEL in files or any(fnmatch(name, SHARDS) for name in files)
+    for name in [*(n for n in (STATE, TREE) if n not in files), *([] if weights else [MODEL])]:
+        return f"{name} is missing"
+    for path in sorted(folder.iterdir()):
+        if path.name not in files and any(fnmatch(path.name, pattern) for pattern in READ):
+            return f"{path.name} is not named in {MANIFEST}"
+    return None
+
+
+def _damage_of(path: Path, want: Mapping[str, Any]) -> str | None:
+    try:
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if path.stat().st_size != want["bytes"]:
+            return f"{path.name} is truncated: {path.stat().st_size} of {want['bytes']} bytes"
+        if _sha256(path) != want["sha256"]:
+            return f"{path.name} is corrupted: its SHA-256 is not the one recorded"
+    except FileNotFoundError:
+        raise  # removed meanwhile, as its run goes on
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    return None
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -140,7 +240,10 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Remove unfinished checkpoints and all but the newest `keep` and the one with the lowest validation loss."""
+    """Remove unfinished checkpoints and all that need not stay.
+
+    The newest `keep` stay, the one with the lowest validation loss, and the newest that was checked to be finite.
+    """
     readable = []
     for path in list_checkpoints(run_dir):
         try:
@@ -148,7 +251,8 @@ def prune(run_dir: Path, keep: int) -> None:
         except CheckpointError:
             continue  # damaged: left for the user to look at
     measured = [(m.val_loss, path) for path, m in readable if m.val_loss is not None and math.isfinite(m.val_loss)]
-    stay = {path for path, _ in readable[-keep:]} | ({min(measured)[1]} if measured else set())
+    good = [path for path, m in readable if m.finite]
+    stay = {path for path, _ in readable[-keep:]} | ({min(measured)[1]} if measured else set()) | set(good[-1:])
     unfinished = set((run_dir / FOLDER).glob(".step-*")) - stay
     for path in unfinished | ({path for path, _ in readable} - stay):
         _remove(path)
@@ -168,6 +272,15 @@ def locate(resume: str, output_dir: Path) -> tuple[Path, list[str]]:
     Raises:
         CheckpointError: nothing matches, or nothing that matches is whole.
     """
+    try:
+        return _locate(resume, output_dir)
+    except (OSError, ValueError) as error:  # a folder one may not enter, a name that is too long or holds a NUL
+        why = getattr(error, "strerror", None) or error
+        where = "name another folder, or one that you may read"
+        raise CheckpointError(Problem("resume", resume, f"cannot be read ({why})", where)) from error
+
+
+def _locate(resume: str, output_dir: Path) -> tuple[Path, list[str]]:
     path = Path(resume)
     if (path / MANIFEST).is_file() or path.name.startswith("step-"):
         verify(path)
@@ -179,9 +292,10 @@ def locate(resume: str, output_dir: Path) -> tuple[Path, list[str]]:
         raise CheckpointError(_nothing(resume, output_dir, "train first: python run.py"))
     if resume == "last":
         return _newest_whole(resume, runs[max(runs)])
-    matches = {run for run in runs.values() if len(resume) >= 4 and _run_id(run).startswith(resume)}
+    matches = {run for run in runs.values() if len(resume) >= 4 and any(i.startswith(resume) for i in _run_ids(run))}
     if len(matches) != 1:
-        known = ", ".join(_run_id(run)[:12] for _, run in sorted(runs.items(), reverse=True)[:5])
+        newest = (_run_ids(run) for _, run in sorted(runs.items(), reverse=True)[:5])
+        known = ", ".join(dict.fromkeys(ids[0][:12] for ids in newest if ids))
         raise CheckpointError(_nothing(resume, output_dir, f"use last, a path, or one of {known}"))
     return _newest_whole(resume, matches.pop())
 
@@ -200,6 +314,7 @@ def run_dir_of(checkpoint: Path) -> Path:
 
 
 def _newest_whole(resume: str, run_dir: Path) -> tuple[Path, list[str]]:
+    next((run_dir / FOLDER).iterdir(), None)  # a folder that one may not read would look like an empty one
     passed_over = []
     for path in reversed(list_checkpoints(run_dir)):
         try:
@@ -239,18 +354,18 @@ def _saved_at(folder: Path) -> float:
     try:
         return read_manifest(folder).saved_at
     except CheckpointError:
-        with suppress(FileNotFoundError):  # removed meanwhile, as its run goes on
+        with suppress(OSError):  # removed meanwhile, as its run goes on, or in a folder that one may not enter
             return folder.stat().st_mtime
         return 0.0
 
 
-def _run_id(run_dir: Path) -> str:
+def _run_ids(run_dir: Path) -> list[str]:
+    """List the MLflow runs that the checkpoints of a folder belong to, that of the newest first."""
+    found = []
     for path in reversed(list_checkpoints(run_dir)):
-        try:
-            return read_manifest(path).run_id
-        except CheckpointError:
-            continue
-    return ""
+        with suppress(CheckpointError):
+            found.append(read_manifest(path).run_id)
+    return list(dict.fromkeys(found))
 
 
 def _digest(path: Path) -> dict[str, Any]:

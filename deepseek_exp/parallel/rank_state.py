@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepseek_exp.errors import CheckpointError, Problem
+from deepseek_exp.parallel.files import readable
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.parallel.shards import WEIGHT, Piece, State, Whole
 from deepseek_exp.parallel.stage import Part, Placement
@@ -46,6 +47,10 @@ def load_part(part: Part, state: State) -> None:
         raise CheckpointError(Problem("resume", str(state.folder), rule, "name a checkpoint of the same model"))
     with torch.no_grad():
         for placed, p in _parameters(part):
+            if state.shape(placed.name) != placed.shape:
+                found, wanted = list(state.shape(placed.name)), list(placed.shape)
+                rule = f"holds {placed.name} of shape {found}, and this model has {wanted}"
+                raise CheckpointError(Problem("resume", str(state.folder), rule, "name a checkpoint of the same model"))
             value = state.read(placed.name, WEIGHT, placed.cuts)
             if hasattr(p, "ds_tensor"):  # ZeRO 3 keeps a part of it on each rank
                 start = p.ds_tensor.ds_numel * dist.get_rank()
@@ -55,7 +60,8 @@ def load_part(part: Part, state: State) -> None:
                 p.copy_(value)
         for name, buffer in part.model.named_buffers():
             if name in state.buffers:
-                buffer.copy_(state.buffer(name))
+                with readable(state.folder):
+                    buffer.copy_(state.buffer(name))
 
 
 def load_optimizer(part: Part, optimizer: Any, state: State) -> None:

@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from deepseek_exp.errors import CheckpointError, Problem
-from deepseek_exp.parallel.files import DTYPES, MODEL, STATE, TREE, damaged, decode, open_tensors, write_tensors
+from deepseek_exp.parallel.files import DTYPES, damaged, decode, open_tensors, read_tree, readable, write_tensors
+from deepseek_exp.parallel.manifest import MODEL, STATE
 
 Box = tuple[tuple[int, int], ...]
 SHARDED = "sharded"  # the key in state.json
@@ -225,15 +226,17 @@ class State:
         if not self.is_elementwise(name, kind):
             return self._odd(parts[0], name, kind, cuts)
         wanted = box_of(self._shapes[name], cuts)
-        whole = torch.empty(_sizes(wanted), dtype=parts[0].dtype)
-        for part in parts:
-            for box, elements in part.read(wanted):
-                whole[tuple(slice(*ends) for ends in _shifted(box, wanted, -1))] = elements
+        with readable(self.folder):
+            whole = torch.empty(_sizes(wanted), dtype=parts[0].dtype)
+            for part in parts:
+                for box, elements in part.read(wanted):
+                    whole[tuple(slice(*ends) for ends in _shifted(box, wanted, -1))] = elements
         return whole
 
     def buffer(self, name: str) -> Tensor:
         """Read a persistent buffer."""
-        tensor: Tensor = self._buffers[name][...]
+        with readable(self.folder):
+            tensor: Tensor = self._buffers[name][...]
         return tensor
 
     def whole(self, name: str) -> Tensor:
@@ -243,7 +246,8 @@ class State:
     def _odd(self, stored: _Stored, name: str, kind: str, cuts: Sequence[Cut]) -> Tensor:
         """Read a state that is not elementwise, which can only be had whole."""
         if not cuts:
-            whole_state: Tensor = stored.file[...]
+            with readable(self.folder):
+                whole_state: Tensor = stored.file[...]
             return whole_state
         shape, whole = list(stored.file.get_shape()), list(self._shapes[name])
         rule = f"keeps a {kind} of shape {shape} for {name} of shape {whole}, which cannot be cut with it"
@@ -258,8 +262,9 @@ def open_state(folder: Path) -> State:
         CheckpointError: a file is missing or damaged, a part of a parameter is missing or there twice, or the
             checkpoint is of a version that did not save the parameters' names with the optimizer.
     """
-    tree = {key: value for key, value in json.loads((folder / TREE).read_text(encoding="utf-8"))["dict"]}
-    return _open_shards(folder, tree) if SHARDED in tree else _open_single(folder, tree)
+    with readable(folder):
+        tree = read_tree(folder)
+        return _open_shards(folder, tree) if SHARDED in tree else _open_single(folder, tree)
 
 
 class _Tensors(dict[str, Any]):

@@ -20,7 +20,8 @@ from deepseek_exp.models import Transformer
 from deepseek_exp.optim import build_optimizer
 from deepseek_exp.parallel import manifest
 from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, begin, in_one_file, load_weights
-from deepseek_exp.parallel.files import MODEL, write_tensors
+from deepseek_exp.parallel.files import write_tensors
+from deepseek_exp.parallel.manifest import MODEL
 from deepseek_exp.parallel.shards import Cut, Piece, Whole, box_of, open_state, save_shard, shard_name
 from tests import forks, runs
 from tests.models.test_transformer import build, some_tokens

@@ -17,6 +17,7 @@ from deepseek_exp.callbacks import Checkpoints, Metrics, Progress
 from deepseek_exp.config import Device, ExperimentConfig, Precision
 from deepseek_exp.data import PreparedData, TokenDataModule, prepare
 from deepseek_exp.errors import DeviceError, Problem
+from deepseek_exp.finite import FiniteSteps
 from deepseek_exp.kernels import TORCH, Ops, resolve
 from deepseek_exp.layout import degrees
 from deepseek_exp.lit import LanguageModel
@@ -215,7 +216,8 @@ def build_trainer(
         warnings.filterwarnings("ignore", pattern)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     t = cfg.trainer
-    metrics, checkpoints = Metrics(cfg), Checkpoints(cfg, run.run_dir)
+    steps, metrics = FiniteSteps(cfg), Metrics(cfg)
+    checkpoints = Checkpoints(cfg, run.run_dir, steps)
     folder_io, groups, strategy = FolderCheckpointIO(texts, run_id), None, "auto"
     if isinstance(parts.lit, StageModel):
         groups = parts.lit.groups
@@ -228,7 +230,7 @@ def build_trainer(
         num_nodes=groups.degrees.world_size // int(os.environ["LOCAL_WORLD_SIZE"]) if groups is not None else 1,
         strategy=strategy,
         logger=JournalLogger(run),
-        callbacks=[metrics, *third_party, Progress(cfg, metrics), checkpoints],
+        callbacks=[steps, metrics, *third_party, Progress(cfg, metrics), checkpoints],
         plugins=[folder_io],
         max_epochs=-1,
         max_steps=cfg.last_step,

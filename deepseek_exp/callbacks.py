@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,16 +16,19 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.config import ExperimentConfig, OnNonfinite
 from deepseek_exp.data import Batch
-from deepseek_exp.errors import Problem, UserError
+from deepseek_exp.errors import CheckpointError, Problem, UserError
+from deepseek_exp.finite import FiniteSteps, check_finite, to_host
 from deepseek_exp.lit import LanguageModel
 from deepseek_exp.models.block import Block
 from deepseek_exp.moe import FeedForward, routing_metrics
 from deepseek_exp.parallel import manifest, member
+from deepseek_exp.parallel.checkpoint import remove_unfinished
 from deepseek_exp.planner import flops_per_token
 
 NAMES = ("loss", "nats", "bytes", "grad_norm")
@@ -46,7 +51,8 @@ class Metrics(Callback):
     """Logs training metrics without making the host wait for the device.
 
     A step's scalars are copied to the host behind the step's own work and logged once that copy is done, a step or so
-    later; on a CPU that is at once. A loss that is not finite ends the run.
+    later; on a CPU that is at once. What is not finite of a step that FiniteSteps refuses or that was skipped is not
+    logged.
     """
 
     def __init__(self, cfg: ExperimentConfig) -> None:
@@ -62,19 +68,22 @@ class Metrics(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Queue this step's scalars when they are due, and log those that have arrived."""
+        """Queue this step's scalars when they are due or the step was skipped, and log those that have arrived."""
         step = trainer.global_step
-        if step % self.cfg.trainer.log_every_steps == 0 or step == 1 or step >= self.cfg.last_step:
+        due = step % self.cfg.trainer.log_every_steps == 0 or step == 1 or step >= self.cfg.last_step
+        if due or not outputs["applied"]:
             now, (then, before) = time.perf_counter(), self._since
             seconds = (now - then) / max(1, step - before)
             self._since = (now, step)
             host = {"optim/lr": outputs["lr"], **self._host_metrics(trainer, pl_module, seconds, batch)}
+            if self.cfg.trainer.on_nonfinite is OnNonfinite.skip:
+                host["optim/skipped_steps"] = float(pl_module.skipped_steps)
             scalars = {n: outputs[n] for n in NAMES} | outputs["further"]
             counts = pl_module.routed_counts()
             if counts is not None:
                 routing = routing_metrics(self.cfg.model.moe, counts, labelled=bool(self.cfg.data.mixture))
                 scalars |= {f"moe/{name}": value for name, value in routing.items()}
-            copy, event = _to_host(torch.stack([v.double() for v in scalars.values()]))
+            copy, event = to_host(torch.stack([v.double() for v in scalars.values()]))
             self.pending.append((step, list(scalars), copy, event, host))
         self._log(trainer, wait=False)
 
@@ -96,9 +105,8 @@ class Metrics(Callback):
         self._log(trainer, wait=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Log what is queued before the run dies of something else."""
-        if not isinstance(exception, UserError):
-            self._log(trainer, wait=True)
+        """Log what is queued before the run ends."""
+        self._log(trainer, wait=True)
 
     def _host_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float, batch: Batch
@@ -121,16 +129,17 @@ class Metrics(Callback):
                 event.synchronize()
             scalars = dict(zip(names, values.tolist(), strict=True))
             loss, nats, n_bytes, grad_norm = (scalars.pop(n) for n in NAMES)
-            check_finite("loss", loss, step, self.cfg)
-            check_finite("gradient's norm", grad_norm, step, self.cfg)
-            self.last = {
+            row = {
                 "train/loss": loss,
                 "train/bits_per_byte": nats / math.log(2) / n_bytes,
                 "optim/grad_norm": grad_norm,
                 **scalars,
                 **host,
             }
-            trainer.logger.log_metrics(self.last, step)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                row = {name: value for name, value in row.items() if math.isfinite(value)}
+            self.last |= row
+            trainer.logger.log_metrics(row, step)
 
 
 def _of_parts(lit: LanguageModel, cfg: ExperimentConfig) -> dict[str, float]:
@@ -145,28 +154,6 @@ def _of_parts(lit: LanguageModel, cfg: ExperimentConfig) -> dict[str, float]:
     fractions = [m.active_fraction for m in sparse if m.active_fraction is not None]
     values["ffn/active_fraction"] = lit.mean(fractions)
     return {name: value for name, value in values.items() if value is not None}
-
-
-def check_finite(what: str, value: float, step: int, cfg: ExperimentConfig) -> None:
-    """Refuse to go on from a loss or a gradient that is infinite or no number.
-
-    Raises:
-        UserError: it is.
-    """
-    if not math.isfinite(value):
-        rule = f"made the {what} {value} at step {step}"
-        raise UserError(Problem("optim.lr", cfg.optim.lr, rule, "lower optim.lr or lengthen optim.warmup_steps"))
-
-
-def _to_host(values: Tensor) -> tuple[Tensor, Any]:
-    """Start copying values to the host; gives the copy and the event that tells when it is whole (None: it is)."""
-    if values.device.type != "cuda":
-        return values, None
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return copy, event
 
 
 def _arrived(event: Any) -> bool:
@@ -203,7 +190,7 @@ class Progress(Callback):
         if self.bar is None:
             return
         if self.metrics.last:
-            loss, speed = self.metrics.last["train/loss"], self.metrics.last["perf/tokens_per_second"]
+            loss, speed = self.metrics.last.get("train/loss", math.nan), self.metrics.last["perf/tokens_per_second"]
             self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
 
@@ -221,18 +208,31 @@ class Progress(Callback):
             self.bar = None
 
 
+def _cannot_save(folder: Path, step: int, n_bytes: int, error: Exception) -> UserError:
+    """Word why a checkpoint could not be written: a disk that is full, read-only or forbidden."""
+    why = getattr(error, "strerror", None) or error
+    rule = f"cannot take the checkpoint of step {step} ({why})"
+    with suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        rule += f": a process writes about {n_bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
+    fix = "make room there or make it writable, and go on with resume=last; the checkpoints before it are whole"
+    return CheckpointError(Problem("output_dir", str(folder), rule, fix))
+
+
 class Checkpoints(Callback):
     """Saves when due, at the end, and when SIGTERM, SIGINT or SIGHUP asks the run to stop.
 
     A step that is validated is saved after its validation, so that the checkpoint knows its loss; a signal lets that
     validation end, so that a stopped and resumed run validates where the unbroken one does.
+
+    Nothing is saved, and so no older checkpoint is removed, unless the losses and gradient norms of all steps so far,
+    the validation loss, the weights and the optimizer's state are finite.
     """
 
-    def __init__(self, cfg: ExperimentConfig, run_dir: Path) -> None:
-        self.cfg, self.run_dir = cfg, run_dir
+    def __init__(self, cfg: ExperimentConfig, run_dir: Path, steps: FiniteSteps) -> None:
+        self.cfg, self.run_dir, self.steps = cfg, run_dir, steps
         self.signum: int | None = None
         self.saved: Path | None = None
-        self._loss: Tensor | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the signals; a second one ends the process at once.
@@ -248,7 +248,6 @@ class Checkpoints(Callback):
     ) -> None:
         """Save a step that is due and not validated; mark the last step as the last."""
         step, t = trainer.global_step, self.cfg.trainer
-        self._loss = outputs["loss"]
         if step >= self.cfg.last_step:
             trainer.should_stop = True  # makes Lightning validate after this step, whatever the interval
         elif step % t.eval_every_steps:
@@ -257,6 +256,8 @@ class Checkpoints(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a validated step that is due, or the last one, also where another callback ends the training."""
         if trainer.state.fn == "fit":
+            self.steps.check_all()  # the first cause comes before what follows from it
+            check_finite("validation loss", pl_module.val_loss, trainer.global_step, self.cfg)
             due = trainer.global_step % self.cfg.trainer.checkpoint_every_steps == 0
             self._save_if(trainer, pl_module, due or trainer.should_stop)
 
@@ -264,7 +265,7 @@ class Checkpoints(Callback):
         asked = member.STOP if member.stop_asked() else self.signum
         step, signum = trainer.global_step, pl_module.agree(asked or 0)
         if due or signum:
-            self._save(trainer, step)
+            self._save(trainer, pl_module, step)
         if signum and step < self.cfg.last_step:
             raise Stopped(signum, step)
 
@@ -276,12 +277,16 @@ class Checkpoints(Callback):
             signal.raise_signal(signum)
         self.signum = signum
 
-    def _save(self, trainer: pl.Trainer, step: int) -> None:
-        if self._loss is not None:
-            check_finite("loss", self._loss.item(), step, self.cfg)
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        self.steps.check_all()
         if not self.cfg.trainer.keep_checkpoints:
             return
-        self.saved = self.run_dir / manifest.FOLDER / manifest.checkpoint_name(step)
-        trainer.save_checkpoint(self.saved)
-        if trainer.is_global_zero:
-            manifest.prune(self.run_dir, self.cfg.trainer.keep_checkpoints)
+        target = self.run_dir / manifest.FOLDER / manifest.checkpoint_name(step)
+        try:
+            trainer.save_checkpoint(target)
+            if trainer.is_global_zero:
+                manifest.prune(self.run_dir, self.cfg.trainer.keep_checkpoints)
+        except (OSError, SafetensorError) as error:
+            remove_unfinished(target)
+            raise _cannot_save(target.parent, step, pl_module.state_bytes(), error) from error
+        self.saved = target

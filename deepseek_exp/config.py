@@ -88,6 +88,13 @@ class OnBadLine(StrEnum):
     skip = "skip"
 
 
+class OnNonfinite(StrEnum):
+    """What to do with a training step whose loss or gradient is infinite or NaN."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 class Order(StrEnum):
     """In which order the sequences of the token stream are visited."""
 
@@ -340,6 +347,11 @@ class TrainerConfig:
     )
     checkpoint_every_steps: int = key("steps between checkpoints; the last step always saves", ge=1)
     keep_checkpoints: int = key("newest checkpoints that stay, beside the best one; 0: none is saved", ge=0)
+    on_nonfinite: OnNonfinite = key(
+        "a step whose gradient is infinite or NaN: stop ends the run, skip leaves weights and optimizer as they were "
+        "and counts it (on a GPU the host then waits for each step's gradient norm)"
+    )
+    max_skipped_steps: int = key("steps that trainer.on_nonfinite=skip leaves out in all before it stops", ge=0)
     callbacks: dict[str, Any] = key("further Lightning callbacks: name -> `_target_` and arguments")
 
 

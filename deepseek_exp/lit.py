@@ -6,19 +6,23 @@ Shapes: sequences, seq (targets), vocab_size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.config import ExperimentConfig, OnNonfinite
 from deepseek_exp.data import Batch
+from deepseek_exp.finite import check_skipped, check_state, first_nonfinite
 from deepseek_exp.models import Loss, Transformer
 from deepseek_exp.moe import MoE, routing_metrics
 from deepseek_exp.optim import build_optimizer, clip_gradients, lr_factor
 from deepseek_exp.parallel.checkpoint import rng_state, set_rng_state
+from deepseek_exp.parallel.engines import StepResult, may_apply
+from deepseek_exp.parallel.files import readable
 
 
 class LanguageModel(pl.LightningModule):
@@ -56,6 +60,7 @@ class LanguageModel(pl.LightningModule):
         self.val_unlabelled_nats = torch.zeros((), dtype=torch.float64)
         self.val_loss: float | None = None  # of this very step
         self.steps_done = 0  # by the weights that are validated without training
+        self.skipped_steps = 0  # of the whole run, by trainer.on_nonfinite=skip
         self._rng: dict[str, Any] | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -67,8 +72,8 @@ class LanguageModel(pl.LightningModule):
 
         Returns:
             Scalars on the device: loss (nats per token), nats and bytes of the step, grad_norm (before clipping),
-            further (metrics by name); and lr, the learning rate that the step was done with. All are those of the whole
-            step, also where other ranks do a part of it.
+            further (metrics by name); lr, the learning rate that the step was done with; and applied, whether weights
+            and optimizer have changed. All are those of the whole step, also where other ranks do a part of it.
         """
         self.val_loss = None
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
@@ -81,29 +86,47 @@ class LanguageModel(pl.LightningModule):
         self.bytes = self.token_bytes[batch.tokens[:, 1:]].sum()
         self.reset_counts()
         lr = float(optimizer.param_groups[0]["lr"])
-        grad_norm = self.do_step(optimizer, micro_batches)
+        result = self.do_step(optimizer, micro_batches)
         self.share_step()
-        self.update_biases()
+        if result.applied:
+            self.update_biases()
+        elif self.cfg.trainer.on_nonfinite is OnNonfinite.skip:
+            self.skip_step()
         schedule.step()
         n_seqs, seq_len = self.cfg.trainer.global_batch_seqs, batch.tokens.shape[1] - 1
         # here, since callbacks save before the module's own batch end
         self.trainer.datamodule.advance(n_seqs)
         ahead = {"train/mtp_loss": self.mtp_loss} if self.cfg.model.n_mtp_layers else {}
         loss = self.nats / (n_seqs * seq_len)
-        values = {"loss": loss, "nats": self.nats, "bytes": self.bytes, "grad_norm": grad_norm}
-        return {**values, "lr": lr, "further": ahead}
+        values = {"loss": loss, "nats": self.nats, "bytes": self.bytes, "grad_norm": result.grad_norm}
+        return {**values, "lr": lr, "applied": result.applied, "further": ahead}
 
-    def do_step(self, optimizer: Any, micro_batches: list[Batch]) -> Tensor:
-        """Go forward and backward with each micro batch, clip, and step the optimizer; gives the gradients' norm."""
+    def do_step(self, optimizer: Any, micro_batches: list[Batch]) -> StepResult:
+        """Go forward and backward with each micro batch, clip, and step the optimizer."""
         for i, batch in enumerate(micro_batches):
             loss, nll, further, self.memories[i] = self.training_loss(batch.tokens, batch.part, self.memories.get(i))
             self.manual_backward(loss / len(micro_batches))
             self.nats += nll.sum()
             self.mtp_loss += further.detach() / len(micro_batches)
         grad_norm = clip_gradients(optimizer.optimizer, self.cfg.optim.clip_norm)
+        result = StepResult(grad_norm, may_apply(grad_norm, self.cfg))
+        if not result.applied:
+            optimizer.zero_grad()  # the step, which Lightning counts, then finds nothing to do
         optimizer.step()
         optimizer.zero_grad()
-        return grad_norm
+        return result
+
+    def skip_step(self) -> None:
+        """Count a step that was not applied, and forget segment memories that its forward pass has spoilt.
+
+        Raises:
+            UserError: more steps were skipped than trainer.max_skipped_steps.
+        """
+        self.skipped_steps += 1
+        check_skipped(self.skipped_steps, self.trainer.global_step, self.cfg)
+        for i, memory in self.memories.items():
+            if memory is not None and first_nonfinite([("memory", memory)]) is not None:
+                self.memories[i] = None
 
     def share_step(self) -> None:
         """Make what was counted in a step that of all ranks; one alone has it."""
@@ -254,6 +277,18 @@ class LanguageModel(pl.LightningModule):
         """Measure the stages of a pipeline."""
         return {}
 
+    def nonfinite_state(self) -> str | None:
+        """Return what of the weights and the optimizer's state is not finite; None: all of it is."""
+        return first_nonfinite(self.state_tensors())
+
+    def state_bytes(self) -> int:
+        """Return about how many bytes this process writes to a checkpoint."""
+        return sum(tensor.nbytes for _, tensor in self.state_tensors())
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """List the weights and the optimizer's state of this process, with what to call them."""
+        return state_tensors(self.model, self.trainer.optimizers[0])
+
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Make the optimizer, over fp32 masters of bf16 weights."""
         return build_optimizer(self.cfg.optim, self.model, self.cfg.kernels.adamw)
@@ -266,14 +301,22 @@ class LanguageModel(pl.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not know: random numbers, segment memories, this step's validation loss."""
+        """Add what Lightning does not know: random numbers, segment memories, this step's validation loss.
+
+        Raises:
+            UserError: something of the state is infinite or NaN.
+        """
+        check_state(self.nonfinite_state(), self.trainer.global_step, self.cfg)
         memories = {i: m for i, m in self.memories.items() if m is not None}
         checkpoint |= {"rng": rng_state(), "memories": memories, "val_loss": self.val_loss}
+        checkpoint |= {"skipped_steps": self.skipped_steps, "finite": True}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what `on_save_checkpoint` added."""
-        self._rng = checkpoint["rng"]
-        self.memories = {i: m.to(self.device) for i, m in checkpoint["memories"].items()}
+        with readable(Path(self.trainer.ckpt_path)):
+            self._rng = checkpoint["rng"]
+            self.skipped_steps = int(checkpoint.get("skipped_steps", 0))  # format 2 did not count them
+            self.memories = {i: m.to(self.device) for i, m in checkpoint["memories"].items()}
 
     def _losses(self, tokens: Tensor, part: Tensor, memory: Tensor | None) -> tuple[Loss, list[Loss], Tensor | None]:
         """Give the losses of a micro batch.
@@ -295,3 +338,21 @@ class LanguageModel(pl.LightningModule):
     def domain(self, part: Tensor) -> Tensor | None:
         """Give the domain of each sequence, (sequences,), -1 where it is not known; None: the model has none."""
         return None if self.domain_of_part is None else self.domain_of_part[part]
+
+
+def state_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    """List every tensor that a checkpoint holds of this rank's weights and optimizer, with what to call it.
+
+    Args:
+        model: its parameters and persistent buffers are listed.
+        optimizer: torch's, one with masters, or DeepSpeed's around one of these.
+    """
+    yield from model.state_dict().items()
+    # ZeRO 3 keeps a part of each weight and, between steps, takes the fp32 weights out of the optimizer's groups
+    yield from ((name, p.ds_tensor) for name, p in model.named_parameters() if hasattr(p, "ds_tensor"))
+    yield from (("the optimizer's fp32 weights", p) for p in getattr(optimizer, "fp32_partitioned_groups_flat", []))
+    base = getattr(optimizer, "optimizer", optimizer)
+    for group in base.param_groups:
+        yield from (("the optimizer's fp32 weights", p.data) for p in group["params"])
+    for state in base.state.values():
+        yield from ((f"the optimizer's {kind}", v) for kind, v in state.items() if isinstance(v, Tensor))

@@ -6,7 +6,7 @@ Shapes: sequences, seq (targets), d_model.
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.data import Batch
-from deepseek_exp.lit import LanguageModel
+from deepseek_exp.finite import first_nonfinite
+from deepseek_exp.lit import LanguageModel, state_tensors
 from deepseek_exp.optim import build_optimizer
+from deepseek_exp.parallel.engines import StepResult
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.parallel.stage import Part
 from deepseek_exp.planner import bubble_fraction
@@ -45,8 +47,8 @@ class StageModel(LanguageModel):
         self.counts: Tensor | None = None
         self._add_to: Callable[[Tensor], None] | None = None
 
-    def do_step(self, optimizer: Any, micro_batches: list[Batch]) -> Tensor:
-        """Let the strategy do it; gives the gradients' norm."""
+    def do_step(self, optimizer: Any, micro_batches: list[Batch]) -> StepResult:
+        """Let the strategy do it."""
         return self.trainer.strategy.train(micro_batches, optimizer)
 
     def forward_only(self, batch: Batch, add: Callable[[Tensor, Batch], None]) -> None:
@@ -93,6 +95,15 @@ class StageModel(LanguageModel):
     def agree(self, value: int) -> int:
         """Give the largest of all ranks' values."""
         return self.groups.largest(value)
+
+    def nonfinite_state(self) -> str | None:
+        """Return what the first rank finds that has something not finite."""
+        mine = first_nonfinite(self.state_tensors())
+        return next((name for name in self.groups.gather(mine) if name is not None), None)
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """List what this rank has of the weights and the optimizer's state, with what to call it."""
+        return state_tensors(self.model, self.trainer.strategy.engine.optimizer)
 
     def mean(self, values: list[Tensor]) -> float | None:
         """Average the elements of all ranks' tensors."""

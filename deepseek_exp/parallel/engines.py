@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.config import ExperimentConfig, OnNonfinite
 from deepseek_exp.data import Batch
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.parallel.stage import Part, Stage, gradient_sums
@@ -26,13 +27,33 @@ from deepseek_exp.topology import Axis
 BUCKET = 1 << 27  # elements that are exchanged at once
 
 
+class StepResult(NamedTuple):
+    """What an optimizer step came to, the same on all ranks.
+
+    Attributes:
+        grad_norm: the gradient norm before clipping, a scalar.
+        applied: weights, masters and optimizer state have changed; if not, none of them has.
+    """
+
+    grad_norm: Tensor
+    applied: bool
+
+
+def may_apply(grad_norm: Tensor, exp: ExperimentConfig) -> bool:
+    """Return whether to apply a step's gradients: always, or with trainer.on_nonfinite=skip if their norm is finite.
+
+    The latter makes the host wait for the gradients. What stops the run instead is looked at later, see finite.py.
+    """
+    return exp.trainer.on_nonfinite is OnNonfinite.stop or math.isfinite(grad_norm.item())
+
+
 class Engine(Protocol):
     """What the strategy needs of an engine."""
 
     optimizer: Any
 
-    def train(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """Do an optimizer step; gives the gradient norm before clipping."""
+    def train(self, micro_batches: Sequence[Batch]) -> StepResult:
+        """Do an optimizer step."""
         ...
 
     def evaluate(self, batch: Batch) -> None:
@@ -75,11 +96,11 @@ class PipelineEngine:
         }
         self.optimizer = self.engine.optimizer
 
-    def train(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """Do an optimizer step; gives the gradient norm before clipping."""
+    def train(self, micro_batches: Sequence[Batch]) -> StepResult:
+        """Do an optimizer step."""
         self.stage.batches = iter(micro_batches)
         self.engine.train_batch(self._feed(micro_batches))
-        return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device).detach()
+        return _result_of(self.engine, self.device)
 
     def evaluate(self, batch: Batch) -> None:
         """Send one micro batch forward; the last stage's loss sees it."""
@@ -104,14 +125,14 @@ class ZeroEngine:
             self.engine, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=config)
         self.optimizer = self.engine.optimizer
 
-    def train(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """Do an optimizer step; gives the gradient norm before clipping."""
+    def train(self, micro_batches: Sequence[Batch]) -> StepResult:
+        """Do an optimizer step."""
         self.stage.batches = iter(micro_batches)
         self.engine.train()
         for batch in micro_batches:
             self.engine.backward(self.engine(batch.tokens[:, :-1]))
             self.engine.step()
-        return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device).detach()
+        return _result_of(self.engine, self.device)
 
     def evaluate(self, batch: Batch) -> None:
         """Send one micro batch forward."""
@@ -128,14 +149,15 @@ class DataParallelEngine:
     ) -> None:
         """Remember the parts; without an optimizer it can evaluate only."""
         self.groups, self.stage, self.optimizer, self.clip_norm = groups, stage, optimizer, exp.optim.clip_norm
+        self.exp = exp
         self.sums = gradient_sums(part, groups)
         mark_counted(part)
         self.parameters = list(part.model.parameters())
         masters = getattr(optimizer, "masters", None)
         self.holders = dict(zip(optimizer.params, masters, strict=True)) if masters else {}
 
-    def train(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """Do an optimizer step; gives the gradient norm before clipping."""
+    def train(self, micro_batches: Sequence[Batch]) -> StepResult:
+        """Do an optimizer step."""
         self.stage.batches = iter(micro_batches)
         self.stage.train()
         for batch in micro_batches:
@@ -150,9 +172,11 @@ class DataParallelEngine:
             norm = self._norm()
             if self.clip_norm:
                 torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0).float())
-        self.optimizer.step()
+        result = StepResult(norm, may_apply(norm, self.exp))
+        if result.applied:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
+        return result
 
     def evaluate(self, batch: Batch) -> None:
         """Send one micro batch forward."""
@@ -172,6 +196,12 @@ class DataParallelEngine:
         if self.groups.axis[Axis.model] is not None:
             dist.all_reduce(square, group=self.groups.axis[Axis.model])
         return square.sqrt()
+
+
+def _result_of(engine: Any, device: torch.device) -> StepResult:
+    """Return what DeepSpeed made of a step; it skips one whose gradients are not finite, which it calls overflow."""
+    norm = torch.as_tensor(engine.get_global_grad_norm(), device=device).detach()
+    return StepResult(norm, applied=not engine.optimizer.overflow)
 
 
 def mark_counted(part: Part) -> None:

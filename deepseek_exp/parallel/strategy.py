@@ -15,12 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor
 
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.data import Batch
 from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, begin, part_folder
-from deepseek_exp.parallel.engines import DataParallelEngine, Engine, PipelineEngine, ZeroEngine
+from deepseek_exp.parallel.engines import DataParallelEngine, Engine, PipelineEngine, StepResult, ZeroEngine
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.parallel.rank_state import buffers, load_optimizer, load_part, pieces, whole
 from deepseek_exp.parallel.shards import open_state, save_shard
@@ -70,7 +69,7 @@ class DeepSpeed3DStrategy(DDPStrategy):
         self.model = self.lightning_module
         self.barrier()
 
-    def train(self, micro_batches: Sequence[Batch], optimizer: Any) -> Tensor:
+    def train(self, micro_batches: Sequence[Batch], optimizer: Any) -> StepResult:
         """Do one optimizer step.
 
         Args:
@@ -78,7 +77,7 @@ class DeepSpeed3DStrategy(DDPStrategy):
             optimizer: Lightning's, which counts the steps.
 
         Returns:
-            The gradient norm before clipping, a scalar tensor.
+            What the engine says of the step.
         """
         return optimizer.step(closure=lambda: self.engine.train(micro_batches))
 

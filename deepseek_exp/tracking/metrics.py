@@ -44,6 +44,7 @@ METRICS: dict[str, Metric] = {
     ),
     "optim/lr": Metric("1", "learning rate of the step"),
     "optim/grad_norm": Metric("1", "global gradient norm before clipping"),
+    "optim/skipped_steps": Metric("steps", "steps so far that were left out, their gradient being infinite or NaN"),
     "data/position": Metric("sequences", "training sequences consumed so far"),
     "data/epoch": Metric(
         "passes", "passes over the training data so far; of a mixture, sequences over those of all parts"

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepseek_exp.errors import CheckpointError, Problem
+from deepseek_exp.parallel.manifest import MODEL as MODEL
 from deepseek_exp.parallel.manifest import OTHER, TREE
 
 # what safetensors calls the types that checkpoints hold

@@ -18,6 +18,7 @@ from deepseek_exp import compose, config, do, streams
 from deepseek_exp.disk import disk_error
 from deepseek_exp.errors import ConfigError, UserError
 from deepseek_exp.job import make_job
+from deepseek_exp.redact import redact
 from deepseek_exp.sweep import FAILED_FILE
 
 
@@ -32,10 +33,10 @@ def run_job(cfg: DictConfig) -> float | None:
         worded = in_words(error, str(cfg.output_dir))
         if sweep_dir is not None:
             if worded is None:
-                traceback.print_exc()
+                streams.write(sys.stderr, traceback.format_exc())
             streams.write(sys.stderr, f"job {context.job.num} failed: {worded or error}\n")
             text = f"{type(worded or error).__name__}: {worded or error}\n"
-            (sweep_dir / FAILED_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
+            (sweep_dir / FAILED_FILE).write_text(redact(text), encoding="utf-8", errors="backslashreplace")
             return float("nan")
         if worded is not None:
             end(worded)

@@ -22,6 +22,7 @@ from deepseek_exp.errors import ConfigError, DataError, Problem, UserError, Veri
 from deepseek_exp.job import Job
 from deepseek_exp.layout import degrees
 from deepseek_exp.parallel import launch, manifest, member, nodes
+from deepseek_exp.redact import redact, redact_tree
 from deepseek_exp.telling import command, plan_text, resume_words, say, shown, summary, validation_lines
 from deepseek_exp.tracking import RunLog, TrackedRun
 
@@ -93,6 +94,7 @@ def hand_out(job: Job) -> str:
         return f"run this on {which}:\n\n{nodes.torchrun_command(cfg, job.n_ranks, file, variables)}\n"
     script = file.with_name("job.sbatch")
     on_gpus = job.cfg.device is not Device.cpu
+    script.touch(0o600)
     script.write_text(nodes.slurm_script(cfg, job.n_ranks, file, variables, on_gpus=on_gpus), encoding="utf-8")
     if not cfg.submit:
         return f"wrote     {shown(script)}\nsubmit it sbatch {shown(script)}"
@@ -268,12 +270,13 @@ def _tracked(job: Job, action: Action) -> float | None:
     cfg = job.cfg
     resumed = job.checkpoint if cfg.do is Do.train else None
     run_id = manifest.read_manifest(resumed).run_id if resumed is not None else None
+    tree = redact_tree(OmegaConf.to_container(OmegaConf.create(job.yaml)))
     tracked = TrackedRun.start(
         cfg.tracking,
         run_dir=job.run_dir,
         name=job.name,
-        params=OmegaConf.to_container(OmegaConf.create(job.yaml)),
-        config_yaml=job.yaml,
+        params=tree,
+        config_yaml=OmegaConf.to_yaml(OmegaConf.create(tree)),
         tags=_tags(job),
         source_dir=ROOT,
         artifact_dir=Path(cfg.output_dir) / "artifacts",
@@ -368,7 +371,8 @@ def _sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer
 
 
 def _tags(job: Job) -> dict[str, str]:
-    overrides, tags = " ".join(job.overrides), {"do": job.cfg.do.value, "run_dir": str(job.run_dir)}
+    overrides = " ".join(map(redact, job.overrides))
+    tags = {"do": job.cfg.do.value, "run_dir": str(job.run_dir)}
     every = os.environ if job.n_ranks == 1 else {**os.environ, **_rank_variables(job, job.n_ranks)}
     tags |= {f"env.{name}": value for name, value in sorted(every.items()) if name.startswith(ENVIRONMENT)}
     if job.checkpoint is None:

@@ -34,7 +34,8 @@ _QUOTED = re.compile(rf"(?P<quote>[\"'`])(?P<scheme>{_SCHEME})(?P<rest>(?:(?!(?P
 _WHOLE = re.compile(rf"(?P<scheme>\s*(?:[+~]{{0,2}}[\w.@/-]+=)?[\"'`]?{_SCHEME})(?P<rest>[^\n]*)\Z")
 # Unquoted, with a blank in the password. What follows `host:` is no password if it is a port.
 _WITH_BLANK = re.compile(
-    r"(://[^\s/?#@:\"'`<>]*:)(?!\d{1,5}(?:[\s/?#,;.)\]]|$))[^\n@\"'`<>]{1,200}@(?=[\w\[])", re.MULTILINE
+    r"(://[^\s/?#@:\"'`<>]*:)(?!\d{1,5}(?:[\s/?#,;.)\]]|$))[^\n@\"'`<>]{1,200}@(?:[^\s\"'`<>]*@)?(?=[\w\[])",
+    re.MULTILINE,
 )
 _RUN = re.compile(r"(?P<scheme>https?://|://)(?P<rest>[^\s\"'`<>]+)")
 _USER = re.compile(r"[^\s/?#:]*")
@@ -72,6 +73,7 @@ _TEXT_TOKENS = frozenset({
     "start", "stop", "target", "text", "that", "the", "this", "unk",
 })
 # fmt: on
+_KEY_FIRST = re.compile(r"[+\- ]*[\"']?[\w.-]*")
 _OPENING = re.compile(r"\\{0,3}[\"'`]")
 _BODIES = {
     '"': re.compile(r'(?:[^"\\\n]|\\.)*'),
@@ -149,6 +151,12 @@ def _hide_userinfo(match: re.Match[str]) -> str:
         colon = user.end()  # type: ignore[union-attr]
         at = text.rfind("@", start, colon)
         hidden_user = at >= 0 and (http or _TOKEN_LIKE.fullmatch(text, start, at) is not None)
+        if text.startswith(f":{HIDDEN}@", colon):
+            start = text.find("://", colon) + 3
+            if start < 3:
+                break
+            http = text.endswith(("http", "https"), 0, start - 3)
+            continue
         # a port, if the last `@` belongs to other words
         is_port = last_blank > colon and _PORT.match(text, colon + 1) is not None
         if text.startswith(":", colon) and colon < last_at and not is_port:
@@ -204,6 +212,15 @@ def _value(text: str, key: re.Match[str], begin: int) -> tuple[int, int] | None:
     return start, end
 
 
+def _is_yaml_line(text: str, key: re.Match[str]) -> bool:
+    """Return whether a line has the key first and a colon, as in YAML: the value is the rest of the line.
+
+    A token has no blanks, and `token: int = 1` is code.
+    """
+    line = text[text.rfind("\n", max(0, key.start() - 128), key.start()) + 1 : key.start()]
+    return not key["token"] and key[0].endswith(": ") and _KEY_FIRST.fullmatch(line) is not None
+
+
 def _is_text_token(text: str, key: re.Match[str]) -> bool:
     """Return whether the word before `token` says that it is one of a text."""
     before = _WORD_BEFORE.search(text, max(0, key.start() - 24), key.start())
@@ -222,7 +239,7 @@ def _span(text: str, key: re.Match[str], in_query: bool, *, is_override: bool) -
         end = end if end >= 0 else len(text)
         line_end = text.find("\n", start, end)
         return start, end if line_end < 0 else line_end
-    pattern = _BARE_IN_QUERY if in_query else _BARE_LINE if key["line"] else _BARE
+    pattern = _BARE_IN_QUERY if in_query else _BARE_LINE if key["line"] or _is_yaml_line(text, key) else _BARE
     if is_override and not in_query:
         pattern = _WHOLE_VALUE
     bare = pattern.match(text, start)

@@ -1,7 +1,8 @@
 """Standard output and standard error as streams that end no training; the standard library alone.
 
 A reader that goes away, a full disk below a log, a terminal that hangs up or closed streams cost what could not be
-written, and nothing else. A character that the stream's encoding lacks is written as an escape sequence.
+written, and nothing else. A character that the stream's encoding lacks is written as an escape sequence. Passwords
+are hidden (`redact`), those in tracebacks too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ import os
 import re
 import select
 import sys
+import traceback
+from types import TracebackType
 from typing import Any, TextIO
+
+from deepseek_exp.redact import redact
 
 # what moves the cursor, changes the title or the colors of a terminal; a line may end with \r\n
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
@@ -52,14 +57,15 @@ def protect() -> None:
                 os.close(nothing)
     sys.stdout = _stream(1, sys.stdout)
     sys.stderr = _stream(2, sys.stderr)
+    sys.excepthook = _show_traceback
 
 
 def write(stream: TextIO, text: str) -> None:
-    """Write a text with its control characters made visible, and flush it.
+    """Write a text with its secrets hidden and its control characters made visible, and flush it.
 
     It never fails, also if `protect` was not called, as in a program that uses this package.
     """
-    text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", redact(text))
     try:
         stream.write(text)
         stream.flush()
@@ -67,6 +73,11 @@ def write(stream: TextIO, text: str) -> None:
         write(stream, text.encode(error.encoding, "backslashreplace").decode(error.encoding))
     except (OSError, ValueError, AttributeError):  # gone, full, closed, or None
         pass
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error that nobody caught as Python does, its secrets hidden."""
+    write(sys.stderr, "".join(traceback.format_exception(kind, error, trace)))
 
 
 def _stream(number: int, now: TextIO | None) -> TextIO:

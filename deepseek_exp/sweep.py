@@ -18,13 +18,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from deepseek_exp import tracking
+from deepseek_exp import streams, tracking
 from deepseek_exp.config import TrackingConfig
 from deepseek_exp.errors import UserError
+from deepseek_exp.redact import redact, redact_tree
 
 SWEEP_FILE = "sweep.json"
 # in the folder of a job that failed, whether or not it got as far as a run in MLflow
 FAILED_FILE = "failed.txt"
+# Hydra's own record of a sweep
+HYDRA_FILE = "multirun.yaml"
 
 
 class SweepRun(Callback):
@@ -42,19 +45,24 @@ class SweepRun(Callback):
         cfg, overrides = _tracking(config), list(config.hydra.overrides.task)
         parser = OverridesParser.create()
         swept = [o for o in overrides if parser.parse_overrides([o])[0].is_sweep_override()]
-        name = cfg.run_name or f"sweep {' '.join(swept)}"
+        name = cfg.run_name or f"sweep {' '.join(map(redact, swept))}"
         folder = Path(config.hydra.sweep.dir)
         with _leaving_on_error():
             self.parent_run_id = tracking.start_sweep(
                 cfg,
                 name=name,
-                tags={"overrides": " ".join(overrides)},
+                tags={"overrides": " ".join(map(redact, overrides))},
                 artifact_dir=Path(config.output_dir) / "artifacts",
             )
             folder.mkdir(parents=True, exist_ok=True)
             content = {"run_id": self.parent_run_id, "keys": [o.lstrip("+").split("=")[0] for o in swept]}
+            (folder / HYDRA_FILE).touch(0o600)  # Hydra fills it in next
             (folder / SWEEP_FILE).write_text(json.dumps(content), encoding="utf-8")
         atexit.register(self._abandon, cfg)
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Hide what is secret in the configuration that Hydra has written into the sweep's folder."""
+        _redact_file(Path(config.hydra.sweep.dir) / HYDRA_FILE)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print and log the table; leave with status 1 if a job failed."""
@@ -85,9 +93,16 @@ def _leaving_on_error() -> Iterator[None]:
         yield
     except Exception as error:
         if not isinstance(error, UserError):
-            traceback.print_exc()
-        sys.stderr.write(f"{error}\n")
+            streams.write(sys.stderr, traceback.format_exc())
+        streams.write(sys.stderr, f"{error}\n")
         raise SystemExit(1) from error
+
+
+def _redact_file(path: Path) -> None:
+    """Hide what is secret in a YAML file."""
+    if path.exists():
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        path.write_text(OmegaConf.to_yaml(OmegaConf.create(redact_tree(tree))), encoding="utf-8")
 
 
 def _tracking(config: DictConfig) -> TrackingConfig:

@@ -156,6 +156,7 @@ def _start(command: Sequence[str], number: int, folder: Path, env: Mapping[str, 
     pipe = subprocess.PIPE if number == 0 else None
     signal.pthread_sigmask(signal.SIG_BLOCK, [STOP])
     try:
+        log.touch(0o600)
         with log.open("ab", buffering=0) as file:
             process = subprocess.Popen(
                 command,

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from deepseek_exp import streams
 from deepseek_exp.disk import disk_error
 from deepseek_exp.errors import UserError
+from deepseek_exp.redact import redact, redact_tree
 
 FOLDER = "ranks"
 STOP = signal.SIGUSR1  # asks a rank to save and stop; SIGTERM ends it at once
@@ -93,6 +94,7 @@ def enter(folder: Path) -> None:
     signal.siginterrupt(STOP, False)  # what gloo and NCCL wait for goes on
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [STOP])
     if not has_parent() and number() > 0:
+        log_path(folder, number()).touch(0o600)
         with log_path(folder, number()).open("ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -133,17 +135,17 @@ def _remember_stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _leave(folder: Path, error: BaseException) -> NoReturn:
-    trace = traceback.format_exc()
+    trace = redact(traceback.format_exc())
     error = disk_error(error, "output_dir", str(folder.parent)) or error
     said = f"{error}\n" if isinstance(error, UserError) else trace
-    problems = [vars(p) for p in error.problems] if isinstance(error, UserError) else []
+    problems = [redact_tree(vars(p)) for p in error.problems] if isinstance(error, UserError) else []
     kind = type(error).__name__
-    first_line = next(iter(str(error).splitlines()), "")
+    first_line = redact(next(iter(str(error).splitlines()), ""))
     failure = {"error": f"{kind}: {first_line}", "kind": kind, "problems": problems, "traceback": trace}
     _write(folder, failure)
     if has_parent():  # which tells the person in front of it what came first
         with log_path(folder, number()).open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(said)
+            file.write(redact(said))
     else:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -158,5 +160,6 @@ def _write(folder: Path, outcome: dict[str, Any]) -> None:
     """Leave the outcome whole or not at all."""
     path = outcome_path(folder, number())
     part = path.with_suffix(".part")
+    part.touch(0o600)
     part.write_text(json.dumps({"time_ns": time.time_ns(), **outcome}, default=str), encoding="utf-8")
     part.replace(path)

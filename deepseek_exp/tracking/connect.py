@@ -14,9 +14,10 @@ from mlflow.exceptions import MlflowException
 
 from deepseek_exp.config import TrackingConfig
 from deepseek_exp.errors import Problem, TrackingError
+from deepseek_exp.redact import redact, redact_tree
 from deepseek_exp.tracking.params import cut
 from deepseek_exp.tracking.rundir import lock
-from deepseek_exp.tracking.uri import absolute_uri, hide_password
+from deepseek_exp.tracking.uri import absolute_uri
 
 TAG_CHARACTERS = 8000
 # MLflow's own retries take minutes; the sender has its own, and the start of a run must fail within seconds.
@@ -24,6 +25,7 @@ _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
@@ -65,7 +67,7 @@ def find_run(client: MlflowClient, cfg: TrackingConfig, run_id: str) -> Run:
     Raises:
         TrackingError: there is no such run, or it is deleted.
     """
-    uri = hide_password(cfg.uri)
+    uri = redact(cfg.uri)
     new_run = "or record what follows as a new run with tracking.new_run=true"
     try:
         run = client.get_run(run_id)
@@ -83,8 +85,8 @@ def find_run(client: MlflowClient, cfg: TrackingConfig, run_id: str) -> Run:
 def create_run(client: MlflowClient, experiment_id: str, name: str, tags: dict[str, str], start_ms: int) -> str:
     """Create a run with its name, user and tags; returns its id."""
     full = {"mlflow.user": _user(), "mlflow.source.type": "LOCAL", **tags}
-    shortened = {key: cut(value, TAG_CHARACTERS) for key, value in full.items()}
-    run = client.create_run(experiment_id, start_time=start_ms, tags=shortened, run_name=name)
+    shortened = {key: cut(value, TAG_CHARACTERS) for key, value in redact_tree(full).items()}
+    run = client.create_run(experiment_id, start_time=start_ms, tags=shortened, run_name=redact(name))
     return str(run.info.run_id)
 
 
@@ -109,7 +111,7 @@ def reason(error: BaseException) -> str:
             return str(cause.strerror).lower()
         cause = cause.__cause__ or cause.__context__
     first_line = (str(error).strip().splitlines() or [""])[0]
-    return hide_password(first_line) or type(error).__name__
+    return redact(first_line) or type(error).__name__
 
 
 def _store_error(uri: str, error: Exception) -> TrackingError:
@@ -119,7 +121,7 @@ def _store_error(uri: str, error: Exception) -> TrackingError:
     else:
         rule, fix = f"cannot be used ({reason(error)})", "make that store usable"
     fix += ", or set tracking.uri=sqlite:///outputs/mlflow.db"
-    return TrackingError(Problem("tracking.uri", hide_password(uri), rule, fix))
+    return TrackingError(Problem("tracking.uri", redact(uri), rule, fix))
 
 
 def _experiment(client: MlflowClient, cfg: TrackingConfig, artifact_dir: Path) -> str:
@@ -134,7 +136,7 @@ def _experiment(client: MlflowClient, cfg: TrackingConfig, artifact_dir: Path) -
             found = client.get_experiment_by_name(cfg.experiment)  # another run was faster
     if found.lifecycle_stage != "active":
         restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
-        fix = f"take another name, or restore it (MLFLOW_TRACKING_URI={hide_password(cfg.uri)} {restore})"
+        fix = f"take another name, or restore it (MLFLOW_TRACKING_URI={redact(cfg.uri)} {restore})"
         raise TrackingError(Problem("tracking.experiment", cfg.experiment, "is deleted in the store", fix))
     return str(found.experiment_id)
 

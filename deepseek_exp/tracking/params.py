@@ -7,21 +7,25 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from deepseek_exp.tracking.uri import hide_password
+from deepseek_exp.redact import redact, redact_tree
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, str]:
     """Turn a tree of values into one level: dotted names, values as strings.
 
-    Strings stay as they are, enums give their value, all else is JSON (`null`, `true`, `0.001`, `[1, 2]`). Passwords
-    inside of URLs become `***`.
+    Strings stay as they are, enums become their value, all else is JSON (`null`, `true`, `0.001`, `[1, 2]`). Secrets
+    are hidden.
     """
+    return {name: redact(text) for name, text in _flat(redact_tree(values)).items()}
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, str]:
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            flat.update({f"{name}.{inner}": text for inner, text in flatten(value).items()})
+            flat.update({f"{name}.{inner}": text for inner, text in _flat(value).items()})
         else:
-            flat[name] = hide_password(_as_text(value))
+            flat[name] = _as_text(value)
     return flat
 
 

@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 from deepseek_exp.config import ROOT, TrackingConfig
 from deepseek_exp.errors import Problem, TrackingError
+from deepseek_exp.redact import redact, redact_tree
 from deepseek_exp.tracking.journal import JournalWriter, copy_metrics, encode_float, metric_events, read_events
 from deepseek_exp.tracking.metrics import check_names
 from deepseek_exp.tracking.params import flatten
 from deepseek_exp.tracking.rundir import JOURNAL, LOG, Progress, Spec
-from deepseek_exp.tracking.uri import absolute_uri, hide_password
+from deepseek_exp.tracking.uri import absolute_uri
 
 _SENDER = "deepseek_exp.tracking.sender"
 _EXIT_SECONDS = 2.0
@@ -94,11 +95,11 @@ class RunLog:
 
     def log_tags(self, values: dict[str, str]) -> None:
         """Record tags; the tag `description` begins the run's description."""
-        self._journal.tags(values)
+        self._journal.tags(redact_tree(values))
 
     def log_text(self, text: str, artifact_path: str) -> None:
         """Record a text as an artifact."""
-        self._journal.text(text, artifact_path)
+        self._journal.text(redact(text), artifact_path)
 
     def log_file(self, path: Path, artifact_folder: str | None = None) -> None:
         """Record a file as an artifact; it must stay where it is until it was sent."""
@@ -115,7 +116,7 @@ class RunLog:
             profile: its size in numbers.
         """
         fields = {"name": name, "context": context, "digest": digest, "source": source, "profile": profile}
-        self._journal.dataset(fields)
+        self._journal.dataset(redact_tree(fields))
 
 
 class TrackedRun(RunLog):
@@ -172,11 +173,11 @@ class TrackedRun(RunLog):
             fix = "wait for that process to end, or stop it"
             raise TrackingError(Problem("run_dir", str(run_dir), "is in use by another process", fix)) from error
         spec = Spec(
-            tracking=replace(cfg, uri=absolute_uri(cfg.uri)),
-            name=name,
+            tracking=replace(cfg, uri=absolute_uri(cfg.uri), tags={}),
+            name=redact(name),
             params=flatten(params),
-            config_yaml=hide_password(config_yaml),
-            tags={**tags, **cfg.tags, **_continues_tags(continues)},
+            config_yaml=redact(config_yaml),
+            tags=redact_tree({**tags, **cfg.tags}) | _continues_tags(continues),
             source_dir=str(source_dir.resolve()),
             source_name=sys.argv[0],
             artifact_dir=str(artifact_dir.resolve()),
@@ -219,7 +220,7 @@ class TrackedRun(RunLog):
 
     def _answer(self, timeout_seconds: float) -> str:
         """Wait for the sender's answer; returns the run id."""
-        uri = hide_password(self._spec.tracking.uri)
+        uri = redact(self._spec.tracking.uri)
         answers = self._process.stdout
         assert answers is not None
         if not select.select([answers], [], [], timeout_seconds)[0]:
@@ -244,7 +245,7 @@ class TrackedRun(RunLog):
             error: what went wrong; becomes the tag `error`.
         """
         if not self._taken_back:
-            self._journal.end(status, error)
+            self._journal.end(status, None if error is None else redact(error))
         self._journal.close()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -276,7 +277,7 @@ class TrackedRun(RunLog):
             values, artifacts = _count_from(self.run_dir / JOURNAL, progress)
             parts.append(
                 f"{values} metric values and {artifacts} artifacts have not reached "
-                f"{hide_password(self._spec.tracking.uri)} ({progress.trouble or 'no time left'}). "
+                f"{redact(self._spec.tracking.uri)} ({progress.trouble or 'no time left'}). "
                 f"They are in {self.run_dir / JOURNAL}. Send them later with: {_command(self.run_dir)}"
             )
         if progress.refused:
@@ -315,6 +316,7 @@ def _check_owner(run_dir: Path, run_id: str | None) -> None:
 def _start_sender(run_dir: Path) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", _SENDER, str(run_dir), "--live", str(os.getpid())]
+    (run_dir / LOG).touch(0o600)
     with (run_dir / LOG).open("ab") as log:
         return subprocess.Popen(
             command,

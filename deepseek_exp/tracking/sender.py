@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import os
 import signal
@@ -15,13 +16,13 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 from deepseek_exp.errors import TrackingError
+from deepseek_exp.redact import redact
 from deepseek_exp.tracking import facts
 from deepseek_exp.tracking.journal import is_being_written
 from deepseek_exp.tracking.rundir import FACTS, JOURNAL, SENDER_LOCK, Progress, Spec, lock, write_json
-from deepseek_exp.tracking.uri import hide_password
 
 if TYPE_CHECKING:
     from deepseek_exp.tracking.system import SystemSampler
@@ -90,7 +91,7 @@ def send_rest(run_dir: Path) -> int:
     if not arrived:
         sys.stderr.write(f"not everything in {run_dir} could be sent: {progress.trouble}\n")
         return 1
-    uri = hide_password(spec.tracking.uri)
+    uri = redact(spec.tracking.uri)
     with answers:
         answers.write(f"everything in {run_dir} is in run {progress.run_id} of {uri}\n")
     return 0
@@ -102,7 +103,7 @@ def _save_facts(run_dir: Path, spec: Spec, git_diff: str) -> None:
     files = {"config.yaml": spec.config_yaml, **facts.environment_files()}
     if git_diff:
         files["git.diff"] = git_diff
-    write_json(run_dir / FACTS, {folder + name: text for name, text in files.items()})
+    write_json(run_dir / FACTS, {folder + name: redact(text) for name, text in files.items()})
 
 
 def _sampler(spec: Spec, run_id: str, start_ms: int) -> SystemSampler | None:
@@ -133,10 +134,30 @@ def _tune_garbage_collection() -> None:
 
 
 def _take_standard_output() -> TextIO:
-    """Keep standard output for answers; what libraries print goes to standard error."""
+    """Keep standard output for answers; what libraries print goes to standard error, its secrets hidden."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    sys.stdout = sys.stderr = cast(TextIO, _Redacted(sys.stderr))
     return answers
+
+
+class _Redacted(io.TextIOBase):
+    """A text stream that hides secrets, line by line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        """Write the lines that are complete."""
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            self._stream.write(redact(line) + "\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the lines that are complete."""
+        self._stream.flush()
 
 
 def _answer(answers: TextIO, content: dict[str, object]) -> None:

@@ -199,7 +199,7 @@ def set_up_torch(cfg: ExperimentConfig) -> None:
 
 def build_trainer(
     cfg: ExperimentConfig, parts: Parts, run: RunLog, run_id: str, texts: dict[str, str]
-) -> tuple[pl.Trainer, Checkpoints, Metrics]:
+) -> tuple[pl.Trainer, Checkpoints, Progress]:
     """Build the Lightning trainer.
 
     Args:
@@ -218,6 +218,7 @@ def build_trainer(
     t = cfg.trainer
     steps, metrics = FiniteSteps(cfg), Metrics(cfg)
     checkpoints = Checkpoints(cfg, run.run_dir, steps)
+    progress = Progress(cfg, metrics)
     folder_io, groups, strategy = FolderCheckpointIO(texts, run_id), None, "auto"
     if isinstance(parts.lit, StageModel):
         groups = parts.lit.groups
@@ -230,7 +231,7 @@ def build_trainer(
         num_nodes=groups.degrees.world_size // int(os.environ["LOCAL_WORLD_SIZE"]) if groups is not None else 1,
         strategy=strategy,
         logger=JournalLogger(run),
-        callbacks=[steps, metrics, *third_party, Progress(cfg, metrics), checkpoints],
+        callbacks=[steps, metrics, *third_party, progress, checkpoints],
         plugins=[folder_io],
         max_epochs=-1,
         max_steps=cfg.last_step,
@@ -244,4 +245,4 @@ def build_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    return trainer, checkpoints, metrics
+    return trainer, checkpoints, progress

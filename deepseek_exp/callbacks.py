@@ -168,6 +168,9 @@ class Progress(Callback):
     def __init__(self, cfg: ExperimentConfig, metrics: Metrics) -> None:
         self.last_step, self.metrics = cfg.last_step, metrics
         self.bar: tqdm | None = None
+        self.speed: float | None = None  # tokens per second of the whole training, known when it ends
+        self._step_tokens = cfg.trainer.global_batch_seqs * cfg.data.seq_len
+        self._began, self._validating = (0.0, 0), 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar, at the step that a resumed run goes on from."""
@@ -182,6 +185,16 @@ class Progress(Callback):
             mininterval=0.5 if tty else self.LINE_SECONDS,
             maxinterval=1.0 if tty else self.LINE_SECONDS,
         )
+        self._began = (time.perf_counter(), trainer.global_step)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note when a validation begins: its time is left out of the speed."""
+        self._validating = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave out the validation's time."""
+        then, step = self._began
+        self._began = (then + time.perf_counter() - self._validating, step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -195,8 +208,11 @@ class Progress(Callback):
         self.bar.update(trainer.global_step - self.bar.n)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the bar."""
+        """Close the bar, and work out the speed."""
         self._close()
+        then, step = self._began
+        if trainer.global_step > step:
+            self.speed = (trainer.global_step - step) * self._step_tokens / (time.perf_counter() - then)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Close the bar, so that an error starts on its own line."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from deepseek_exp import planner
+from deepseek_exp.commands import command, resume_words, shown
 from deepseek_exp.config import ROOT, Device, Do, ExperimentConfig, ExportFormat, Launcher
 from deepseek_exp.disk import check_writable
 from deepseek_exp.errors import ConfigError, DataError, Problem, UserError, VerifyError
@@ -23,14 +25,14 @@ from deepseek_exp.job import Job
 from deepseek_exp.layout import degrees
 from deepseek_exp.parallel import launch, manifest, member, nodes
 from deepseek_exp.redact import redact, redact_tree
-from deepseek_exp.telling import command, plan_text, resume_words, say, shown, summary, validation_lines
+from deepseek_exp.telling import plan_text, say, summary, validation_lines
 from deepseek_exp.tracking import RunLog, TrackedRun
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
     from deepseek_exp.build import Parts
-    from deepseek_exp.callbacks import Checkpoints, Metrics
+    from deepseek_exp.callbacks import Checkpoints, Progress
     from deepseek_exp.data import Tokenizer
     from deepseek_exp.models import Transformer
 
@@ -97,7 +99,7 @@ def hand_out(job: Job) -> str:
     script.touch(0o600)
     script.write_text(nodes.slurm_script(cfg, job.n_ranks, file, variables, on_gpus=on_gpus), encoding="utf-8")
     if not cfg.submit:
-        return f"wrote     {shown(script)}\nsubmit it sbatch {shown(script)}"
+        return f"wrote     {shown(script)}\nsubmit it sbatch {shlex.quote(shown(script))}"
     done = subprocess.run(["sbatch", str(script)], capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         rule = f"failed: sbatch {shown(script)} said {done.stderr.strip()!r}"
@@ -123,7 +125,7 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
     started = time.monotonic()
     if job.checkpoint is not None:
         tracked.skip_known_after(manifest.read_manifest(job.checkpoint).step)
-    parts, (trainer, checkpoints, metrics) = _ready_to_train(job, tracked, run_id)
+    parts, (trainer, checkpoints, progress) = _ready_to_train(job, tracked, run_id)
     say(plan_text(job, parts, run_id))
     if job.n_ranks > 1:
         for path, content in planner.plan_artifacts(job.cfg).items():
@@ -133,7 +135,7 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
     if job.n_ranks == 1:  # no rank of several has the whole model
         text = _sample_text(job.cfg, parts.lit.model.to(parts.device), parts.data.tokenizer, room=True)
         tracked.log_text(text, "sample.txt")
-    say(summary(job, parts, run_id, checkpoints.saved, metrics.last, text, time.monotonic() - started))
+    say(summary(job, parts, run_id, checkpoints.saved, progress.speed, text, time.monotonic() - started))
     return float(trainer.callback_metrics["val/loss"])
 
 
@@ -144,7 +146,7 @@ def train_briefly(job: Job, tracked: RunLog, run_id: str) -> float:
     return float(trainer.callback_metrics["val/loss"])
 
 
-def _ready_to_train(job: Job, tracked: RunLog, run_id: str) -> tuple[Parts, tuple[Trainer, Checkpoints, Metrics]]:
+def _ready_to_train(job: Job, tracked: RunLog, run_id: str) -> tuple[Parts, tuple[Trainer, Checkpoints, Progress]]:
     from deepseek_exp import build
 
     # weights that Lightning takes from the checkpoint need not be read from anywhere else before
@@ -262,7 +264,7 @@ def export(job: Job) -> None:
     size = sum((target / name).stat().st_size for name in names)
     say(f"wrote     {shown(target)}, {size / 1e6:,.1f} MB: {', '.join(names)}")
     say(f"from      {shown(job.checkpoint)}, a {job.cfg.model.version}")
-    say(f'load it   transformers.AutoModelForCausalLM.from_pretrained("{shown(target)}")')
+    say(f"load it   transformers.AutoModelForCausalLM.from_pretrained({json.dumps(shown(target))})")
 
 
 def _tracked(job: Job, action: Action) -> float | None:

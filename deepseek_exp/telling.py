@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseek_exp import planner, streams
+from deepseek_exp.commands import next_commands, shown
 from deepseek_exp.layout import degrees
 from deepseek_exp.parallel import manifest
 
@@ -52,18 +52,18 @@ def plan_text(job: Job, parts: Parts, run_id: str) -> str:
 
 
 def _how_it_runs(job: Job, parts: Parts, steps: int) -> dict[str, str]:
-    """Say how the work is shared out; of one process, how long it will take."""
+    """Return how the work is divided over the ranks, or how long one process will take."""
     if job.n_ranks > 1:
         d, cfg = degrees(job.cfg), job.cfg
         ends = planner.stage_bounds(cfg, d.pp)
         blocks = [min(b, cfg.model.n_layers) - a for a, b in zip([0, *ends], ends, strict=False)]
-        experts = f", experts shared out over {d.ep}" if d.ep > 1 else ""
-        stages = f", stages of {', '.join(map(str, blocks))} blocks" if d.pp > 1 else ""
+        experts = f", experts divided over {d.ep}" if d.ep > 1 else ""
+        mtp = f" and {cfg.model.n_mtp_layers} for multi-token prediction" if cfg.model.n_mtp_layers else ""
+        stages = f"; blocks per stage {', '.join(map(str, blocks))}{mtp}" if d.pp > 1 else ""
         return {"layout": f"{d.world_size} ranks: dp {d.dp} x tp {d.tp} x pp {d.pp}{experts}{stages}"}
     from deepseek_exp.estimate import step_seconds
 
-    minutes = step_seconds(job.cfg, parts) * steps / 60
-    return {"expected": f"about {minutes:.1f} minutes" if minutes >= 0.1 else "a few seconds"}
+    return {"expected": f"about {duration(step_seconds(job.cfg, parts) * steps)}, without validation"}
 
 
 def _source(parts: Parts) -> str:
@@ -79,47 +79,45 @@ def _device_name(parts: Parts) -> str:
 
     if parts.device.type == "cuda":
         return f"cuda, {torch.cuda.get_device_name(parts.device)}"
-    return f"cpu, {torch.get_num_threads()} threads"
+    n_threads, n_cores, load = torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]
+    words = f"cpu, {n_threads} threads"
+    if n_threads > 1 and load > n_cores:  # threads that wait for each other are slowed down by every other process
+        words += f"; other processes are using this machine (load {load:.1f} on {n_cores} cores), where "
+        words += "trainer.n_threads=1 may be faster"
+    return words
 
 
 def summary(
-    job: Job, parts: Parts, run_id: str, saved: Path | None, last: Mapping[str, float], text: str | None, seconds: float
+    job: Job, parts: Parts, run_id: str, saved: Path | None, speed: float | None, text: str | None, seconds: float
 ) -> str:
-    """Say how a training went and what can be done with it.
+    """Return how a training went and what can be done with it.
 
     Args:
         job: what was trained.
         parts: of the training.
         run_id: its MLflow run.
-        saved: its last checkpoint, where it saved one.
-        last: the metrics that were logged last.
-        text: a sample, where there is one.
+        saved: its last checkpoint, if it saved one.
+        speed: tokens per second, the mean of all steps.
+        text: a sample, if there is one.
         seconds: that it took.
     """
-    start = command()
-    lines = [f"\ndone in {seconds / 60:.1f} minutes", *validation_lines(parts.lit.trainer.callback_metrics)]
-    if last:
-        lines.append(f"speed       {last['perf/tokens_per_second']:,.0f} tokens/s")
+    trainer = parts.lit.trainer
+    lines = [f"\ndone in {duration(seconds)}"]
+    step, last_step = trainer.global_step, job.cfg.last_step
+    if step < last_step:
+        callbacks = ", ".join(job.cfg.trainer.callbacks)
+        lines.append(f"stopped     after step {step:,} of {last_step:,} by a callback (trainer.callbacks: {callbacks})")
+    lines += validation_lines(trainer.callback_metrics)
+    if speed is not None:
+        lines.append(f"speed       {speed:,.0f} tokens/s (mean of all steps, without validation)")
     lines.append(f"checkpoint  {shown(saved or job.checkpoint)}")
     if text is not None:
         lines.append("sample      " + text.replace("\n", "\n            "))
     if job.in_sweep:
         return "\n".join(lines) + "\n"
-    if not job.cfg.trainer.keep_checkpoints:
-        return "\n".join(lines)
-    steps, resume = 2 * job.cfg.trainer.max_steps, resume_words(job, run_id)
-    own = "".join(f"{shlex.quote(o)} " for o in job.overrides if not o.startswith(("resume=", "optim.lr=")))
-    commands = {
-        "make ui": "look at it and compare runs in the MLflow UI",
-        f"{start} do=sample {resume}": "more text from it",
-        f"{start} {resume} trainer.max_steps={steps}": "go on training",
-        f"{start} -m {own}optim.lr=1e-3,3e-4": "a sweep",
-    }
-    if job.cfg.init_from is not None:
-        commands.popitem()  # its model is given
-    width = max(len(line) for line in commands if len(line) <= 80)
-    lines += ["\nnext:", *(f"  {line:{width}}  # {what}" for line, what in commands.items())]
-    return "\n".join(lines)
+    commands = list(next_commands(job, run_id))
+    width = max((len(line) for line, _ in commands if len(line) <= 80), default=0)
+    return "\n".join([*lines, "\nnext:", *(f"  {line:{width}}  # {what}" for line, what in commands)])
 
 
 def validation_lines(metrics: Mapping[str, Any]) -> list[str]:
@@ -137,18 +135,8 @@ def validation_lines(metrics: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def command() -> str:
-    """Give the command that starts a run, as it is typed from the project's folder."""
-    python = Path(sys.executable)
-    return f"{shown(python) if python.is_relative_to(Path.cwd()) else 'python'} run.py"
-
-
-def resume_words(job: Job, run_id: str) -> str:
-    """Give the words of a command line that find this run again."""
-    where = job.cfg.output_dir
-    return f"resume={run_id[:12]}" + (f" output_dir={where}" if where != "outputs" else "")
-
-
-def shown(path: Path | None) -> str:
-    """Give a path as it is typed from here."""
-    return os.path.relpath(path) if path is not None else "none"
+def duration(seconds: float) -> str:
+    """Return a time in the unit that reads best."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds" if seconds >= 10 else f"{seconds:.1f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

@@ -62,10 +62,10 @@ class TestTrain:
             "device    cpu, 1 threads" if not torch.cuda.is_available() else "device    cuda",
             "expected  ",
             "bits per byte (unigram model: ",
-            "tokens/s",
+            "tokens/s (mean of all steps, without validation)",
             f"do=sample resume={run_id[:12]}",
             f"resume={run_id[:12]} trainer.max_steps=24",
-            "make ui",
+            "-m mlflow ui --workers 1 --backend-store-uri sqlite:///outputs/mlflow.db",
             " -m ",
         ):
             assert words in done.stdout
@@ -313,6 +313,7 @@ def test_gradient_checkpointing_and_precision_and_callbacks(tmp_path):
     (run_dir,) = runs.run_dirs(tmp_path)
     loss = runs.trace(run_dir, "train/loss")
     assert max(loss) == 12  # the second validation was not 100 nats better
+    assert "stopped     after step 12 of 60 by a callback (trainer.callbacks: stop)" in done.stdout
     assert loss[12] < loss[1]
     assert {t.dtype for t in runs.weights(run_dir, 12).values()} == {torch.bfloat16}
 

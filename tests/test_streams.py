@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from deepseek_exp import disk, streams
-from deepseek_exp.errors import DiskError
+from deepseek_exp.errors import DiskError, Problem
 from tests import runs
 
 PRINTS = (
@@ -76,7 +76,8 @@ class TestDisk:
         folder = path.format(here=tmp_path)
         with pytest.raises(DiskError) as raised:
             disk.check_writable("output_dir", disk.Path(folder))
-        assert str(raised.value).startswith(f"output_dir='{folder}' cannot be written ({reason}). Fix: use a ")
+        want = str(Problem("output_dir", folder, f"cannot be written ({reason})", "use a")).removesuffix(".")
+        assert str(raised.value).startswith(want)
 
     def test_a_folder_that_can_is_left_as_it_was(self, tmp_path):
         disk.check_writable("output_dir", tmp_path / "a/b")

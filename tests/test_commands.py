@@ -1,0 +1,102 @@
+"""Commands that are printed run as they stand, from the folder in which they are printed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from deepseek_exp import commands, compose
+from tests import forks, runs
+from tests.test_config import composed
+
+VALUES = (
+    "out", "/tmp/a:b", "a b", "it's", "a,b", "a$b", "${x}", "\\${x}", "\\\\${x}", "1e3", "null", "true", "a=b",
+    "\xe4 \u4f60", "~x", "#x", "a\\", "a\\b", "a\\'b", "a\\\\'b", "$(rm)", "(x)", "[a]", "{a}", 'a"b', "-x", "  a",
+    "a\tb", "a;b|c&d", "*",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_an_override_is_read_as_it_was(value):
+    (word,) = shlex.split(commands.override("output_dir", value))
+    parsed = OverridesParser.create().parse_override(word)
+    assert not parsed.is_sweep_override() and str(parsed.key_or_group) == "output_dir"
+    assert OmegaConf.create({"key": parsed.value()})["key"] == value
+
+
+class TestCommand:
+    def test_in_the_folder_of_the_project(self, monkeypatch):
+        monkeypatch.chdir(runs.ROOT)
+        assert shlex.split(commands.command())[1] == "run.py"
+
+    def test_elsewhere(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        python, script = shlex.split(commands.command())
+        assert Path(script) == runs.ROOT / "run.py"
+        assert Path(python).absolute() == Path(sys.executable).absolute()
+
+    def test_the_name_of_the_python_that_a_shell_finds(self, monkeypatch):
+        monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+        assert commands.command().split()[0] == "python"
+        monkeypatch.setenv("PATH", "/nowhere")
+        assert commands.command().split()[0] != "python"
+
+
+class TestUi:
+    def test_make_shows_the_store_of_the_project_alone(self, monkeypatch, tmp_path):
+        monkeypatch.chdir(runs.ROOT)
+        monkeypatch.setattr(commands.shutil, "which", lambda name: f"/usr/bin/{name}")
+        assert commands.ui_command("sqlite:///outputs/mlflow.db") == "make ui"
+        assert commands.ui_command("sqlite:///other/mlflow.db").endswith(
+            "--backend-store-uri sqlite:///other/mlflow.db"
+        )
+        monkeypatch.chdir(tmp_path)
+        store = "sqlite:///out puts/mlflow.db"
+        words = shlex.split(commands.ui_command(store))
+        assert words[1:] == ["-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", store]
+
+    def test_a_server_is_opened_without_its_password(self):
+        assert commands.ui_command("http://alice:s3cr3t@host:5000") == "http://alice:***@host:5000"
+        assert "s3cr3t" not in commands.ui_command("postgresql://alice:s3cr3t@host/db")
+
+
+def job(*overrides, checkpoint=None):
+    cfg = composed(*(o for o in overrides if not o.startswith("hydra.")))
+    return SimpleNamespace(cfg=cfg, overrides=overrides, checkpoint=checkpoint)
+
+
+def test_a_sweep_repeats_the_experiment(tmp_path):
+    own = ("size=tiny", "optim.lr=1e-2", "sample.prompt='a, b'", "data=synthetic")
+    last = [line for line, _ in commands.next_commands(job(*own), "f" * 32)][-1]
+    assert shlex.split(last)[2:] == ["-m", "size=tiny", "sample.prompt='a, b'", "data=synthetic", "optim.lr=1e-3,3e-4"]
+
+
+def test_no_sweep_is_offered_after_a_resume():
+    """The overrides of a resume are not those of the experiment."""
+    every = [line for line, _ in commands.next_commands(job("resume=last", checkpoint=Path("step-1")), "f" * 32)]
+    assert len(every) == 3 and not any(" -m optim" in line or "3e-4" in line for line in every)
+
+
+def test_printed_commands_run_where_they_are_printed(tmp_path):
+    """In another folder than the project's, with blanks and quotes in names."""
+    folder = tmp_path / "my work"
+    folder.mkdir()
+    words = (*shlex.split(commands.override("output_dir", "it's here mine")), "trainer.max_steps=2")
+    done = forks.run(folder, *runs.QUICK, *words, "optim.warmup_steps=0")
+    assert done.returncode == 0, done.stderr
+    lines = [line.rpartition("  # ")[0].strip() for line in done.stdout.split("\nnext:\n")[1].splitlines()]
+    ui, sample, resume, sweep = (shlex.split(line) for line in lines)
+    assert ui[-1] == "sqlite:///it's here mine/mlflow.db"
+    for command in (sample, resume, sweep):
+        assert Path(command[0]).absolute() == Path(sys.executable).absolute() and command[1] == forks.RUN
+    sampled = forks.run(folder, *sample[2:], "sample.max_new_tokens=2")
+    assert sampled.returncode == 0, sampled.stderr
+    resumed = forks.run(folder, *resume[2:])
+    assert resumed.returncode == 0 and "step 4/4" in resumed.stderr, resumed.stderr
+    compose.check_command_line(sweep[2:])

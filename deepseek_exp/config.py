@@ -284,7 +284,7 @@ class DataConfig:
         "read (source=synthetic: generate) at most this much text, source=mixture: of each part; bytes; null: all", ge=1
     )
     tokenizer: str | None = key(
-        "tokenizer.json of a byte-level BPE (Hugging Face's tokenizers library) to use; null: train one on the text"
+        "tokenizer.json (Hugging Face's tokenizers library) of a BPE on bytes or with byte fallback; null: train one"
     )
     vocab_size: int = key("entries that the tokenizer is trained to; a given one has at most as many", ge=258)
     seq_len: int = key("tokens of one training sequence", ge=2)

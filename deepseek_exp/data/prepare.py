@@ -203,21 +203,7 @@ def _hash(*words: str) -> str:
 
 def _given(cfg: DataConfig) -> Tokenizer | None:
     """Read the tokenizer that the configuration names."""
-    if cfg.tokenizer is None:
-        return None
-    try:
-        tokenizer = Tokenizer.given(expand(cfg.tokenizer))
-    except OSError as error:
-        rule, fix = f"cannot be read ({error.strerror})", "name a tokenizer.json, or set data.tokenizer=null"
-        raise DataError(Problem("data.tokenizer", cfg.tokenizer, rule, fix)) from error
-    except ValueError as error:
-        fix = "use the tokenizer.json of a byte-level BPE, or set data.tokenizer=null to train one"
-        raise DataError(Problem("data.tokenizer", cfg.tokenizer, str(error), fix)) from error
-    if tokenizer.vocab_size > cfg.vocab_size:
-        rule = f"has {tokenizer.vocab_size} entries and data.vocab_size is {cfg.vocab_size}"
-        fix = f"set model.vocab_size={tokenizer.vocab_size} or more (data.vocab_size follows it unless it is set)"
-        raise DataError(Problem("data.tokenizer", cfg.tokenizer, rule, fix))
-    return tokenizer
+    return None if cfg.tokenizer is None else Tokenizer.named(cfg.tokenizer, cfg.vocab_size)
 
 
 def _cached(plan: _Plan, *, warn: bool = False) -> tuple[Tokenizer, list[Shards]] | None:

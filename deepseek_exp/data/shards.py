@@ -27,7 +27,7 @@ from typing import IO, Any
 import numpy as np
 
 from deepseek_exp.data.corpus import Corpus, Document
-from deepseek_exp.data.tokenizer import Tokenizer, pieces
+from deepseek_exp.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "valid")
 UNIGRAM = "unigram_bits.npy"
@@ -291,7 +291,7 @@ def _write_tokens(
     hashes = {split: hashlib.sha256() for split in SPLITS}
     with (folder / "train.bin").open("wb") as train, (folder / "valid.bin").open("wb") as valid:
         files = {"train": train, "valid": valid}
-        for batch in _batches(documents):
+        for batch in _batches(documents, tokenizer):
             encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
             ids: dict[str, list[int]] = {split: [] for split in SPLITS}
             for (split, _, ends), tokens in zip(batch, encoded, strict=True):
@@ -306,11 +306,11 @@ def _write_tokens(
     return counts, {split: h.hexdigest() for split, h in hashes.items()}
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[str, str, bool]]]:
+def _batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[list[tuple[str, str, bool]]]:
     """Group (split, piece of a document, whether the document ends with it) into batches of about a megabyte."""
     batch, size = [], 0
     for split, text in documents:
-        todo = list(pieces(text))
+        todo = list(tokenizer.pieces(text))
         for number, piece in enumerate(todo, start=1):
             batch.append((split, piece, number == len(todo)))
             size += len(piece)

@@ -1,4 +1,4 @@
-"""Byte-level BPE (Sennrich et al. 2016; on bytes: GPT-2, section 2.2), trained offline on the text or given."""
+"""BPE tokenizers (Sennrich et al. 2016): a byte-level one trained offline on the text, or one that others trained."""
 
 from __future__ import annotations
 
@@ -12,19 +12,36 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from deepseek_exp.data.token_form import Form
+from deepseek_exp.errors import DataError, Problem
+
 END = "<|endoftext|>"
 # what ends a document in a file of others: the first of these that is a special token there
 ENDS = (END, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")
-# comes back unchanged from a tokenizer that neither normalizes text nor adds to it
-PROBE = "A b  c\t\r\n\n\x00 don't 1234 é e\u0301 ﬁ Ⅳ 大家。\u3000🙂 x"
+# texts in which a tokenizer that changes text otherwise than `Form.normalize` says changes something
+PROBES = [
+    "A b  c\t\r\n\n\x00 don't 1234 é e\u0301 ﬁ Ⅳ 大家。\u3000🙂 x",
+    "",
+    "a",
+    " a",
+    "  a",
+    "x ",
+    "\n",
+    "▁a ▁",
+    "<0x41>",
+    "éé\ufffd",
+]
 PIECE_CHARS = 1 << 16
 
 
 class Tokenizer:
     """Text to token ids and back.
 
-    All 256 bytes are in the vocabulary, so any text comes back unchanged. The end of a document is a special token,
-    the first of `ENDS` that there is; no text produces it, not even one that contains the words `<|endoftext|>`.
+    All 256 bytes are in the vocabulary, so any text can be encoded, and comes back unchanged from a tokenizer that is
+    trained here. One that others trained may normalize text: to a Unicode normal form, and one of SentencePiece's kind
+    takes U+2581 for a space and puts a space in front of a document (see token_form.py). The end of a document is a
+    special token, the first of `ENDS` that there is; no text produces it, not even one that contains the words
+    `<|endoftext|>`.
 
     Attributes:
         vocab_size: entries of the vocabulary, or more where ids were left out; ids are 0 .. vocab_size - 1.
@@ -41,7 +58,9 @@ class Tokenizer:
         """
         self.json = json_text
         self._bpe = _parse(json_text)
+        self._form = Form(self._bpe)
         special = {t.content: i for i, t in self._bpe.get_added_tokens_decoder().items() if t.special}
+        self._special = frozenset(special.values())
         found = [special[name] for name in ENDS if name in special]
         if not found:
             raise ValueError(f"has no special token {' or '.join(ENDS)}")
@@ -76,18 +95,16 @@ class Tokenizer:
 
     @classmethod
     def given(cls, path: Path) -> Tokenizer:
-        """Take a tokenizer that others trained; where its file has none of `ENDS`, `END` is added as its last entry.
+        """Take a tokenizer that others trained; if its file has none of `ENDS`, `END` is added as its last entry.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not a byte-level BPE, or does not give text back unchanged.
+            ValueError: it is not a BPE on bytes or with byte fallback, or changes text in a way that is not understood.
         """
-        bpe = _parse(path.read_text(encoding="utf-8", errors="replace"))
+        bpe = _parse(_read(path, errors="replace"))
         if not isinstance(bpe.model, models.BPE) or bpe.model.dropout:
             raise ValueError("is not a BPE that always encodes a text in the same way")
-        missing = set(pre_tokenizers.ByteLevel.alphabet()) - bpe.get_vocab().keys()
-        if missing:
-            raise ValueError(f"is not a byte-level BPE: {len(missing)} of the 256 bytes have no entry")
+        Form(bpe).check()
         special = {token.content for token in bpe.get_added_tokens_decoder().values() if token.special}
         if special.isdisjoint(ENDS):
             bpe.add_special_tokens([END])
@@ -95,8 +112,36 @@ class Tokenizer:
         if len(set(ids)) < len(ids):  # the library numbers what is added by how many entries there are
             raise ValueError(f"leaves ids out, so that {END} cannot be added, and has no other end of a document")
         tokenizer = cls(bpe.to_str())
-        if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
-            raise ValueError("does not give every text back unchanged (it normalizes text, or adds to it)")
+        tokenizer._probe()
+        return tokenizer
+
+    @classmethod
+    def named(cls, name: str, n_entries: int) -> Tokenizer:
+        """Take the tokenizer that `data.tokenizer` names.
+
+        Args:
+            name: of its file.
+            n_entries: that the model has room for.
+
+        Raises:
+            DataError: there is no such file, it is a tokenizer of another kind, or it has more entries.
+        """
+        fix = (
+            "use the tokenizer.json of a BPE on bytes or with byte fallback; data.tokenizer=null trains one on the text"
+        )
+        fix += ", except with init_from, where it takes the checkpoint's"
+        try:
+            tokenizer = cls.given(Path(name).expanduser())
+        except OSError as error:
+            rule = f"cannot be read ({error.strerror or error})"
+            raise DataError(Problem("data.tokenizer", name, rule, fix)) from error
+        except ValueError as error:
+            raise DataError(Problem("data.tokenizer", name, str(error), fix)) from error
+        if tokenizer.vocab_size > n_entries:
+            rule = f"has {tokenizer.vocab_size} entries and data.vocab_size is {n_entries}"
+            fix = f"set model.vocab_size={tokenizer.vocab_size} or more (data.vocab_size follows it unless it is set), "
+            fix += "or with init_from use the tokenizer that the checkpoint was trained with"
+            raise DataError(Problem("data.tokenizer", name, rule, fix))
         return tokenizer
 
     @classmethod
@@ -106,7 +151,7 @@ class Tokenizer:
         Raises:
             ValueError: the file is damaged, or a tokenizer of another kind.
         """
-        return cls(path.read_text(encoding="utf-8"))
+        return cls(_read(path))
 
     def save(self, path: Path) -> None:
         """Write one JSON file in the format of the tokenizers library; it is whole or not there."""
@@ -130,18 +175,54 @@ class Tokenizer:
         """Turn token ids into text; bytes that are no UTF-8 become U+FFFD, the end of a document nothing."""
         return self._bpe.decode(ids)
 
+    def continuation(self, before: Sequence[int], new: Sequence[int]) -> str:
+        """Turn ids that follow others into text.
+
+        What a token stands for can depend on what comes before: SentencePiece's first space of a text is left out.
+        """
+        head = self.decode(before)
+        return self.decode([*before, *new])[len(head) :]
+
+    def normalize(self, text: str) -> str:
+        """Return the text that comes back from a text's tokens."""
+        return self._form.normalize(text)
+
+    def pieces(self, text: str) -> Iterator[str]:
+        """Cut a long text into pieces that encode to the same tokens as the whole, to bound memory.
+
+        A tokenizer in which words may go across the line breaks that `pieces` cuts at takes a text whole.
+        """
+        return pieces(text) if self._form.cuttable else iter([text])
+
     @cached_property
     def token_bytes(self) -> torch.Tensor:
-        """How many bytes of text each id stands for; 0 for special tokens, which text never holds.
+        """How many bytes of normalized text each id stands for; 0 for special tokens, which text never holds.
+
+        The tokens of a text add up to the bytes of `normalize(text)`, and with SentencePiece's kind to one more, the
+        space in front of it. So bits per byte are bits per byte of normalized text.
 
         Returns:
             int64 tensor (vocab_size,).
         """
-        # one character stands for one byte
-        sizes = [len(self._bpe.id_to_token(i) or "") for i in range(self.vocab_size)]
+        sizes = [self._form.n_bytes(self._bpe.id_to_token(i) or "") for i in range(self.vocab_size)]
         for i, token in self._bpe.get_added_tokens_decoder().items():  # these are written as text
             sizes[i] = 0 if token.special else len(token.content.encode())
         return torch.tensor(sizes)  # (vocab_size,)
+
+    def _probe(self) -> None:
+        """Try that texts come back as `normalize` says, with as many bytes as `token_bytes` says.
+
+        Raises:
+            ValueError: one does not.
+        """
+        added = self._bpe.get_added_tokens_decoder().values()
+        for text in [*PROBES, *(f"a{token.content}b" for token in added)]:
+            ids, wanted = self.encode(text), self.normalize(text)
+            if self.decode(ids) != wanted or any(token_id in self._special for token_id in ids):
+                raise ValueError(f"does not return text as it was, beyond what its normalizer says: {text!r}")
+            in_front = 1 if ids and self._form.sentencepiece else 0
+            if int(self.token_bytes[ids].sum()) != len(wanted.encode()) + in_front:
+                raise ValueError(f"has tokens that stand for other bytes than their entries say: {text!r}")
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str]]:
         """Travel between processes as JSON."""
@@ -155,8 +236,14 @@ def _parse(json_text: str) -> tokenizers.Tokenizer:
         raise ValueError(f"is not the JSON of a tokenizer ({error})") from error
 
 
+def _read(path: Path, errors: str = "strict") -> str:
+    if path.exists() and not path.is_file():
+        raise ValueError("is no regular file")
+    return path.read_text(encoding="utf-8", errors=errors)
+
+
 def pieces(text: str) -> Iterator[str]:
-    """Cut a long text into pieces that encode to the same tokens as the whole, to bound memory.
+    """Cut a long text at line breaks that begin a new word; see `Tokenizer.pieces`.
 
     A line break after a letter or a digit always begins a new word of the pre-tokenizer (in GPT-2's pattern, and in
     later ones, where a word of punctuation takes line breaks along), and no token crosses words; so the text is cut

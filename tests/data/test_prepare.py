@@ -426,12 +426,13 @@ def test_a_given_tokenizer(cfg, tmp_path) -> None:
         prepare(dataclasses.replace(cfg, tokenizer=str(path), vocab_size=n - 1))
     assert str(error.value) == (
         f"data.tokenizer='{path}' has {n} entries and data.vocab_size is {n - 1}. "
-        f"Fix: set model.vocab_size={n} or more (data.vocab_size follows it unless it is set)."
+        f"Fix: set model.vocab_size={n} or more (data.vocab_size follows it unless it is set), "
+        "or with init_from use the tokenizer that the checkpoint was trained with."
     )
     path.write_text("{")
     with pytest.raises(DataError, match=r"data\.tokenizer='.*' is not the JSON of a tokenizer .* Fix: use the"):
         prepare(dataclasses.replace(cfg, tokenizer=str(path)))
-    with pytest.raises(DataError, match=r"cannot be read \(No such file or directory\)\. Fix: name a tokenizer.json"):
+    with pytest.raises(DataError, match=r"cannot be read \(No such file or directory\)\. Fix: use the tokenizer.json"):
         prepare(dataclasses.replace(cfg, tokenizer=f"{path}x"))
 
 

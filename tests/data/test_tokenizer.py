@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import random
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_exp.data.tokenizer import END, ENDS, Tokenizer, pieces
+from deepseek_exp.errors import DataError
 
 TEXTS = ["the cat sat on the mat.\n" * 20, "def f(x):\n    return x + 1\n" * 20, "大家好，世界。" * 20]
 
@@ -199,7 +201,10 @@ WRONG = {
     "is not a byte-level BPE: 1 of the 256 bytes have no entry": lambda write: write(
         model={"vocab": {t: i for t, i in json.loads(write().read_text())["model"]["vocab"].items() if t != "!"}}
     ),
-    "does not give every text back unchanged": lambda write: write(normalizer={"type": "NFC"}),
+    "changes text by its normalizer Lowercase": lambda write: write(normalizer={"type": "Lowercase"}),
+    "does not return text as it was, beyond what its normalizer says": lambda write: write(
+        pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    ),
 }
 
 
@@ -207,3 +212,150 @@ WRONG = {
 def test_a_given_tokenizer_of_another_kind(foreign, rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         Tokenizer.given(WRONG[rule](foreign))
+
+
+FORMS = {"NFC": "é ﬁ Ⅳ", "NFKC": "é fi IV", "NFD": "e\u0301 ﬁ Ⅳ"}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_unicode_normal_form_is_what_comes_back(foreign, name: str) -> None:
+    """As Qwen's: transformers' class for them always writes NFC."""
+    found = Tokenizer.given(foreign(normalizer={"type": "Sequence", "normalizers": [{"type": name}]}))
+    for text in ("é ﬁ Ⅳ", "e\u0301 ﬁ Ⅳ"):
+        ids = found.encode(text)
+        assert found.decode(ids) == found.normalize(text) == FORMS[name]
+        assert found.token_bytes[ids].sum() == len(FORMS[name].encode())
+    assert Tokenizer(found.json).normalize(text) == FORMS[name]
+    rng = random.Random(0)
+    long = "".join(rng.choice(["the", "\n", "e\u0301\n", "\n\u0301", "ﬁ\n", "世\n"]) for _ in range(200_000))
+    parts = list(found.pieces(long))
+    assert len(parts) > 3 and "".join(parts) == long
+    assert [i for part in found.encode_batch(parts) for i in part] == found.encode(long)
+
+
+def sentencepiece(path: Path, kind: str, **changes: object) -> Path:
+    """Write a BPE with byte fallback as the files of Llama 2 have it, or as transformers' own class writes it."""
+    vocab = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))])}
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("a", "t"), ("c", "at"), ("▁", "cat"), ("▁", "▁"), ("大", "家")]
+    for token in [*"▁abcdefghijklmnopqrstuvwxyz.,!<>/é大家", *(a + b for a, b in merges)]:
+        vocab.setdefault(token, len(vocab))
+    special = [{**added(name)[0], "id": i} for i, name in enumerate(["<unk>", "<s>", "</s>"])]
+    replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    tree = {
+        "version": "1.0",
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": True, "fuse_unk": True},
+    }
+    if kind == "llama 2":
+        spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        tree["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
+    else:
+        scheme = kind.removeprefix("metaspace ")
+        tree["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    path.write_text(json.dumps({**tree, **changes}), encoding="utf-8")
+    return path
+
+
+KINDS = ("llama 2", "metaspace first", "metaspace always")
+
+
+class TestSentencePiece:
+    @pytest.fixture(params=KINDS)
+    def found(self, request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
+        return Tokenizer.given(sentencepiece(tmp_path / "tokenizer.json", request.param))
+
+    def test_its_entries(self, found: Tokenizer) -> None:
+        assert found.end_id == 2 and found.token_bytes[:3].tolist() == [0, 0, 0]
+        assert found.token_bytes[3:259].tolist() == [1] * 256
+        ids = found.encode("the cat")
+        assert found.token_bytes[ids].tolist() == [4, 4]  # each with its space
+        assert not {0, 1, 2} & set(found.encode("a</s>b <s><unk>"))
+
+    def test_any_text_comes_back(self, found: Tokenizer) -> None:
+        rng = random.Random(0)
+        words = ["the", " cat", "  ", "\n", "\r\n", "\t", "é", "e\u0301", "🙂", "大家", "</s>", "<0x41>", "\x00", "'s"]
+        for _ in range(300):
+            text = "".join(rng.choice(words) for _ in range(rng.randrange(1, 12)))
+            ids = found.encode(text)
+            assert found.decode(ids) == found.normalize(text)
+            assert found.normalize(text) in (text, text.removeprefix(" "))
+            assert found.token_bytes[ids].sum() == len(found.normalize(text).encode()) + 1
+        assert found.normalize("a▁b") == found.decode(found.encode("a▁b")) == "a b"
+        assert found.encode("") == []
+
+    def test_a_continuation_keeps_its_first_space(self, found: Tokenizer) -> None:
+        prompt, whole = found.encode("the"), found.encode("the cat")
+        assert whole[: len(prompt)] == prompt
+        assert found.decode(whole[len(prompt) :]) == "cat"
+        assert found.continuation(prompt, whole[len(prompt) :]) == " cat"
+
+    def test_a_long_text_is_not_cut(self, found: Tokenizer) -> None:
+        text = "the cat\n" * 20_000
+        (whole,) = found.pieces(text)
+        assert whole == text
+
+
+def test_transformers_writes_and_reads_the_same(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tree = json.loads(sentencepiece(tmp_path / "tokenizer.json", "llama 2").read_text(encoding="utf-8"))
+
+    def pairs(model: dict) -> list[tuple[str, str]]:
+        return [tuple(pair) for pair in model["merges"]]
+
+    theirs = transformers.LlamaTokenizer(vocab=tree["model"]["vocab"], merges=pairs(tree["model"]))
+    theirs.save_pretrained(tmp_path / "llama")
+    level = json.loads(Tokenizer.train(iter(TEXTS), 290).json)["model"]
+    qwen = transformers.Qwen2Tokenizer(vocab=level["vocab"], merges=pairs(level))
+    qwen.save_pretrained(tmp_path / "qwen")
+    for folder, other in (("llama", theirs), ("qwen", qwen)):
+        found = Tokenizer.given(tmp_path / folder / "tokenizer.json")
+        for text in ("the cat, é e\u0301 大家🙂\n", " the", "def f(x):\n    return x"):
+            ids = found.encode(text)
+            assert ids == other.encode(text, add_special_tokens=False)
+            assert found.decode(ids) == other.decode(ids, clean_up_tokenization_spaces=False)
+
+
+LOWER = {"type": "Lowercase"}
+METASPACE = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first", "split": False}
+WRONG_PIECES = {
+    "has byte fallback and no entry for 256 of the 256 bytes": {
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "byte_fallback": True}
+    },
+    "changes text by its normalizer Lowercase": {"normalizer": LOWER},
+    "has byte fallback and a pre-tokenizer other than Metaspace": {"pre_tokenizer": METASPACE},
+    "has byte fallback and a decoder that is not the one of Llama 2": {"decoder": {"type": "Fuse"}},
+    "does not return text as it was, beyond what its normalizer says: 'a<x>b'": {"added_tokens": "x"},
+}
+
+
+@pytest.mark.parametrize("rule", WRONG_PIECES)
+def test_sentencepiece_that_is_not_understood(tmp_path: Path, rule: str) -> None:
+    path, changes = tmp_path / "t.json", WRONG_PIECES[rule]
+    if changes.get("added_tokens"):  # after it the normalizer puts another space
+        known = json.loads(sentencepiece(path, "llama 2").read_text(encoding="utf-8"))
+        token = {**added("<x>", special=False)[0], "id": len(known["model"]["vocab"])}
+        changes = {"added_tokens": [*known["added_tokens"], token]}
+    with pytest.raises(ValueError, match=rule):
+        Tokenizer.given(sentencepiece(path, "llama 2", **changes))
+
+
+def test_a_file_that_does_not_end_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="is no regular file"):
+        Tokenizer.given(tmp_path / "tokenizer.json")
+
+
+def test_the_tokenizer_that_a_configuration_names(foreign, tmp_path: Path) -> None:
+    path = foreign()
+    assert Tokenizer.named(str(path), 290).vocab_size == 290
+    with pytest.raises(DataError, match=r"data.tokenizer='.*' has 290 entries and data.vocab_size is 289. Fix: set "):
+        Tokenizer.named(str(path), 289)
+    with pytest.raises(DataError, match=r"data.tokenizer='none' cannot be read \(No such file.*except with init_from"):
+        Tokenizer.named("none", 290)
+    path.write_text(path.read_text(encoding="utf-8")[:500], encoding="utf-8")
+    with pytest.raises(DataError, match=r"data.tokenizer='.*' is not the JSON of a tokenizer"):
+        Tokenizer.named(str(path), 290)

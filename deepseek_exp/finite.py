@@ -99,7 +99,7 @@ def check_skipped(n_skipped: int, step: int, cfg: ExperimentConfig) -> None:
     """
     most = cfg.trainer.max_skipped_steps
     if n_skipped > most:
-        rule = f"is exceeded: step {step} is the {n_skipped}th of the run whose loss or gradient is infinite or NaN"
+        rule = f"is exceeded: with step {step}, {n_skipped} steps of the run had an infinite or NaN gradient"
         fix = "lower optim.lr, look at the data, or raise trainer.max_skipped_steps"
         raise UserError(Problem("trainer.max_skipped_steps", most, rule, fix))
 

@@ -288,6 +288,8 @@ def _tracked(job: Job, action: Action) -> float | None:
         from deepseek_exp.callbacks import Stopped  # imports torch and Lightning while the store is opened
 
         run_id = tracked.wait_ready(READY_SECONDS)
+        for note in tracked.notes:
+            say(note)
         try:
             loss = action(job, tracked, run_id)
         except Stopped as stopped:

@@ -53,6 +53,7 @@ class SweepRun(Callback):
                 name=name,
                 tags={"overrides": " ".join(map(redact, overrides))},
                 artifact_dir=Path(config.output_dir) / "artifacts",
+                on_repair=lambda note: streams.write(sys.stderr, note + "\n"),
             )
             folder.mkdir(parents=True, exist_ok=True)
             content = {"run_id": self.parent_run_id, "keys": [o.lstrip("+").split("=")[0] for o in swept]}

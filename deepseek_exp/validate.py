@@ -207,6 +207,10 @@ def _tracking(exp: ExperimentConfig) -> Iterator[Problem]:
             rule,
             "set tracking.uri=sqlite:///outputs/mlflow.db or a server's http address",
         )
+    path, _, options = exp.tracking.uri.partition("?")
+    if scheme == "sqlite" and options and not re.fullmatch(r"\w+=[^/]*(&\w+=[^/]*)*", options):
+        rule = f"is read as the file {path!r} with options, since a `?` begins options"
+        yield Problem("tracking.uri", exp.tracking.uri, rule, "use a path, and an output_dir, without `?`")
 
 
 def _targets(exp: ExperimentConfig) -> Iterator[Problem]:

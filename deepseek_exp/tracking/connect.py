@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from mlflow.exceptions import MlflowException
 from deepseek_exp.config import TrackingConfig
 from deepseek_exp.errors import Problem, TrackingError
 from deepseek_exp.redact import redact, redact_tree
+from deepseek_exp.tracking.database import make_whole
 from deepseek_exp.tracking.params import cut
 from deepseek_exp.tracking.rundir import lock
-from deepseek_exp.tracking.uri import absolute_uri
+from deepseek_exp.tracking.uri import absolute_uri, sqlite_path
 
 TAG_CHARACTERS = 8000
 # MLflow's own retries take minutes; the sender has its own, and the start of a run must fail within seconds.
@@ -29,12 +30,15 @@ _CLIENT_SETTINGS = {
 }
 
 
-def connect(cfg: TrackingConfig, artifact_dir: Path) -> tuple[MlflowClient, str]:
+def connect(
+    cfg: TrackingConfig, artifact_dir: Path, on_repair: Callable[[str], object] | None = None
+) -> tuple[MlflowClient, str]:
     """Open the store, creating a sqlite database and the experiment where they are missing.
 
     Args:
         cfg: `uri` and `experiment` are used.
         artifact_dir: where a database store keeps artifacts; a server decides that itself.
+        on_repair: is called with a sentence if a sqlite database was half made.
 
     Returns:
         The client and the id of the experiment.
@@ -42,13 +46,17 @@ def connect(cfg: TrackingConfig, artifact_dir: Path) -> tuple[MlflowClient, str]
     Raises:
         TrackingError: the store cannot be reached or used, or the experiment is deleted.
     """
-    client = open_store(cfg)
+    client = open_store(cfg, on_repair)
     with store_errors(cfg.uri), _database_lock(cfg.uri):
         return client, _experiment(client, cfg, artifact_dir)
 
 
-def open_store(cfg: TrackingConfig) -> MlflowClient:
-    """Open the store of `cfg.uri`, creating a sqlite database where it is missing.
+def open_store(cfg: TrackingConfig, on_repair: Callable[[str], object] | None = None) -> MlflowClient:
+    """Open the store of `cfg.uri`, making a sqlite database that is missing or was left half made.
+
+    Args:
+        cfg: `uri` is used.
+        on_repair: is called with a sentence if a database was half made.
 
     Raises:
         TrackingError: the store cannot be reached or used.
@@ -56,9 +64,12 @@ def open_store(cfg: TrackingConfig) -> MlflowClient:
     for name, value in _CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
     with store_errors(cfg.uri), _database_lock(cfg.uri):
+        note = make_whole(absolute_uri(cfg.uri))
         client = MlflowClient(absolute_uri(cfg.uri))
-        client.get_experiment_by_name(cfg.experiment)  # the first call creates the tables
-        return client
+        client.get_experiment_by_name(cfg.experiment)  # the first call of a server, and of a database in its schema
+    if note and on_repair:
+        on_repair(note)
+    return client
 
 
 def find_run(client: MlflowClient, cfg: TrackingConfig, run_id: str) -> Run:
@@ -143,9 +154,9 @@ def _experiment(client: MlflowClient, cfg: TrackingConfig, artifact_dir: Path) -
 
 def _database_lock(uri: str) -> AbstractContextManager[None]:
     """Let one process at a time create what is missing in a sqlite database, its folder included."""
-    if not uri.startswith("sqlite:///"):
+    database = sqlite_path(uri)
+    if database is None:
         return nullcontext()
-    database = Path(absolute_uri(uri).removeprefix("sqlite:///").partition("?")[0])
     database.parent.mkdir(parents=True, exist_ok=True)
     return lock(database.with_name(database.name + ".lock"), wait=True)
 

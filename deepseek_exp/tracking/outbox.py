@@ -157,7 +157,13 @@ class Outbox:
 
 
 def open_run(
-    run_dir: Path, spec: Spec, progress: Progress, git_tags: dict[str, str], *, live: bool
+    run_dir: Path,
+    spec: Spec,
+    progress: Progress,
+    git_tags: dict[str, str],
+    *,
+    live: bool,
+    on_repair: Callable[[str], object] | None = None,
 ) -> tuple[Outbox, int]:
     """Create the run, or find the one to go on with, and send it the parameters and tags.
 
@@ -167,6 +173,7 @@ def open_run(
         progress: gets the run id; of a new run it is saved at once.
         git_tags: git state of the source now.
         live: the training process is there; a run to go on with is set back to running.
+        on_repair: is called with a sentence if a sqlite database was half made.
 
     Returns:
         The outbox and when the run was created, milliseconds since 1970.
@@ -174,7 +181,7 @@ def open_run(
     Raises:
         TrackingError: the store or the run cannot be used.
     """
-    client, experiment_id = connect(spec.tracking, Path(spec.artifact_dir))
+    client, experiment_id = connect(spec.tracking, Path(spec.artifact_dir), on_repair)
     with store_errors(spec.tracking.uri):
         if not (progress.run_id or spec.run_id):
             tags = {**_source_tags(spec), **git_tags}

@@ -120,12 +120,17 @@ class RunLog:
 
 
 class TrackedRun(RunLog):
-    """A run that is recorded, from its start to its end: a process of its own takes the journal to MLflow."""
+    """A run that is recorded, from its start to its end: a process of its own takes the journal to MLflow.
+
+    Attributes:
+        notes: what there is to say of the store once `wait_ready` has returned, one sentence each.
+    """
 
     def __init__(self, run_dir: Path, spec: Spec, journal: JournalWriter) -> None:
         """For `start`, which see."""
         super().__init__(run_dir, journal)
         self._spec = spec
+        self.notes: list[str] = []
         self._taken_back = False
         log = run_dir / LOG
         self._log_size = log.stat().st_size if log.exists() else 0
@@ -235,6 +240,7 @@ class TrackedRun(RunLog):
         answer = json.loads(line)
         if "problem" in answer:
             raise TrackingError(Problem(**answer["problem"]))
+        self.notes = answer["notes"]
         return str(answer["run_id"])
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"], error: str | None) -> Delivery:

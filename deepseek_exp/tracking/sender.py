@@ -44,15 +44,16 @@ def send_live(run_dir: Path, parent_pid: int) -> int:
         from deepseek_exp.tracking.carry import Carrier, Lifeline
         from deepseek_exp.tracking.outbox import open_run
 
+        notes: list[str] = []
         try:
-            outbox, start_ms = open_run(run_dir, spec, progress, git_tags, live=True)
+            outbox, start_ms = open_run(run_dir, spec, progress, git_tags, live=True, on_repair=notes.append)
         except TrackingError as error:
             if not spec.run_id:
                 progress.trouble = error.problems[0].rule
                 progress.save(run_dir)
             _answer(answers, {"problem": vars(error.problems[0])})
             return 1
-        _answer(answers, {"run_id": progress.run_id})
+        _answer(answers, {"run_id": progress.run_id, "notes": notes})
         if spec.run_id:
             os.read(0, 1)  # until the training process is sure to go on, or is gone: the folder stays as it was
             Spec.settle(run_dir, keep=True)

@@ -9,6 +9,7 @@ import csv
 import io
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,15 +48,29 @@ class SweepRow:
     error: str
 
 
-def start_sweep(cfg: TrackingConfig, *, name: str, tags: dict[str, str], artifact_dir: Path) -> str:
+def start_sweep(
+    cfg: TrackingConfig,
+    *,
+    name: str,
+    tags: dict[str, str],
+    artifact_dir: Path,
+    on_repair: Callable[[str], object] | None = None,
+) -> str:
     """Create the parent run of a sweep; returns its run id, to be the `parent_run_id` of each job.
+
+    Args:
+        cfg: the store, the experiment and further tags.
+        name: name of the run.
+        tags: tags of the run.
+        artifact_dir: where a database store keeps artifacts; a server decides that itself.
+        on_repair: is called with a sentence if a sqlite database was half made.
 
     Raises:
         TrackingError: the store cannot be reached or used.
     """
     from deepseek_exp.tracking.connect import connect, create_run, store_errors
 
-    client, experiment_id = connect(cfg, artifact_dir)
+    client, experiment_id = connect(cfg, artifact_dir, on_repair)
     with store_errors(cfg.uri):
         return create_run(client, experiment_id, name, {**tags, **cfg.tags}, time.time_ns() // 1_000_000)
 

@@ -1,22 +1,40 @@
-"""Store addresses: made absolute for other processes, and shown without their password."""
+"""Store addresses, made absolute for other processes, and the files of those that are sqlite's."""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
-_PASSWORD = re.compile(r"(\w+://[^/\s:@]*):[^/\s@]+@")
-_SQLITE = "sqlite:///"
+_SQLITE = re.compile(r"(?P<scheme>sqlite(?:\+\w+)?:///)(?P<path>[^?]+)(?P<options>\?.*)?", re.DOTALL)
 
 
 def absolute_uri(uri: str) -> str:
     """Make the path of a sqlite address independent of the working directory; other addresses stay as they are."""
-    if not uri.startswith(_SQLITE):
-        return uri
-    path, mark, query = uri.removeprefix(_SQLITE).partition("?")
-    return f"{_SQLITE}{Path(path).resolve()}{mark}{query}"
+    path = sqlite_path(uri)
+    return uri if path is None else with_path(uri, path)
 
 
-def hide_password(text: str) -> str:
-    """Replace the password of each `scheme://user:password@host` in a text by `***`."""
-    return _PASSWORD.sub(r"\1:***@", text)
+def sqlite_path(uri: str) -> Path | None:
+    """Return the absolute path of a sqlite address, as SQLAlchemy reads it; None if it names no file."""
+    match = _SQLITE.fullmatch(uri)
+    if match is None or match["path"].startswith(("file:", ":memory:")):
+        return None
+    return Path(unquote(match["path"]) if _decodes() else match["path"]).resolve()
+
+
+def with_path(uri: str, path: Path) -> str:
+    """Return a sqlite address with another file."""
+    match = _SQLITE.fullmatch(uri)
+    assert match is not None
+    text = str(path).replace("%", "%25").replace("?", "%3F") if _decodes() else str(path)
+    return f"{match['scheme']}{text}{match['options'] or ''}"
+
+
+@functools.cache
+def _decodes() -> bool:
+    """Return whether SQLAlchemy reads %20 in a path as a blank: it does from version 2.1 on."""
+    major, minor = importlib.metadata.version("sqlalchemy").split(".")[:2]
+    return (int(major), int(minor)) >= (2, 1)

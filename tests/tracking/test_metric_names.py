@@ -6,10 +6,11 @@ from enum import StrEnum
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 
 from deepseek_exp.tracking.metrics import METRICS, check_names, describe
 from deepseek_exp.tracking.params import cut, flatten
-from deepseek_exp.tracking.uri import absolute_uri, hide_password
+from deepseek_exp.tracking.uri import absolute_uri, sqlite_path
 
 
 class Colour(StrEnum):
@@ -57,10 +58,10 @@ def test_parameters_are_flat_strings() -> None:
     assert flatten({"a.b": "x"}) == {"a.b": "x"}
 
 
-def test_passwords_are_hidden() -> None:
-    assert hide_password("at postgresql://me:s3cret@host:5432/db now") == "at postgresql://me:***@host:5432/db now"
-    assert hide_password("http://host:5000/a") == "http://host:5000/a"
-    assert flatten({"uri": "https://me:s3cret@host"}) == {"uri": "https://me:***@host"}
+def test_secrets_are_hidden_in_parameters() -> None:
+    tree = {"uri": "https://me:s3cret@host", "tags": {"db_password": "s3 cret"}, "all": [{"token": "abcdef1"}]}
+    expected = {"uri": "https://me:***@host", "tags.db_password": "***", "all": '[{"token": "***"}]'}
+    assert flatten(tree) == expected
 
 
 def test_a_long_text_is_cut_with_a_note() -> None:
@@ -75,3 +76,14 @@ def test_sqlite_addresses_become_absolute(tmp_path: Path, monkeypatch: pytest.Mo
     assert absolute_uri("sqlite:///out/m.db?timeout=9") == f"sqlite:///{tmp_path}/out/m.db?timeout=9"
     assert absolute_uri("sqlite:////abs/m.db") == "sqlite:////abs/m.db"
     assert absolute_uri("http://host") == "http://host"
+    assert absolute_uri("sqlite:///file:a.db?uri=true") == "sqlite:///file:a.db?uri=true"
+
+
+def test_a_path_is_what_sqlalchemy_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "50% of?"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for uri in ("sqlite:///a b.db", "sqlite:///a%20b.db", "sqlite+pysqlite:///a.db?timeout=9", "sqlite:////x/ü#.db"):
+        asked, absolute = make_url(uri), absolute_uri(uri)
+        assert str(sqlite_path(uri)) == str(Path(asked.database).resolve()) == make_url(absolute).database
+        assert make_url(absolute).query == asked.query and sqlite_path(absolute) == sqlite_path(uri)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +12,14 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.store.tracking.dbmodels.initial_models import Base as InitialBase
+from sqlalchemy import create_engine, text
 
-from deepseek_exp.config import TrackingConfig
+from deepseek_exp.config import ROOT, TrackingConfig
 from deepseek_exp.errors import TrackingError
 from deepseek_exp.tracking.connect import connect, find_run
 from deepseek_exp.tracking.journal import JournalWriter
-from tests.tracking.tracking_parts import OfflineRun, history
+from tests.tracking.tracking_parts import OfflineRun, history, make_config
 
 GetRun = Callable[[str], Run]
 
@@ -168,3 +173,52 @@ def test_a_store_that_cannot_be_used_is_an_error(store: TrackingConfig, tmp_path
         connect(replace(store, uri=f"sqlite:///{tmp_path}/file/a.db"), tmp_path)
     with pytest.raises(TrackingError, match=r"tracking.uri='./mlruns' cannot be used \(The filesystem tracking"):
         connect(replace(store, uri="./mlruns"), tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import mlflow.store.db.utils as mlflow_db
+from deepseek_exp.tracking.connect import connect
+from tests.tracking.tracking_parts import make_config
+mlflow_db._upgrade_db = lambda engine: os.kill(os.getpid(), signal.SIGKILL)  # the first tables are there
+connect(make_config(sys.argv[1]), Path("/nowhere"))
+"""
+
+
+def _half_made(path: Path, *statements: str) -> None:
+    """Make a database as a killed process used to leave it: MLflow's first tables, without a revision."""
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        InitialBase.metadata.create_all(connection)
+        for statement in statements:
+            connection.execute(text(statement))
+    engine.dispose()
+
+
+def test_a_kill_within_the_migration_leaves_no_store_that_is_half_made(tmp_path: Path) -> None:
+    """Nor does one that an earlier version left stay: it is kept under another name."""
+    cfg, notes = make_config(f"sqlite:///{tmp_path}/m.db"), []
+    killed = subprocess.run([sys.executable, "-c", KILLED, cfg.uri], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "m.db").exists() and (tmp_path / ".m.db.new").stat().st_size > 0
+    _half_made(tmp_path / "m.db")
+    before = (tmp_path / "m.db").read_bytes()
+    client, experiment_id = connect(cfg, tmp_path, notes.append)
+    assert client.get_experiment(experiment_id).name == "tests"
+    kept = [path for path in tmp_path.iterdir() if "half-made" in path.name]
+    assert [path.read_bytes() for path in kept] == [before]
+    assert notes == [
+        f"{tmp_path}/m.db was left half made, without runs; it was made again, and the old file is {kept[0]}"
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"m.db", "m.db.lock", kept[0].name}
+    client, _ = connect(cfg, tmp_path, notes.append)
+    assert len(notes) == 1
+
+
+def test_a_store_of_another_version_with_runs_is_left_alone(tmp_path: Path) -> None:
+    _half_made(tmp_path / "m.db", "INSERT INTO runs (run_uuid) VALUES ('a')")
+    before = (tmp_path / "m.db").read_bytes()
+    with pytest.raises(TrackingError, match=r"is an MLflow store of another version.*revision none.*Fix: .*db upgrade"):
+        connect(make_config(f"sqlite:///{tmp_path}/m.db"), tmp_path)
+    assert (tmp_path / "m.db").read_bytes() == before

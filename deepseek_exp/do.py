@@ -133,7 +133,7 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
     trainer.fit(parts.lit, datamodule=parts.datamodule, ckpt_path=job.checkpoint)
     text = None
     if job.n_ranks == 1:  # no rank of several has the whole model
-        text = _sample_text(job.cfg, parts.lit.model.to(parts.device), parts.data.tokenizer, room=True)
+        text = _sample_text(job.cfg, parts.lit.model.to(parts.device), parts.data.tokenizer)
         tracked.log_text(text, "sample.txt")
     say(summary(job, parts, run_id, checkpoints.saved, progress.speed, text, time.monotonic() - started))
     return float(trainer.callback_metrics["val/loss"])
@@ -236,19 +236,20 @@ def sample(job: Job) -> None:
     from deepseek_exp import build, serve
     from deepseek_exp.data import Tokenizer
 
+    if job.checkpoint is not None:
+        tokenizer = Tokenizer.load(job.checkpoint / "tokenizer.json")
+    else:
+        tokenizer = Tokenizer.named(job.cfg.data.tokenizer, job.cfg.data.vocab_size)
+    asked = any(o.startswith("sample.max_new_tokens=") for o in job.overrides)
+    _check_prompt(job.cfg, len(tokenizer.encode(job.cfg.sample.prompt)), every_token=asked)
     device = build.pick_device(job.cfg.device)
     build.check_memory(job.cfg, device)
     build.set_up_torch(job.cfg)
     model = build.build_model(job.cfg, device, job.checkpoint)
-    if job.checkpoint is not None:
-        tokenizer = Tokenizer.load(job.checkpoint / "tokenizer.json")
-    else:
-        tokenizer = Tokenizer.given(Path(job.cfg.data.tokenizer))
     if job.cfg.sample.weight_bits:
         saved = serve.quantize_matrices(model, job.cfg.sample.weight_bits)
         say(f"matrices  of {job.cfg.sample.weight_bits} bits, {saved / 1e6:,.1f} MB less")
-    asked = any(o.startswith("sample.max_new_tokens=") for o in job.overrides)
-    say(_sample_text(job.cfg, model, tokenizer, room=not asked))
+    say(_sample_text(job.cfg, model, tokenizer))
 
 
 def export(job: Job) -> None:
@@ -346,32 +347,42 @@ def _check_data(job: Job, parts: Parts) -> None:
         raise DataError(Problem("data.path" if d.path else "data.source", d.path or d.source.value, rule, fix))
 
 
-def _sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer, *, room: bool) -> str:
-    """Continue the configured prompt; `room` takes as many tokens as there is room for instead of failing."""
+def _check_prompt(cfg: ExperimentConfig, n_prompt: int, *, every_token: bool) -> None:
+    """Refuse a prompt of `n_prompt` tokens that leaves no room for a new one, or for every token that is asked for."""
+    s, longest = cfg.sample, cfg.model.max_seq_len
+    left = longest - max(1, n_prompt)
+    if left < 1:
+        rule = f"has {n_prompt} tokens, and with model.max_seq_len={longest} there is no room for a new one"
+        raise ConfigError(Problem("sample.prompt", s.prompt, rule, f"shorten it to {longest - 1} tokens or less"))
+    if every_token and s.max_new_tokens > left:
+        rule = f"and a prompt of {n_prompt} tokens are more than model.max_seq_len={longest}"
+        fix = f"use {left} or less, or a shorter prompt"
+        raise ConfigError(Problem("sample.max_new_tokens", s.max_new_tokens, rule, fix))
+
+
+def _sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer) -> str:
+    """Return the configured prompt and what the model continues it with, as many tokens as there is room for.
+
+    Of a prompt that leaves no room, the last half of the model's max_seq_len is used.
+    """
     from deepseek_exp.serve import generate
 
     s, longest = cfg.sample, cfg.model.max_seq_len
-    prompt = tokenizer.encode(s.prompt)
-    left = longest - max(1, len(prompt))
-    if left < 1 and not room:
-        rule = f"has {len(prompt)} tokens and leaves no room in model.max_seq_len={longest}"
-        raise ConfigError(Problem("sample.prompt", s.prompt, rule, "shorten it"))
-    if s.max_new_tokens > left and not room:
-        rule = f"and a prompt of {len(prompt)} tokens are more than model.max_seq_len={longest}"
-        raise ConfigError(
-            Problem("sample.max_new_tokens", s.max_new_tokens, rule, f"use {max(left, 0)} or less, or a shorter prompt")
-        )
+    text, prompt = s.prompt, tokenizer.encode(s.prompt)
+    if len(prompt) >= longest:
+        prompt = prompt[-(longest // 2) :]
+        text = tokenizer.decode(prompt)
     tokens = generate(
         model.eval(),
-        prompt[: longest - 1],
-        max_new_tokens=min(s.max_new_tokens, max(left, 1)),
+        prompt,
+        max_new_tokens=min(s.max_new_tokens, longest - max(1, len(prompt))),
         temperature=s.temperature,
         top_p=s.top_p,
         seed=cfg.seed,
         end_id=tokenizer.end_id,
         domain=None if s.domain is None else cfg.model.moe.domains.index(s.domain),
     )
-    return s.prompt + tokenizer.decode(tokens)
+    return text + tokenizer.continuation(prompt, tokens)
 
 
 def _tags(job: Job) -> dict[str, str]:

@@ -13,6 +13,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from deepseek_exp.data.token_form import Form
+from deepseek_exp.disk import expand
 from deepseek_exp.errors import DataError, Problem
 
 END = "<|endoftext|>"
@@ -131,7 +132,7 @@ class Tokenizer:
         )
         fix += ", except with init_from, where it takes the checkpoint's"
         try:
-            tokenizer = cls.given(Path(name).expanduser())
+            tokenizer = cls.given(expand(name))
         except OSError as error:
             rule = f"cannot be read ({error.strerror or error})"
             raise DataError(Problem("data.tokenizer", name, rule, fix)) from error

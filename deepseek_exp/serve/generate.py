@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepseek_exp.errors import Problem, UserError
 from deepseek_exp.models import Transformer
 
 
@@ -41,6 +42,7 @@ def generate(
     Raises:
         ValueError: temperature is negative, top_p is not in (0, 1], or prompt and new tokens are more than the
             model's max_seq_len.
+        UserError: the model computes logits that are not finite.
     """
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature} must be at least 0, and top_p={top_p} above 0 and at most 1")
@@ -57,7 +59,12 @@ def generate(
     for _ in range(max_new_tokens):
         # forward, not the module itself: a compiled model would be compiled anew for each length
         logits = model.forward(torch.tensor([unseen], device=device), caches, label)[0, -1]  # (vocab_size,)
-        token = pick(logits.float().cpu(), temperature, top_p, draws)
+        logits = logits.float().cpu()
+        if not logits.isfinite().all():
+            rule = f"computes logits that are not finite after {len(tokens)} tokens, as with weights that are NaN"
+            fix = "use a checkpoint with finite weights, such as an earlier one of the run"
+            raise UserError(Problem("model", model.cfg.version, rule, fix))
+        token = pick(logits, temperature, top_p, draws)
         if token == end_id:
             break
         tokens.append(token)
@@ -76,7 +83,8 @@ def pick(logits: Tensor, temperature: float, top_p: float, draws: torch.Generato
     """
     if temperature == 0:
         return int(logits.argmax())
-    probs, order = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    below = logits.double() - logits.max()  # at most 0, so that the smallest temperature makes it no more than -inf
+    probs, order = (below / temperature).softmax(-1).sort(descending=True, stable=True)
     before = probs.cumsum(-1) - probs  # (vocab_size,) probability of the more likely tokens
     probs[before >= top_p] = 0
     return int(order[torch.multinomial(probs, 1, generator=draws)])

@@ -77,12 +77,13 @@ class Pretrained:
 
         Raises:
             ValueError: prompt and new tokens are more than the model's max_seq_len.
-            UserError: the model has no such domain, or its pack is not loaded.
+            UserError: the model has no such domain, its pack is not loaded, or its logits are not finite.
         """
         index = None if domain is None else domain_index(self.model, domain)
+        before = self.tokenizer.encode(prompt)
         tokens = generate(
             self.model,
-            self.tokenizer.encode(prompt),
+            before,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -90,7 +91,7 @@ class Pretrained:
             end_id=self.tokenizer.end_id,
             domain=index,
         )
-        return self.tokenizer.decode(tokens)
+        return self.tokenizer.continuation(before, tokens)
 
 
 def from_pretrained(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -11,15 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from deepseek_exp.config import ModelConfig
 from deepseek_exp.data import Tokenizer
 from deepseek_exp.huggingface.read import Release, read_release
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
-from deepseek_exp.parallel import manifest
-from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, begin
+from deepseek_exp.parallel.checkpoint import PREFIX, FolderCheckpointIO, begin
 from deepseek_exp.parallel.shards import Piece, Whole, save_shard
 from deepseek_exp.serve import hf_weights
 from deepseek_exp.serve.pretrained import model_config
@@ -123,17 +120,9 @@ def some_tokenizer() -> Tokenizer:
 
 
 def write_checkpoint(model: Transformer, folder: Path) -> Path:
-    """Write what a checkpoint of ours holds of a model."""
-    part = folder.with_name(f".{folder.name}.part")
-    part.mkdir(parents=True)
-    state, aliases = dict(model.state_dict()), {}
-    if model.cfg.tie_embeddings:
-        aliases["head.weight"] = "embedding.weight"
-        del state["head.weight"]
-    save_file(state, part / "model.safetensors", metadata={"aliases": json.dumps(aliases)})
-    for name, text in texts_of(model).items():
-        (part / name).write_text(text, encoding="utf-8")
-    manifest.seal(part, folder, step=1, run_id="abcd", val_loss=None, digests={})
+    """Write a checkpoint of ours as one process does, without an optimizer."""
+    weights = {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+    FolderCheckpointIO(texts_of(model), "abcd").save_checkpoint({"state_dict": weights, "global_step": 1}, folder)
     return folder
 
 

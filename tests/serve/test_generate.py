@@ -7,6 +7,7 @@ import collections
 import pytest
 import torch
 
+from deepseek_exp.errors import UserError
 from deepseek_exp.serve import generate
 from deepseek_exp.serve.generate import pick
 from tests.models.test_transformer import build, some_tokens, with_strong_gates
@@ -56,6 +57,15 @@ def test_too_long_is_refused():
         generate(build(), [1, 2, 3], max_new_tokens=62, temperature=0, top_p=1.0, seed=0, end_id=0)
 
 
+def test_weights_that_are_not_finite_are_told():
+    model = build()
+    with torch.no_grad():
+        model.embedding.weight[7, 0] = float("nan")
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match=r"model='.*' computes logits that are not finite after 2 tokens"):
+            generate(model, [5, 7], max_new_tokens=2, temperature=temperature, top_p=0.9, seed=0, end_id=0)
+
+
 class TestPick:
     LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
 
@@ -75,6 +85,11 @@ class TestPick:
         squares = torch.tensor([0.25, 0.0625, 0.0225, 0.01])
         assert self.counts(0.5, 1.0) == pytest.approx((squares / squares.sum()).tolist(), abs=0.03)
         assert self.counts(0.0, 1.0, n=5) == [1, 0, 0, 0]
+
+    @pytest.mark.parametrize("temperature", [1e-320, 1e-300, 1e300])
+    def test_any_temperature_draws(self, temperature):
+        drawn = self.counts(temperature, 1.0)
+        assert drawn == ([1, 0, 0, 0] if temperature < 1 else pytest.approx([0.25] * 4, abs=0.03))
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)])

@@ -14,7 +14,7 @@ from deepseek_exp import compose
 from deepseek_exp.errors import CheckpointError, ConfigError, UserError
 from deepseek_exp.huggingface import read_release
 from deepseek_exp.huggingface.write import family_of
-from deepseek_exp.parallel import manifest
+from deepseek_exp.parallel.checkpoint import FolderCheckpointIO
 from deepseek_exp.serve import export_hf, from_pretrained
 from tests.serve.releases import load_ours, some_tokenizer, their_model, write_checkpoint, write_shards
 from tests.test_config import composed
@@ -313,9 +313,8 @@ class TestFromPretrained:
         (tmp_path / "config.yaml").write_text("model: {}")
         with pytest.raises(UserError, match=r"path='.*' has no readable manifest.json"):
             from_pretrained(tmp_path)
-        (tmp_path / "part").mkdir()
-        (tmp_path / "part" / "config.yaml").write_text("model: {}")
-        manifest.seal(tmp_path / "part", tmp_path / "step-1", step=1, run_id="a", val_loss=None, digests={})
+        texts = {"config.yaml": "model: {}", "tokenizer.json": "{}"}
+        FolderCheckpointIO(texts, "abcd").save_checkpoint({"state_dict": {}, "global_step": 1}, tmp_path / "step-1")
         with pytest.raises(UserError, match=r"path='.*' is no checkpoint that this version reads"):
             from_pretrained(tmp_path / "step-1")
 

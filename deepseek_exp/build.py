@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -39,6 +40,8 @@ from deepseek_exp.tracking.logger import JournalLogger
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp8: torch.bfloat16}
 # said by Lightning about choices that are made on purpose here
+# PyTorch's own choice; a job of a sweep may have set another number
+N_THREADS = torch.get_num_threads()
 EXPECTED_WARNINGS = (
     ".*does not have many workers.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
@@ -96,6 +99,8 @@ def check_memory(cfg: ExperimentConfig, device: torch.device) -> None:
 def free_memory(device: torch.device) -> int:
     """Give the bytes that are free on a device; on a CPU what the system can hand out without swapping."""
     if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # what PyTorch keeps of an earlier job of a sweep is free
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
@@ -188,8 +193,11 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
 
 def set_up_torch(cfg: ExperimentConfig) -> None:
     """Set the process-wide switches of PyTorch: threads, seed and determinism."""
-    if cfg.trainer.n_threads:
-        torch.set_num_threads(cfg.trainer.n_threads)
+    n_threads = cfg.trainer.n_threads or N_THREADS
+    if n_threads != torch.get_num_threads():
+        torch.set_num_threads(n_threads)
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(cfg.seed)
     if cfg.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -6,6 +6,7 @@ the ranges and the rules that span several keys.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -541,4 +542,5 @@ def register() -> None:
     OmegaConf.register_new_resolver("lr_from_batch", lr_from_batch, replace=True)
     OmegaConf.register_new_resolver("share", share, replace=True)
     OmegaConf.register_new_resolver("at_most", at_most, replace=True)
+    OmegaConf.register_new_resolver("pid", os.getpid, replace=True)
     OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)

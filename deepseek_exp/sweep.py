@@ -9,25 +9,31 @@ import atexit
 import json
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from deepseek_exp import streams, tracking
+from deepseek_exp import streams, sweep_rest, tracking
+from deepseek_exp.commands import command, words
 from deepseek_exp.config import TrackingConfig
+from deepseek_exp.disk import check_writable, disk_error
 from deepseek_exp.errors import UserError
 from deepseek_exp.redact import redact, redact_tree
+from deepseek_exp.telling import say
 
 SWEEP_FILE = "sweep.json"
 # in the folder of a job that failed, whether or not it got as far as a run in MLflow
 FAILED_FILE = "failed.txt"
 # Hydra's own record of a sweep
 HYDRA_FILE = "multirun.yaml"
+# what a job does without a run in MLflow
+UNRECORDED = ("plan", "sample", "export")
 
 
 class SweepRun(Callback):
@@ -39,63 +45,91 @@ class SweepRun(Callback):
 
     def __init__(self) -> None:
         self.parent_run_id: str | None = None
+        self.n_started = 0
+        self.ended = False
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Create the parent run before the first job."""
+        """Create the parent run before the first job, if the jobs are recorded."""
         cfg, overrides = _tracking(config), list(config.hydra.overrides.task)
-        parser = OverridesParser.create()
-        swept = [o for o in overrides if parser.parse_overrides([o])[0].is_sweep_override()]
+        swept = [o for o in overrides if _parsed(o).is_sweep_override()]
         name = cfg.run_name or f"sweep {' '.join(map(redact, swept))}"
         folder = Path(config.hydra.sweep.dir)
-        with _leaving_on_error():
-            self.parent_run_id = tracking.start_sweep(
-                cfg,
-                name=name,
-                tags={"overrides": " ".join(map(redact, overrides))},
-                artifact_dir=Path(config.output_dir) / "artifacts",
-                on_repair=lambda note: streams.write(sys.stderr, note + "\n"),
-            )
+        with _leaving_on_error(config.output_dir):
+            check_writable("hydra.sweep.dir", folder)
+            if _recorded(overrides):
+                self.parent_run_id = tracking.start_sweep(
+                    cfg,
+                    name=name,
+                    tags={"overrides": " ".join(map(redact, overrides))},
+                    artifact_dir=Path(config.output_dir) / "artifacts",
+                    on_repair=lambda note: streams.write(sys.stderr, note + "\n"),
+                )
             folder.mkdir(parents=True, exist_ok=True)
             content = {"run_id": self.parent_run_id, "keys": [o.lstrip("+").split("=")[0] for o in swept]}
             (folder / HYDRA_FILE).touch(0o600)  # Hydra fills it in next
-            (folder / SWEEP_FILE).write_text(json.dumps(content), encoding="utf-8")
-        atexit.register(self._abandon, cfg)
+            with (folder / SWEEP_FILE).open("x", encoding="utf-8") as file:  # no two sweeps share a folder
+                json.dump(content, file)
+        atexit.register(self._abandon, config)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Hide what is secret in the configuration that Hydra has written into the sweep's folder."""
+        self.n_started = config.hydra.job.num + 1
         _redact_file(Path(config.hydra.sweep.dir) / HYDRA_FILE)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print and log the table; leave with status 1 if a job failed."""
-        if self.parent_run_id is None:
+        if self.ended:
             return
-        cfg, parent_run_id = _tracking(config), self.parent_run_id
-        self.parent_run_id = None
+        self.ended = True
         n_failed = len(list(Path(config.hydra.sweep.dir).glob(f"*/{FAILED_FILE}")))
-        with _leaving_on_error():
-            rows = tracking.sweep_table(cfg, parent_run_id)
-            n_failed = max(n_failed, sum(row.status != "FINISHED" for row in rows))
-            tracking.finish_sweep(cfg, parent_run_id, rows, n_failed > 0)
-        sys.stdout.write(f"\n{tracking.render_table(rows)}\n\n{n_failed} of the sweep's jobs failed; ")
-        sys.stdout.write(f"MLflow run {parent_run_id}\n")
+        if self.parent_run_id is not None:
+            with _leaving_on_error(config.output_dir):
+                cfg, rows = _tracking(config), tracking.sweep_table(_tracking(config), self.parent_run_id)
+                n_failed = max(n_failed, sum(row.status != "FINISHED" for row in rows))
+                tracking.finish_sweep(cfg, self.parent_run_id, rows, n_failed > 0)
+            say(f"\n{tracking.render_table(rows)}\n")
+        if self.parent_run_id is not None or n_failed:
+            recorded = f"; MLflow run {self.parent_run_id}" if self.parent_run_id is not None else ""
+            say(f"{n_failed} of the sweep's jobs failed{recorded}")
         if n_failed:
             raise SystemExit(1)
 
-    def _abandon(self, cfg: TrackingConfig) -> None:
-        """Close the parent run of a sweep that was interrupted."""
+    def _abandon(self, config: DictConfig) -> None:
+        """Close a sweep that was interrupted: print what is done, and the commands for the rest."""
+        if self.ended:
+            return
+        self.ended = True
         if self.parent_run_id is not None:
-            tracking.finish_sweep(cfg, self.parent_run_id, tracking.sweep_table(cfg, self.parent_run_id), True)
+            cfg, rows = _tracking(config), tracking.sweep_table(_tracking(config), self.parent_run_id)
+            tracking.finish_sweep(cfg, self.parent_run_id, rows, True)
+            say(f"\n{tracking.render_table(rows)}\n")
+        say(self._interrupted(config))
+
+    def _interrupted(self, config: DictConfig) -> str:
+        """Say in which job a sweep was interrupted, and how the others are run."""
+        overrides = list(config.hydra.overrides.task)
+        n_jobs, n_done = sweep_rest.n_jobs(overrides), self.n_started
+        saved = (Path(config.hydra.sweep.dir) / str(n_done - 1)).glob("checkpoints/step-*")
+        if n_done and not any(saved):
+            n_done -= 1  # the job has nothing to go on from: it is one of the rest
+        head = f"the sweep was interrupted in job {max(1, self.n_started)} of {n_jobs}; {n_jobs - n_done} are to be run"
+        if n_done == n_jobs or any(random in o for o in overrides for random in sweep_rest.RANDOM):
+            return head
+        further = [o for o in config.hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
+        rest = (f"  {command()} -m {words([*further, *some])}" for some in sweep_rest.rest(overrides, n_done))
+        return "\n".join([f"{head}, by", *rest])
 
 
 @contextmanager
-def _leaving_on_error() -> Iterator[None]:
-    """Tell an error and leave with status 1: Hydra would turn it into a warning."""
+def _leaving_on_error(output_dir: str) -> Iterator[None]:
+    """Print an error and leave with status 1: Hydra would turn it into a warning."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, UserError):
+        worded = error if isinstance(error, UserError) else disk_error(error, "output_dir", output_dir)
+        if worded is None:
             streams.write(sys.stderr, traceback.format_exc())
-        streams.write(sys.stderr, f"{error}\n")
+        streams.write(sys.stderr, f"{worded or error}\n")
         raise SystemExit(1) from error
 
 
@@ -104,6 +138,19 @@ def _redact_file(path: Path) -> None:
     if path.exists():
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         path.write_text(OmegaConf.to_yaml(OmegaConf.create(redact_tree(tree))), encoding="utf-8")
+
+
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
+
+
+def _recorded(overrides: Sequence[str]) -> bool:
+    """Return whether a job of the sweep becomes a run in MLflow."""
+    what = next((_parsed(o) for o in reversed(overrides) if o.startswith("do=")), None)
+    if what is None:
+        return True
+    values = what.sweep_string_iterator() if what.is_sweep_override() else [what.get_value_element_as_str()]
+    return any(value not in UNRECORDED for value in values)
 
 
 def _tracking(config: DictConfig) -> TrackingConfig:

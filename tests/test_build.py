@@ -65,3 +65,13 @@ def test_what_training_goes_through_is_compiled_where_asked_for():
         cfg = composed("model=v3_moe", "size=tiny", f"trainer.compile={str(compiled).lower()}")
         model = build.build_model(cfg, CPU, None)
         assert ("losses" in vars(model)) == compiled
+
+
+def test_a_job_of_a_sweep_has_its_own_number_of_threads():
+    before = torch.get_num_threads()
+    try:
+        for asked, got in ((2, 2), (0, build.N_THREADS), (3, 3), (1, 1)):
+            build.set_up_torch(composed("size=tiny", f"trainer.n_threads={asked}"))
+            assert torch.get_num_threads() == got
+    finally:
+        torch.set_num_threads(before)

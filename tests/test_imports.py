@@ -20,6 +20,7 @@ LAYER = {
     "parallel": 3, "compress": 3, "finetune": 3, "serve": 3,
     "finite": 4, "optim": 4, "lit": 4, "lit_stage": 4, "callbacks": 4,
     "commands": 5, "job": 5, "telling": 5, "build": 5, "certificate": 5, "estimate": 5, "do": 5, "sweep": 5,
+    "sweep_rest": 5,
     "run": 6, "rank": 6,
 }  # fmt: skip
 NOT_SIDEWAYS = {1, 3}

@@ -1,0 +1,69 @@
+"""The jobs of a sweep that was interrupted: each is run once by the commands that are printed."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import signal
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+from deepseek_exp import sweep, sweep_rest
+from tests import forks, runs
+from tests.parallel.test_launch import wait_for
+from tests.test_run import all_runs
+
+SWEEP = ("size=tiny", "a=1,2,3", "+x.y='a, b'", "b=range(0,2)", "c='p q',r")
+
+
+def jobs(overrides):
+    return [sorted(words) for words in itertools.product(*sweep_rest.grid(overrides).values())]
+
+
+@pytest.mark.parametrize("n_done", range(13))
+def test_the_rest_is_run_once_and_in_order(n_done):
+    every = jobs(SWEEP)
+    assert len(every) == sweep_rest.n_jobs(SWEEP) == 12
+    sweeps = sweep_rest.rest(SWEEP, n_done)
+    assert [job for words in sweeps for job in jobs(words)] == every[n_done:]
+    assert len(sweeps) <= 3
+
+
+def test_a_sweep_that_is_interrupted_says_how_it_goes_on(tmp_path):
+    """The first job ends, the second is stopped by Ctrl-C while it trains, two are left."""
+    own = [o for o in runs.QUICK if not o.startswith("trainer.max_steps=")]
+    process = forks.start(tmp_path, "-m", *own, "seed=1,2", "trainer.max_steps=4,100000")
+    wait_for(lambda: any(runs.last_step(f) >= 2 for f in tmp_path.glob("outputs/multiruns/*/1")), 200)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    told = out.splitlines()
+    assert told[-2] == "the sweep was interrupted in job 2 of 4; 2 are to be run, by"
+    rest = shlex.split(told[-1])[3:]
+    assert rest == [*own, "seed=2", "trainer.max_steps=4,100000"]
+    assert "Go on with: " in out and len([line for line in told if " KILLED " in line]) == 1
+    parent = next(run for run in all_runs(tmp_path) if "mlflow.parentRunId" not in run.data.tags)
+    assert parent.info.status == "FAILED"
+
+
+def test_plans_are_no_runs(tmp_path):
+    done = forks.run(tmp_path, "-m", "do=plan", "size=tiny,small")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("model     v1_dense") == 2 and "val/loss" not in done.stdout
+    assert not (tmp_path / "outputs/mlflow.db").exists()
+
+
+def test_no_two_sweeps_share_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.tracking, "start_sweep", lambda *_, **__: "run")
+    monkeypatch.setattr(sweep.atexit, "register", lambda *_: None)
+    hydra = {"overrides": {"task": ["seed=1,2"]}, "sweep": {"dir": str(tmp_path / "sweep")}}
+    monkeypatch.setattr(sweep, "_tracking", lambda _: SimpleNamespace(run_name=None))
+    config = OmegaConf.create({"hydra": hydra, "output_dir": str(tmp_path)})
+    sweep.SweepRun().on_multirun_start(config)
+    with pytest.raises(SystemExit):
+        sweep.SweepRun().on_multirun_start(config)
+    assert "sweep.json' cannot be used (File exists). Fix: " in capsys.readouterr().err
+    conf = OmegaConf.load(runs.ROOT / "conf/config.yaml").hydra.sweep
+    assert "${pid:}" in OmegaConf.to_container(conf, resolve=False)["dir"]

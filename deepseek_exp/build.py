@@ -17,15 +17,17 @@ from hydra.utils import instantiate
 from deepseek_exp.callbacks import Checkpoints, Metrics, Progress
 from deepseek_exp.config import Device, ExperimentConfig, Precision
 from deepseek_exp.data import PreparedData, TokenDataModule, prepare
-from deepseek_exp.errors import DeviceError, Problem
-from deepseek_exp.finite import FiniteSteps
+from deepseek_exp.errors import CheckpointError, DeviceError, Problem
+from deepseek_exp.finite import FiniteSteps, first_nonfinite
 from deepseek_exp.kernels import TORCH, Ops, resolve
+from deepseek_exp.kernels.grouped import empty_groups_are_zero
 from deepseek_exp.layout import degrees
 from deepseek_exp.lit import LanguageModel
 from deepseek_exp.lit_stage import StageModel
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.models.transformer import initial_weight
 from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, load_weights
+from deepseek_exp.parallel.files import readable
 from deepseek_exp.parallel.groups import Groups, connect, local_rank
 from deepseek_exp.parallel.rank_state import load_part
 from deepseek_exp.parallel.shards import open_state
@@ -105,6 +107,20 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def check_grouped_products(cfg: ExperimentConfig, device: torch.device) -> None:
+    """Refuse a PyTorch whose grouped product leaves rubbish as the weight gradient of an expert without tokens.
+
+    Raises:
+        DeviceError: it does, on this GPU.
+    """
+    n_experts = cfg.model.moe.n_routed_experts
+    if n_experts and cfg.do.trains and device.type == "cuda" and not empty_groups_are_zero(device):
+        rule = f"may leave experts without a token, whose gradients PyTorch {torch.__version__} does not set to 0"
+        rule += f" on {torch.cuda.get_device_name(device)}"
+        fix = "use another version of PyTorch, or a model without routed experts"
+        raise DeviceError(Problem("model.moe.n_routed_experts", n_experts, rule, fix))
+
+
 def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
     """Prepare the data and build the model.
 
@@ -116,6 +132,7 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
     if degrees(cfg).world_size > 1:
         return _build_rank(cfg, device, weights)
     check_memory(cfg, device)
+    check_grouped_products(cfg, device)
     set_up_torch(cfg)
     data = prepare(cfg.data)
     model = build_model(cfg, device, weights)
@@ -126,11 +143,12 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
 def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Parts:
     """Do `build_parts` in one of several ranks; the strategy loads a checkpoint's weights once it is set up."""
     connect(device)
+    check_grouped_products(cfg, device)
     set_up_torch(cfg)
     groups = Groups(degrees(cfg), device, cfg.model.n_kv_heads or cfg.model.n_heads)
     if local_rank() == 0:
         prepare(cfg.data)  # the others of this host find it in the cache
-    groups.barrier()
+    groups.wait_for_data()
     data = prepare(cfg.data)
     tp = groups.axis[Axis.tp], groups.at.tp
     ops = parallel_ops(_ops(cfg), cfg.kernels, *tp) if groups.degrees.tp > 1 else _ops(cfg)
@@ -139,6 +157,7 @@ def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
     part = cut_model(cfg, whole, groups)
     if weights is not None:
         load_part(part, open_state(weights))
+        _check_weights(first_nonfinite(part.model.state_dict().items()), weights)
     elif cfg.init_from is not None:
         release = Transformer(cfg.model, TORCH)
         load_release(release, cfg.model, Path(cfg.init_from))
@@ -176,7 +195,9 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
     """Build the model on a device, with weights from a checkpoint, else from `init_from`, else from the seed."""
     model = Transformer(cfg.model, _ops(cfg), cfg.trainer.activation_checkpointing)
     if weights is not None:
-        model.load_state_dict(load_weights(weights))
+        with readable(weights):
+            model.load_state_dict(load_weights(weights))
+        _check_weights(first_nonfinite(model.state_dict().items()), weights)
     elif cfg.init_from is not None:
         load_release(model, cfg.model, Path(cfg.init_from))
     else:
@@ -189,6 +210,17 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
     if cfg.trainer.compile:
         model.losses = torch.compile(model.losses)  # type: ignore[method-assign]
     return model
+
+
+def _check_weights(wrong: str | None, folder: Path) -> None:
+    """Refuse a checkpoint of which a weight is infinite or NaN.
+
+    Raises:
+        CheckpointError: it has one.
+    """
+    if wrong is not None:
+        rule = f"holds infinite or NaN numbers in {wrong}: its training had diverged"
+        raise CheckpointError(Problem("resume", str(folder), rule, "name an older checkpoint"))
 
 
 def set_up_torch(cfg: ExperimentConfig) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deepseek_exp.config import ExperimentConfig, OnNonfinite
 from deepseek_exp.data import Batch
+from deepseek_exp.errors import CheckpointError, Problem
 from deepseek_exp.finite import check_skipped, check_state, first_nonfinite
 from deepseek_exp.models import Loss, Transformer
 from deepseek_exp.moe import MoE, routing_metrics
@@ -165,7 +166,15 @@ class LanguageModel(pl.LightningModule):
             layer.update_bias()
 
     def on_train_start(self) -> None:
-        """Let the configuration's learning rate and decay hold, also where a checkpoint brought back other ones."""
+        """Let the configuration's learning rate and decay hold, also where a checkpoint brought back other ones.
+
+        Raises:
+            CheckpointError: the checkpoint, of a version that did not check it, is not finite.
+        """
+        wrong = self.nonfinite_state() if self.trainer.ckpt_path is not None else None
+        if wrong is not None:
+            rule = f"holds infinite or NaN numbers in {wrong}: its training had diverged"
+            raise CheckpointError(Problem("resume", str(self.trainer.ckpt_path), rule, "name an older checkpoint"))
         schedule, optim = self.lr_schedulers(), self.cfg.optim
         schedule.base_lrs = [optim.lr] * len(schedule.base_lrs)
         for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):

@@ -6,10 +6,15 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from deepseek_exp import build, do
-from deepseek_exp.errors import DeviceError
+from deepseek_exp.errors import CheckpointError, DeviceError
 from deepseek_exp.job import Job
+from deepseek_exp.kernels import grouped
+from deepseek_exp.parallel import groups
+from deepseek_exp.parallel.checkpoint import FolderCheckpointIO
+from deepseek_exp.topology import Degrees
 from tests.test_config import composed
 
 CPU = torch.device("cpu")
@@ -75,3 +80,58 @@ def test_a_job_of_a_sweep_has_its_own_number_of_threads():
             assert torch.get_num_threads() == got
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_pytorch_that_leaves_rubbish_for_an_expert_without_tokens_is_refused(monkeypatch):
+    """As pytorch/pytorch#172439 says of GPUs of compute capability 10."""
+    assert grouped.empty_groups_are_zero(CPU)
+    right = grouped.F.grouped_mm
+
+    def wrong(x, y, offs):
+        products = right(x, y, offs=offs)
+        products[2, 0, 0] = float("nan")
+        return products
+
+    monkeypatch.setattr(grouped.F, "grouped_mm", wrong)
+    monkeypatch.setattr(build, "empty_groups_are_zero", lambda device: grouped.empty_groups_are_zero(CPU))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(DeviceError, match=r"model\.moe\.n_routed_experts=\d+ may leave experts without a token, whose"):
+        build.check_grouped_products(composed("model=v3_moe", "size=tiny"), gpu)
+    build.check_grouped_products(composed("model=v1_dense", "size=tiny"), gpu)
+    build.check_grouped_products(composed("model=v3_moe", "size=tiny"), CPU)
+
+
+def test_memory_that_an_earlier_job_left_counts_as_free(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("empty_cache"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 if "empty_cache" in called else 3, 9))
+    assert build.free_memory(torch.device("cuda", 0)) == 7
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    cfg = composed("size=tiny", "do=sample", "device=cpu")
+    weights = build.build_model(cfg, CPU, None).state_dict()
+    save = FolderCheckpointIO({}, "0123456789").save_checkpoint
+    for step, value in ((1, 1.0), (2, float("nan"))):
+        weights["blocks.1.attention.wo.weight"][0, 0] = value
+        tree = {"state_dict": {f"model.{name}": w for name, w in weights.items()}, "global_step": step}
+        save(tree, tmp_path / "checkpoints" / f"step-0000000{step}")
+    build.build_model(cfg, CPU, tmp_path / "checkpoints" / "step-00000001")
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002' holds infinite or NaN numbers in blocks\.1\.attention\.wo"
+    ):
+        build.build_model(cfg, CPU, tmp_path / "checkpoints" / "step-00000002")
+
+
+def test_only_the_wait_for_the_data_is_long(monkeypatch):
+    made = []
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "new_group", lambda *args, **kwargs: made.append(kwargs["timeout"]) or len(made))
+    waited = []
+    monkeypatch.setattr(dist, "barrier", lambda group: waited.append(made[group - 1]))
+    of = groups.Groups(Degrees(dp=2, tp=2, pp=2, ep=1), CPU, 4)
+    of.barrier()
+    of.wait_for_data()
+    assert waited == [groups.TIMEOUT, groups.DATA_TIMEOUT]
+    assert made.count(groups.DATA_TIMEOUT) == 1 and set(made) == {groups.TIMEOUT, groups.DATA_TIMEOUT}

@@ -27,6 +27,22 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, matrices, offs=ends) if x.dtype is torch.bfloat16 else _product(x, matrices, ends)
 
 
+@torch.no_grad()
+def empty_groups_are_zero(device: torch.device) -> bool:
+    """Return whether PyTorch sets the outer product of a group without rows to 0 on this device.
+
+    On GPUs of compute capability 10 it has left what was in memory (pytorch/pytorch#172439), which would be the weight
+    gradient of an expert without tokens. The memory that the result is given is filled with NaN before.
+    """
+    ends = torch.tensor([0, 16, 16, 32, 32], dtype=torch.int32, device=device)
+    rows = torch.ones(32, 64, dtype=torch.bfloat16, device=device)
+    used = torch.full((len(ends), 64, 64), torch.nan, dtype=torch.bfloat16, device=device)
+    del used
+    products = F.grouped_mm(rows.T, rows, offs=ends)  # (groups, 64, 64)
+    empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+    return not products[empty].any().item()  # NaN counts as true
+
+
 @operation("grouped_product")
 def _product(x: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
     """Multiply each group of the rows x with its matrix (d_in, d_out): (rows, d_out)."""

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from deepseek_exp.topology import Axis, Coordinates, Degrees
 
-# preparing the data of a first run takes one rank its time while the others wait
-PATIENCE = timedelta(hours=6)
+# Preparing the data of a first run takes one rank its time while the others wait.
+DATA_TIMEOUT = timedelta(hours=6)
+# All ranks reach every other exchange within minutes, a first compilation and a checkpoint included. A rank that hangs
+# without dying stalls the job for no longer than this.
+TIMEOUT = timedelta(minutes=30)
 KV, ENDS = "kv", "ends"
 
 
@@ -40,7 +43,8 @@ class Groups:
         """
         self.degrees, self.device, self.rank = degrees, device, dist.get_rank()
         self.at: Coordinates = degrees.coordinates(self.rank)
-        self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._waiting = dist.new_group(backend="gloo", timeout=DATA_TIMEOUT)
         self.axis: dict[Axis, Any] = {axis: self._mine(degrees.groups(axis)) for axis in Axis}
         ends = [[ranks[0], ranks[-1]] for ranks in degrees.groups(Axis.pp)] if degrees.pp > 1 else []
         n_same = max(1, degrees.tp // n_kv_heads)  # tensor ranks that hold the same key and value heads
@@ -66,6 +70,10 @@ class Groups:
         """Wait for all ranks."""
         dist.barrier(group=self.control)
 
+    def wait_for_data(self) -> None:
+        """Wait for all ranks while some prepare the data, however long that takes."""
+        dist.barrier(group=self._waiting)
+
     def largest(self, value: int) -> int:
         """Give the largest of all ranks' values."""
         found = torch.tensor(value)
@@ -87,7 +95,7 @@ class Groups:
         mine = None
         for ranks in all_ranks:
             if len(ranks) > 1:
-                group = dist.new_group(ranks)
+                group = dist.new_group(ranks, timeout=TIMEOUT)
                 mine = group if self.rank in ranks else mine
         return mine
 
@@ -98,7 +106,7 @@ def connect(device: torch.device) -> None:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None, timeout=PATIENCE)
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None, timeout=TIMEOUT)
 
 
 def disconnect() -> None:

@@ -296,6 +296,7 @@ class _Held:
 def _open_shards(folder: Path, tree: dict[str, Any]) -> State:
     rest = _rest(tree, open_tensors(folder / STATE))
     said = rest.pop(SHARDED)
+    said |= {key: dict(said[key]) for key in ("aliases", "scalars")}
     files = [open_tensors(folder / shard_name(rank)) for rank in range(said.pop("n_shards"))]
     state = State(folder, rest, DTYPES[said.pop("dtype")], **said)
     held: dict[str, list[_Held]] = defaultdict(list)
@@ -359,7 +360,7 @@ def _open_single(folder: Path, tree: dict[str, Any]) -> State:
         rule = "was saved by a version that did not name the optimizer's parameters, so only one process can load it"
         fix = "go on for a step in one process; what that saves can be loaded by any layout"
         raise CheckpointError(Problem("resume", str(folder), rule, fix))
-    aliases = json.loads(model.metadata()["aliases"])
+    aliases = dict(json.loads(model.metadata()["aliases"]))
     names = [name for group in groups for name in group["param_names"]]
     weights = {name: model.get_slice(name) for name in model.keys()}  # noqa: SIM118 - not a dict
     masters = dict(zip(names, optimizer.get("masters", []), strict=False))

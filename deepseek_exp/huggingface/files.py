@@ -6,13 +6,25 @@ Format of a safetensors file: eight bytes with the length of the header, little 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from deepseek_exp.errors import CheckpointError, ConfigError, Problem
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# bytes of an element; the elements of other types are of no whole number of bytes, or not known here
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2"), 1),
+}
+# the longest header that the safetensors library reads
+MOST_HEADER_BYTES = 100_000_000
+HUB = "init_from takes a folder of this machine, not a name on the hub: download one first, for example with "
+HUB += "hf download Qwen/Qwen3-0.6B --local-dir qwen3-0.6b"
 
 
 class Stored(NamedTuple):
@@ -39,17 +51,21 @@ def read_json(path: Path, key: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is not there, or does not hold a JSON object.
     """
+    again = "fix the file, or download it again"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if not path.parent.exists():
+            fix = HUB if key == "init_from" else "name a folder of this machine; one from the hub is downloaded first"
+            raise ConfigError(Problem(key, str(path.parent), "is a folder that does not exist", fix))
+        _check_regular(path)
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError as error:
         fix = "name the folder of a Hugging Face checkpoint, with config.json and safetensors files"
         raise ConfigError(Problem(key, str(path.parent), f"has no {path.name}", fix)) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         rule = f"has a {path.name} that cannot be read ({error})"
-        raise ConfigError(Problem(key, str(path.parent), rule, "mend or fetch the file again")) from error
+        raise ConfigError(Problem(key, str(path.parent), rule, again)) from error
     if not isinstance(content, dict):
-        rule = f"has a {path.name} that is no JSON object"
-        raise ConfigError(Problem(key, str(path.parent), rule, "mend or fetch the file again"))
+        raise ConfigError(Problem(key, str(path.parent), f"has a {path.name} that is no JSON object", again))
     return content
 
 
@@ -68,25 +84,48 @@ def stored_weights(folder: Path, key: str = "init_from") -> dict[str, Stored]:
         try:
             header = _header(path)
             found |= {n: Stored(path, tuple(e["shape"]), e["dtype"]) for n, e in header.items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             rule = f"has a file {path.name} that is missing or damaged ({type(error).__name__}: {error})"
             raise CheckpointError(Problem(key, str(folder), rule, "fetch the file again")) from error
     return found
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """Read the entries of a safetensors file's header; the file must be as long as they say."""
+    """Read the entries of a safetensors file's header, which must describe every byte of the file once."""
+    _check_regular(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > size:
+        if length > min(size, MOST_HEADER_BYTES):
             raise ValueError(f"a header of {length} bytes in a file of {size}")
-        entries: dict[str, Any] = json.loads(file.read(length))
+        entries: dict[str, Any] = json.loads(file.read(length), parse_constant=_no_number)
     entries.pop("__metadata__", None)
-    whole = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if size != whole:
-        raise ValueError(f"{size} of {whole} bytes")
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        if not _are_counts(start, stop, *entry["shape"]) or not isinstance(entry["dtype"], str):
+            raise ValueError(f"{name} has no shape, type and place")
+        n_bytes = math.prod(entry["shape"]) * ITEM_BYTES.get(entry["dtype"], 0)
+        if start != end or stop < start or (n_bytes != stop - start and entry["dtype"] in ITEM_BYTES):
+            raise ValueError(f"{name} of shape {entry['shape']} and type {entry['dtype']} lies at {start} to {stop}")
+        end = stop
+    if size != 8 + length + end:
+        raise ValueError(f"{size} of {8 + length + end} bytes")
     return entries
+
+
+def _are_counts(*numbers: Any) -> bool:
+    return all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers)
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse what is there and no file, such as a pipe, which would be waited for."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number of JSON")
 
 
 def _files(folder: Path, key: str) -> list[Path]:

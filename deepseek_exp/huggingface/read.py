@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,10 @@ HARMLESS = (
 REQUIRED: Any = object()
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 OTHER = "use another checkpoint: this part is not built"
+FIX_FIELD = "fix the field, or download the file again"
+# bounds on what a field may say, for numbers beyond them would keep a computer busy and describe no model
+MOST = 2**31 - 1
+MOST_LAYERS = 10_000
 
 OFF: dict[str, Any] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 0),
@@ -87,8 +92,14 @@ class Fields:
             return kind()
         accepted = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            self.refuse(name, f"is not {WORDS[kind]}", "mend the field")
+            self.refuse(name, f"is not {WORDS[kind]}", FIX_FIELD)
             return kind()
+        if kind is int and not 0 <= value <= MOST:
+            self.refuse(name, f"is not a whole number from 0 to {MOST}", FIX_FIELD)
+            return 0
+        if kind is float and not abs(value) <= sys.float_info.max:
+            self.refuse(name, "is not a finite number", FIX_FIELD)
+            return 0.0
         return kind(value)
 
     def must(self, name: str, allowed: Iterable[Any], rule: str, fix: str = OTHER) -> None:
@@ -145,7 +156,9 @@ def _common(f: Fields, family: str) -> dict[str, Any]:
     f.must("mlp_bias", (False,), "asks for biases in the feed-forward network, which ours has not")
     f.must("attention_bias", (False,), "asks for biases in the attention, of the output too, which ours has not")
     d_model, n_heads = f.take("hidden_size", int), f.take("num_attention_heads", int)
-    max_seq_len = f.take("max_position_embeddings", int)
+    max_seq_len, n_layers = f.take("max_position_embeddings", int), f.take("num_hidden_layers", int)
+    if n_layers > MOST_LAYERS:
+        f.refuse("num_hidden_layers", f"is more than {MOST_LAYERS:,}", FIX_FIELD)
     theta, scaling = _rope(f, 1e6 if family == "mixtral" else 1e4, max_seq_len)
     default_head_dim = REQUIRED if family == "qwen3" else d_model // max(1, n_heads)
     head_dim = 0 if family.startswith("deepseek") else f.take("head_dim", int, default_head_dim)
@@ -154,7 +167,7 @@ def _common(f: Fields, family: str) -> dict[str, Any]:
         "vocab_size": f.take("vocab_size", int),
         "max_seq_len": max_seq_len,
         "d_model": d_model,
-        "n_layers": f.take("num_hidden_layers", int),
+        "n_layers": n_layers,
         "n_heads": n_heads,
         "n_kv_heads": f.take("num_key_value_heads", int, n_heads if family == "llama" else REQUIRED, null=n_heads),
         "head_dim": head_dim,
@@ -274,8 +287,8 @@ def _window_of_all_layers(f: Fields) -> int:
     used, window = f.take("use_sliding_window", bool, False), f.take("sliding_window", int, 4096, null=0)
     first, n_layers = f.take("max_window_layers", int, 28), f.take("num_hidden_layers", int)
     window = window if used else 0
-    kinds = set(f.take("layer_types", list, [])) or {
-        "sliding_attention" if window and i >= first else "full_attention" for i in range(n_layers)
+    kinds = {str(kind) for kind in f.take("layer_types", list, [])} or {
+        "sliding_attention" if window and i >= first else "full_attention" for i in range(min(n_layers, MOST_LAYERS))
     }
     if kinds == {"sliding_attention"} and window:
         return int(window)
@@ -298,7 +311,7 @@ def _rope(f: Fields, default_theta: float, max_seq_len: int) -> tuple[float, dic
     f.untouched -= {"rope_scaling", "rope_parameters"}
     inner = f.values.get(name) or {}
     if not isinstance(inner, dict):
-        f.refuse(name, "is not a mapping", "mend the field")
+        f.refuse(name, "is not a mapping", FIX_FIELD)
         inner = {}
     r = Fields(inner, f.file, f"{name}.")
     theta = r.take("rope_theta", float, f.take("rope_theta", float, default_theta))
@@ -331,7 +344,10 @@ def _rope(f: Fields, default_theta: float, max_seq_len: int) -> tuple[float, dic
         r.must("truncate", (True, None), "is not true: the borders of YaRN's blend are rounded to whole pairs here")
         factor_of_tables = r.take("attention_factor", float, None)
         implied = yarn_table_factor(scaling)
-        if factor_of_tables is not None and not math.isclose(factor_of_tables, implied, rel_tol=1e-6):
+        if not 0 < implied < math.inf:
+            name = "mscale_all_dim" if scaling["mscale_all_dim"] < 0 else "mscale"
+            r.refuse(name, "makes the factor of the rotary tables no number above 0", FIX_FIELD)
+        elif factor_of_tables is not None and not math.isclose(factor_of_tables, implied, rel_tol=1e-6):
             r.refuse("attention_factor", f"is not the {implied:.6g} that follows from factor and mscale")
     f.problems += r.close(("truncate", "attention_factor", "finetuned"))
     return theta, scaling
@@ -344,7 +360,8 @@ def yarn_table_factor(scaling: Mapping[str, Any]) -> float:
         return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
 
     if scaling["mscale"] and scaling["mscale_all_dim"]:
-        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+        by = mscale(scaling["mscale_all_dim"])
+        return mscale(scaling["mscale"]) / by if by else math.inf
     return mscale(1.0)
 
 
@@ -352,7 +369,10 @@ def _unsupported(f: Fields) -> list[Problem]:
     """Word the fields that are known and not built, which no family takes."""
     if f.values.get("quantization_config"):
         f.untouched.discard("quantization_config")
-        shown = Problem("quantization_config", f.values["quantization_config"].get("quant_method"), "", "")
+        said = f.values["quantization_config"]
+        key, value = "quantization_config", said
+        if isinstance(said, dict):
+            key, value = "quantization_config.quant_method", said.get("quant_method")
         rule = f"in {f.file} says that the weights are quantized, and only plain ones are read"
-        return [Problem("quantization_config.quant_method", shown.value, rule, "write the weights out as bf16 first")]
+        return [Problem(key, value, rule, "write the weights out as bf16 first")]
     return []

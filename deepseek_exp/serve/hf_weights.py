@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -157,7 +157,7 @@ def load_release(model: nn.Module, m: ModelConfig, folder: Path, key: str = "ini
     """
     state = model.state_dict()
     interleaved = read_release(folder, key).interleaved
-    stored = stored_weights(folder, key)
+    stored = layers_stored(m, folder, key)
     entries = []
     for entry in table(m, interleaved=interleaved):
         if entry.ours in state or not entry.ours.endswith("router.bias"):
@@ -180,6 +180,19 @@ def load_release(model: nn.Module, m: ModelConfig, folder: Path, key: str = "ini
                 elif not torch.equal(place, tensor.to(place.dtype)):
                     rule = f"has a copy {name} of {_main_name(entries, entry)} that differs from it, and ours are one"
                     raise CheckpointError(Problem(key, str(folder), rule, "use another checkpoint"))
+
+
+def layers_stored(m: ModelConfig, folder: Path, key: str = "init_from") -> dict[str, Stored]:
+    """Return `stored_weights` of a checkpoint that has the model's layers, before a model that large is built.
+
+    Raises:
+        CheckpointError: it has fewer tensors than the model has layers.
+    """
+    stored = stored_weights(folder, key)
+    if m.n_layers > len(stored):
+        rule = f"says num_hidden_layers={m.n_layers} in its config.json and has {len(stored)} weights"
+        raise CheckpointError(Problem(key, str(folder), rule, "use a whole checkpoint"))
+    return stored
 
 
 def _check(
@@ -240,7 +253,11 @@ class _Files(contextlib.ExitStack):
         """Read one tensor, or one matrix of a stack."""
         path = self.stored[name].file
         if path not in self.open:
-            self.open[path] = self.enter_context(safe_open(path, framework="pt"))
+            try:
+                self.open[path] = self.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                rule = f"has a file {path.name} that cannot be read ({error})"
+                raise CheckpointError(Problem("path", str(path.parent), rule, "download the file again")) from error
         part = self.open[path].get_slice(name)
         return part[:] if index is None else part[index]
 

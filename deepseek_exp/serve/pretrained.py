@@ -177,6 +177,7 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
 
 def _read_release(folder: Path) -> Transformer:
     cfg = model_config(read_release(folder, "path").model)
+    hf_weights.layers_stored(cfg, folder, "path")
     model = Transformer(cfg, TORCH)
     hf_weights.load_release(model, cfg, folder, "path")
     return model
@@ -186,6 +187,9 @@ def _read_release(folder: Path) -> Transformer:
 def _read_ours(folder: Path, domains: Sequence[str] | None) -> Transformer:
     try:
         cfg = model_config(OmegaConf.to_container(OmegaConf.load(folder / OURS))["model"])
+        weights = open_weights(folder)
+        if cfg.n_layers > len(weights.names):
+            raise ValueError(f"{cfg.n_layers} layers in {OURS} and {len(weights.names)} weights")
         model = Transformer(cfg, TORCH)
     except Exception as error:
         raise _unreadable(folder, error) from error
@@ -194,7 +198,7 @@ def _read_ours(folder: Path, domains: Sequence[str] | None) -> Transformer:
         for index in set(range(1, len(cfg.moe.domains))) - wanted:
             unload_module(model, cfg.moe.domains[index])
     try:
-        state, weights = model.state_dict(), open_weights(folder)
+        state = model.state_dict()
         if set(weights.names) | set(weights.aliases) != set(state):
             raise ValueError(f"its weights and {OURS} are of different models")
         for name in weights.names:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import shutil
 
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_exp import compose
 from deepseek_exp.errors import CheckpointError, ConfigError, UserError
-from deepseek_exp.huggingface import read_release
+from deepseek_exp.huggingface import read_release, stored_weights
 from deepseek_exp.huggingface.write import family_of
 from deepseek_exp.parallel.checkpoint import FolderCheckpointIO
 from deepseek_exp.serve import export_hf, from_pretrained
@@ -45,6 +47,14 @@ FIELDS = [
     ("deepseek_v3", "moe_layer_freq", 2, "is not 1: blocks with and without experts would take turns"),
     ("deepseek_v3", "num_key_value_heads", 2, "is not num_attention_heads=4, as latent attention needs"),
     ("deepseek_v3", "n_shared_experts", 0, "is less than 1, which transformers cannot build"),
+    ("mistral", "quantization_config", "fp8", "says that the weights are quantized"),
+    ("mistral", "quantization_config", ["fp8"], "says that the weights are quantized"),
+    ("llama", "rms_norm_eps", 10**400, "is not a finite number"),
+    ("llama", "hidden_size", 10**400, "is not a whole number from 0 to 2147483647"),
+    ("llama", "vocab_size", -1, "is not a whole number from 0 to 2147483647"),
+    ("llama", "num_hidden_layers", 10**12, "is not a whole number from 0 to 2147483647"),
+    ("qwen3", "num_hidden_layers", 10**9, "is more than 10,000"),
+    ("qwen2_window", "layer_types", [{}], "with use_sliding_window=True gives layers different windows"),
     ("llama", "model_type", "gpt2", "is not one of llama, mistral, qwen2, qwen3, mixtral, deepseek_v2, deepseek_v3"),
 ]
 SCALINGS = [
@@ -53,6 +63,8 @@ SCALINGS = [
     ("truncate", False, "is not true: the borders of YaRN's blend are rounded to whole pairs here"),
     ("short_factor", [1.0], "is not a field that is known here"),
     ("factor", "big", "is not a number"),
+    ("mscale_all_dim", -10 / math.log(4), "makes the factor of the rotary tables no number above 0"),
+    ("mscale", -1e308, "makes the factor of the rotary tables no number above 0"),
 ]
 
 
@@ -94,7 +106,8 @@ def test_a_field_that_cannot_be_expressed(case, field, value, rule, copied):
 def test_a_rotary_scaling_that_cannot_be_expressed(field, value, rule, copied):
     folder = copied("llama_yarn")
     rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
-    change(folder, rope_parameters={**rope, field: value})
+    both = {"mscale": 1.0, "mscale_all_dim": 1.0} if field.startswith("mscale") else {}
+    change(folder, rope_parameters={**rope, **both, field: value})
     with pytest.raises(ConfigError, match=f"rope_parameters.{field}=.*{rule}"):
         read_release(folder)
 
@@ -112,12 +125,33 @@ def test_all_fields_are_told_together_and_in_full(copied):
     ]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\udc80"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "\udc80", "[" * 100_000, '{"a": NaN}', '{"a": ' + "9" * 5000 + "}"], ids=range(6)
+)
 def test_a_config_that_is_no_json(text, copied):
     folder = copied("llama")
     (folder / "config.json").write_text(text, errors="surrogateescape")
     with pytest.raises(ConfigError, match=r"init_from='.*llama' has a config.json that (cannot be read|is no JSON)"):
         read_release(folder)
+
+
+def test_a_folder_that_is_not_there_and_files_that_are_none(copied, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"init_from='.*qwen3-0.6b' is a folder that does not exist. Fix: .*hf download"
+    ):
+        read_release(tmp_path / "qwen3-0.6b")
+    folder = copied("llama")
+    (folder / "config.json").rename(folder / "old.json")
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(ConfigError, match=r"has a config.json that cannot be read \(it is no regular file\)"):
+        read_release(folder)
+
+
+def test_what_a_foreign_file_says_moves_no_cursor(copied):
+    folder = change(copied("llama"), model_type="\x1b]0;title\x07")
+    with pytest.raises(ConfigError) as caught:
+        read_release(folder)
+    assert str(caught.value).startswith("model_type='\\x1b]0;title\\x07' in ") and str(caught.value).isprintable()
 
 
 def test_old_files_say_the_same_as_new_ones(copied):
@@ -136,6 +170,19 @@ def test_the_description_has_every_key_of_the_model(folders):
     keys = [k.removeprefix("model.") for k in compose.schema_keys() if k.startswith("model.")]
     for case in ("llama", "mixtral", "deepseek_v3"):
         assert sorted(k for k, _ in compose._flat(read_release(folders(case)).model, "")) == sorted(keys)
+
+
+HEADERS = {
+    "no dtype": {"a": {"shape": [1], "dtype": [], "data_offsets": [0, 4]}},
+    "overlap": {n: {"shape": [1], "dtype": "F32", "data_offsets": [0, 4]} for n in "ab"},
+    "hole": {"a": {"shape": [1], "dtype": "F32", "data_offsets": [4, 8]}},
+    "negative": {"a": {"shape": [1], "dtype": "F32", "data_offsets": [-4, 0]}},
+    "reversed": {"a": {"shape": [1], "dtype": "F32", "data_offsets": [4, 0]}},
+    "another size": {"a": {"shape": [1], "dtype": "F64", "data_offsets": [0, 4]}},
+    "negative shape": {"a": {"shape": [-1, -1], "dtype": "F32", "data_offsets": [0, 4]}},
+    "huge shape": {"a": {"shape": [10**400, 0], "dtype": "F32", "data_offsets": [0, 0]}},
+    "a list": [],
+}
 
 
 class TestWeights:
@@ -202,6 +249,41 @@ class TestWeights:
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(CheckpointError, match=r"has a file model.safetensors that is missing or damaged"):
             load_ours(path.parent)
+
+    @pytest.mark.parametrize("name", HEADERS)
+    def test_a_header_that_does_not_describe_the_file(self, name, tmp_path):
+        text = json.dumps(HEADERS[name]).encode()
+        size = 8 if name in ("overlap", "hole") else 0 if name in ("a list", "huge shape") else 4
+        (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * size)
+        with pytest.raises(CheckpointError, match=r"has a file model.safetensors that is missing or damaged"):
+            stored_weights(tmp_path)
+
+    def test_nested_headers_and_indices(self, copied):
+        folder, text = copied("llama"), b"[" * 100_000
+        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+        with pytest.raises(CheckpointError, match=r"has a file model.safetensors that is missing or damaged"):
+            load_ours(folder)
+        (folder / "model.safetensors.index.json").write_bytes(text)
+        with pytest.raises(ConfigError, match=r"has a model.safetensors.index.json that cannot be read"):
+            load_ours(folder)
+
+    def test_a_header_that_the_library_does_not_read(self, copied):
+        path = copied("llama") / "model.safetensors"
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = {**json.loads(data[8 : 8 + length]), "__metadata__": {"a": 1}}
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        with pytest.raises(CheckpointError, match=r"has a file model.safetensors that cannot be read"):
+            load_ours(path.parent)
+
+    def test_more_layers_than_weights_are_told_before_a_model_is_built(self, copied, monkeypatch):
+        folder = change(copied("llama"), num_hidden_layers=9999)
+        monkeypatch.setattr("deepseek_exp.serve.pretrained.Transformer", None)
+        with pytest.raises(
+            CheckpointError, match=r"path='.*' says num_hidden_layers=9999 in its config.json and has 30 w"
+        ):
+            from_pretrained(folder)
 
     def test_an_index_cannot_lead_out_of_the_folder(self, copied):
         folder = copied("llama")

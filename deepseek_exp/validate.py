@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import glob
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from urllib.parse import urlparse
 
 from omegaconf import MISSING
 
+from deepseek_exp import text_files
 from deepseek_exp.config import (
     Device,
     Do,
@@ -29,6 +29,7 @@ from deepseek_exp.config import (
     Precision,
     Source,
 )
+from deepseek_exp.disk import expand
 from deepseek_exp.errors import Problem
 from deepseek_exp.layout import IN_ONE_PROCESS, degrees, layout_problems, too_many
 from deepseek_exp.model_rules import model_problems
@@ -140,7 +141,7 @@ def _data(exp: ExperimentConfig) -> Iterator[Problem]:
             yield Problem(f"data.{name}", value, rule, fix)
         elif value is not None:
             yield from _exists(f"data.{name}", value)
-    if d.tokenizer is not None and not Path(d.tokenizer).expanduser().is_file():
+    if d.tokenizer is not None and not expand(d.tokenizer).is_file():
         fix = "name a tokenizer.json, or set data.tokenizer=null to train one"
         yield Problem("data.tokenizer", d.tokenizer, f"is no file (looked in {Path.cwd()})", fix)
     if d.source is Source.synthetic and d.max_bytes is None:
@@ -192,9 +193,13 @@ def _part(key: str, part: Any) -> Iterator[Problem]:
 
 
 def _exists(key: str, path: str) -> Iterator[Problem]:
-    if not (Path(path).exists() or glob.glob(path, recursive=True)):
-        rule = f"does not exist (looked in {Path.cwd()})"
-        yield Problem(key, path, rule, "name a file, folder or glob that does")
+    fix = "name a file, folder or glob that does"
+    try:
+        if not text_files.exists(path):
+            yield Problem(key, path, f"does not exist (looked in {Path.cwd()})", fix)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        yield Problem(key, path, f"cannot be read ({reason})", "name a file, folder or glob that can be")
 
 
 def _tracking(exp: ExperimentConfig) -> Iterator[Problem]:

@@ -12,7 +12,8 @@ from tests.runs import ROOT
 
 PACKAGE = "deepseek_exp"
 LAYER = {
-    "errors": 0, "disk": 0, "redact": 0, "streams": 0, "topology": 0, "config": 0, "layout": 0, "model_rules": 0,
+    "errors": 0, "disk": 0, "redact": 0, "streams": 0, "text_files": 0, "topology": 0, "config": 0,
+    "layout": 0, "model_rules": 0,
     "validate": 0, "compose": 0, "huggingface": 0,
     "schema": 0, "hydra_rules": 0, "explain": 0,
     "kernels": 1, "planner": 1, "data": 1, "tracking": 1,
@@ -25,12 +26,13 @@ LAYER = {
 }  # fmt: skip
 NOT_SIDEWAYS = {1, 3}
 READERS = {f"deepseek_exp.parallel.{name}" for name in ("manifest", "files", "shards")}
-BELOW = {"config", "disk", "errors", "redact", "topology", "layout"}  # what layer 1 knows
+BELOW = {"config", "disk", "errors", "redact", "text_files", "topology", "layout"}  # what layer 1 knows
 LIGHT = {
     "errors",
     "disk",
     "redact",
     "streams",
+    "text_files",
     "topology",
     "config",
     "layout",

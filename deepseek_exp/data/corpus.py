@@ -3,7 +3,8 @@
 Split: with a validation path, its documents are valid and all others train. Without one, a document is valid when
 hash(document) / 2^64 < valid_fraction, so that adding documents moves none; the hash is of its text, for the standard
 library of its relative path. Fewer than `FEW` documents of text cannot be split that way: the last lines of each are
-held out instead.
+held out instead, or the last words if no document has lines. If that holds nothing out, the documents with the lowest
+hashes are valid, valid_fraction of them and one at least; of a single document it is its last words.
 
 Limit: max_bytes is shared between the splits (valid gets valid_fraction of it); each takes documents in order until
 its share is full, the last one cut at a character border.
@@ -13,28 +14,36 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import heapq
 import itertools
 import json
 import math
 import os
 import random
+import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
-from deepseek_exp.config import DataConfig, Source
-from deepseek_exp.data.readers import Reader, find_files
+from deepseek_exp.config import DataConfig, OnBadLine, Source
+from deepseek_exp.data.readers import Reader
+from deepseek_exp.disk import expand
 from deepseek_exp.errors import DataError, Problem
+from deepseek_exp.text_files import find_files, shown, unreadable_error
 
 FORMAT = 2  # to be raised when the same text and settings give other tokens, or meta.json other keys
 FEW = 100
 MIN_TAIL_CHARS = 400
+FOR_VALIDATION = re.compile(r"(?i)(?<![a-z])(valid|validation|val|dev|test|eval)(?![a-z])")
+WORD_CHARS = 100  # characters in which a word should end; text without spaces is cut between any two
+SUM_BYTES = 260  # of a document of `sums`, about
 NOT_TEXT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 Document = tuple[str, str]  # (split: "train" or "valid", text)
+Way = Callable[[int, str], Iterable[Document]]  # number and text of a document -> what it becomes
 
 
 def library_files(root: Path) -> list[Path]:
@@ -65,6 +74,7 @@ class Corpus:
         files: files of the text that is split (source=synthetic: none).
         valid_files: files of the validation text (data.valid_path), else none.
         name: of the part of a mixture; "" for every other source.
+        unreadable: folders and links that cannot be read (data.on_bad_line=skip), which `documents` counts as skipped.
     """
 
     cfg: DataConfig
@@ -72,6 +82,7 @@ class Corpus:
     files: list[Path]
     valid_files: list[Path]
     name: str = ""
+    unreadable: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
     def parts(cls, cfg: DataConfig) -> list[Corpus]:
@@ -106,19 +117,21 @@ class Corpus:
             if cfg.max_bytes is None:
                 fix = "set data.max_bytes, such as 300000"
                 raise DataError(Problem("data.max_bytes", None, "leaves data.source=synthetic without an end", fix))
+            _check_sums(cfg)
             return cls(cfg, None, [], [])
         found = cls(cfg, None, [], [], name)
         path, valid_path = found.key("path"), found.key("valid_path")
         if cfg.path is None:
             fix = f"set {path} to a file, folder or glob"
             raise DataError(Problem(path, None, "names no text for data.source=text", fix))
-        files = find_files(path, cfg.path)
-        valid_files = find_files(valid_path, cfg.valid_path) if cfg.valid_path is not None else []
+        unreadable: list[str] | None = [] if cfg.on_bad_line is OnBadLine.skip else None
+        files = find_files(path, cfg.path, unreadable)
+        valid_files = find_files(valid_path, cfg.valid_path, unreadable) if cfg.valid_path is not None else []
         shared = sorted(set(files) & set(valid_files))
         if shared:
             rule = f"names {len(shared)} file(s) that {path} names too ({shared[0]})"
             raise DataError(Problem(valid_path, cfg.valid_path, rule, f"leave validation text out of {path}"))
-        return dataclasses.replace(found, files=files, valid_files=valid_files)
+        return dataclasses.replace(found, files=files, valid_files=valid_files, unreadable=unreadable or [])
 
     def key(self, leaf: str) -> str:
         """Give the configuration key of this text's path or valid_path."""
@@ -134,6 +147,7 @@ class Corpus:
             DataError: a row or a file cannot be read.
         """
         shares = self._shares()
+        skipped.update(dict.fromkeys(map(shown, self.unreadable), 1))
         if self.valid_files:
             train = (("train", text) for text in self._texts(self.key("path"), self.files, skipped))
             valid = (("valid", text) for text in self._texts(self.key("valid_path"), self.valid_files, skipped))
@@ -158,11 +172,37 @@ class Corpus:
         settings = [cfg.source.value, cfg.valid_fraction, cfg.max_bytes, cfg.vocab_size, FORMAT]
         if cfg.source is Source.text:
             settings += [cfg.text_key, cfg.on_bad_line.value]
+        keys = self.key("path"), self.key("valid_path")
         stats = [
-            [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
-            for files in (self.files, self.valid_files)
+            [self._stats(key, path) for path in files]
+            for key, files in zip(keys, (self.files, self.valid_files), strict=True)
         ]
         return hashlib.sha256(json.dumps([settings, stats]).encode()).hexdigest()[:32]
+
+    @property
+    def hint(self) -> str | None:
+        """What the user may not have meant: training text whose name says that it is for validation or tests."""
+        if self.valid_files or self.cfg.path is None:
+            return None
+        top = expand(self.cfg.path).resolve()
+        named = [
+            p for p in self.files if FOR_VALIDATION.search(os.path.relpath(p, top) if top in p.parents else p.name)
+        ]
+        if not named or len(named) == len(self.files):
+            return None
+        path, valid_path = self.key("path"), self.key("valid_path")
+        more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+        return (
+            f"{path}={self.cfg.path} trains on {shown(named[0])}{more}, whose name says that it is for validation or "
+            f"tests. To validate on it, leave it out of {path} and set {valid_path}"
+        )
+
+    def _stats(self, key: str, path: Path) -> tuple[str, int, int]:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise unreadable_error("data.source" if self.root else key, path, error) from error
+        return str(path), stat.st_size, stat.st_mtime_ns
 
     def _shares(self) -> dict[str, float]:
         """Bytes that each split may take."""
@@ -181,19 +221,24 @@ class Corpus:
         if self.root is not None:
             yield from _library(self.root, self.files, fraction)
             return
-        texts = sums() if self.cfg.source is Source.synthetic else self._texts(self.key("path"), self.files, skipped)
-        if self.cfg.source is Source.text and self._are_few:
-            for text in texts:
-                yield from _head_and_tail(text, fraction)
-        else:
-            for text in texts:
+        if self.cfg.source is Source.synthetic:
+            for text in sums():
                 yield _side(text, fraction), text
+            return
+        for number, text in enumerate(self._texts(self.key("path"), self.files, skipped)):
+            yield from self._way(number, text)
 
     @cached_property
-    def _are_few(self) -> bool:
-        """True when there are not enough documents to hold whole ones out; reads `FEW` documents at most."""
-        texts = self._texts(self.key("path"), self.files, Counter())
-        return sum(1 for _ in itertools.islice(texts, FEW)) < FEW
+    def _way(self) -> Way:
+        """Choose how documents are split: the first way that holds something out, of which one document is enough."""
+        fraction, texts = self.cfg.valid_fraction, partial(self._texts, self.key("path"), self.files)
+        ways: list[Way] = [partial(_by_hash, fraction)]
+        if sum(1 for _ in itertools.islice(texts(Counter()), FEW)) < FEW:
+            ways = [partial(_cut, border, MIN_TAIL_CHARS, fraction) for border in (_line_border, _word_border)]
+        for way in ways:
+            if any(split == "valid" for text in texts(Counter()) for split, _ in way(0, text)):
+                return way
+        return _lowest_hashes(texts(Counter()), fraction)
 
 
 def _library(root: Path, files: list[Path], valid_fraction: float) -> Iterator[Document]:
@@ -202,24 +247,69 @@ def _library(root: Path, files: list[Path], valid_fraction: float) -> Iterator[D
             text = path.read_bytes().decode()
         except UnicodeDecodeError:
             continue
+        except OSError as error:
+            raise unreadable_error("data.source", path, error) from error
         if text.strip():
             yield _side(path.relative_to(root).as_posix(), valid_fraction), text
 
 
+def _check_sums(cfg: DataConfig) -> None:
+    """Refuse a share so small that documents would be made nearly without end until one falls into it."""
+    valid = int(cfg.max_bytes * cfg.valid_fraction)
+    small = min(valid, cfg.max_bytes - valid)
+    if 0 < small < SUM_BYTES:
+        split = "validate" if small == valid else "train"
+        rule = f"leaves {small} bytes of data.max_bytes={cfg.max_bytes} to {split} on, less than a document of sums"
+        fix = f"use a share of {SUM_BYTES} bytes or more, or raise data.max_bytes"
+        raise DataError(Problem("data.valid_fraction", cfg.valid_fraction, rule, fix))
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
+
+
 def _side(name: str, valid_fraction: float) -> str:
     """Choose the split by a stable hash, uniform over [0, 1)."""
-    unit = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
-    return "valid" if unit < valid_fraction else "train"
+    return "valid" if _hash(name) / 2**64 < valid_fraction else "train"
 
 
-def _head_and_tail(text: str, valid_fraction: float) -> Iterator[Document]:
-    """Cut at the first line border of the last `valid_fraction` of the text; without one, all of it is train."""
-    cut = text.find("\n", int(len(text) * (1 - valid_fraction))) + 1
-    if len(text) < MIN_TAIL_CHARS or cut == 0 or not text[cut:].strip():
-        yield "train", text
-    else:
-        yield "train", text[:cut]
-        yield "valid", text[cut:]
+def _by_hash(valid_fraction: float, _: int, text: str) -> list[Document]:
+    return [(_side(text, valid_fraction), text)]
+
+
+def _cut(border: Callable[[str, int], int], min_chars: int, valid_fraction: float, _: int, text: str) -> list[Document]:
+    """Cut at the first border in the last `valid_fraction` of the text; without one, all of it is train."""
+    cut = border(text, int(len(text) * (1 - valid_fraction)))
+    if len(text) < min_chars or cut == 0 or not text[cut:].strip():
+        return [("train", text)]
+    return [("train", text[:cut]), ("valid", text[cut:])]
+
+
+def _line_border(text: str, place: int) -> int:
+    return text.find("\n", place) + 1
+
+
+def _word_border(text: str, place: int) -> int:
+    """Find the end of the first white space from a place on; if a text has no words, that place."""
+    place = max(1, min(place, len(text) - 1))
+    found = re.compile(r"\s+").search(text, place, place + WORD_CHARS)
+    return found.end() if found is not None and found.end() < len(text) else place
+
+
+def _lowest_hashes(texts: Iterator[str], valid_fraction: float) -> Way:
+    """Return the way that holds out whole documents, or the end of the only one."""
+    n = 0
+
+    def hashes() -> Iterator[tuple[int, int]]:
+        nonlocal n
+        for n, text in enumerate(texts, start=1):
+            yield _hash(text), n - 1
+
+    lowest = heapq.nsmallest(FEW, hashes())
+    if n < 2:
+        return partial(_cut, _word_border, 0, valid_fraction)
+    held_out = {number for _, number in lowest[: min(n - 1, max(1, round(n * valid_fraction)))]}
+    return lambda number, text: [("valid" if number in held_out else "train", text)]
 
 
 def _within(documents: Iterator[Document], shares: dict[str, float]) -> Iterator[Document]:

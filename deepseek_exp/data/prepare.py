@@ -119,6 +119,9 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> PreparedData
     except OSError as error:  # what is read of the text and of tokenizers is worded where it is read
         raise DataError(_unusable_cache(cfg, error)) from error
     _check_lengths(plan, packed)
+    for corpus in plan.corpora:
+        if corpus.hint is not None:
+            log.warning(corpus.hint)
     skipped: dict[str, int] = {}
     for shard in packed:
         skipped |= shard.skipped
@@ -322,7 +325,11 @@ def _check_lengths(plan: _Plan, packed: list[Shards]) -> None:
             if shard.n_tokens < least:
                 text = f"{split} text" + (f" of {corpus.name}" if corpus.name else "")
                 rule = f"needs {least} tokens of {text} and there are {shard.n_tokens}"
-                problems.append(Problem("data.seq_len", seq_len, rule, f"lower data.seq_len, or give more {text}"))
+                is_held_out = split == "valid" and not corpus.valid_files
+                more = ", raise data.valid_fraction" * is_held_out
+                problems.append(
+                    Problem("data.seq_len", seq_len, rule, f"lower data.seq_len{more}, or give more {text}")
+                )
     if problems:
         raise DataError(*problems)
 

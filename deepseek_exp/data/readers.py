@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +13,13 @@ from typing import Any
 
 from deepseek_exp.config import OnBadLine
 from deepseek_exp.errors import DataError, Problem
+from deepseek_exp.text_files import shown
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 BOM = b"\xef\xbb\xbf"
 OTHER_KEY = "set data.text_key to the key of the text, or data.on_bad_line=skip"
 MEND = "mend the row, or set data.on_bad_line=skip"
+CONVERT = "convert the file ({}), leave it out, or set data.on_bad_line=skip"
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # what such a file begins with
 REPLACE = "replace the file, or leave it out"
 
 
@@ -31,47 +31,13 @@ class _BadRow(Exception):
         self.rule, self.fix, self.lines_before = rule, fix, lines_before
 
 
-def find_files(key: str, path: str) -> list[Path]:
-    """List the text files that a path names, in the order in which they are read.
-
-    A file is itself; a folder is every file below it with a known suffix, hidden ones left out; anything else is a
-    glob (`**` crosses folders), of which files with an unknown suffix are left out.
-
-    Args:
-        key: configuration key that holds the path, for the message.
-        path: file, folder or glob.
-
-    Returns:
-        Absolute paths, sorted.
-
-    Raises:
-        DataError: nothing matches, or a file named by itself has an unknown suffix.
-    """
-    known = " ".join(SUFFIXES)
-    place = Path(path).expanduser()
-    if place.is_file():
-        if not place.name.lower().endswith(SUFFIXES):
-            raise DataError(Problem(key, path, f"has none of the known suffixes {known}", "convert or rename the file"))
-        return [place.resolve()]
-    names = _below(place) if place.is_dir() else [Path(name) for name in glob.glob(str(place), recursive=True)]
-    found = {name.resolve() for name in names if name.is_file() and name.name.lower().endswith(SUFFIXES)}
-    if not found:
-        raise DataError(Problem(key, path, f"matches no file with a suffix of {known}", f"point {key} at such files"))
-    return sorted(found)
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
-
-
 @dataclass(frozen=True)
 class Reader:
     """Reads documents and decides about rows that cannot be read.
 
     A .txt or .md file is one document, line ends kept. A line of .jsonl and a row of .parquet is one document, found
-    under `text_key`. Empty rows (nothing but white space) hold no document.
+    under `text_key`. Empty rows (nothing but white space) hold no document. How documents are split into training and
+    validation text: corpus.py.
 
     Attributes:
         key: configuration key that holds the path, for messages.
@@ -97,9 +63,9 @@ class Reader:
                 text = parse(row)
             except _BadRow as bad:
                 if self.on_bad_line is OnBadLine.stop:
-                    where = f"{path}:{line + bad.lines_before}"
+                    where = f"{shown(path)}:{line + bad.lines_before}"
                     raise DataError(Problem(self.key, where, bad.rule, bad.fix)) from bad
-                self.skipped[str(path)] += 1
+                self.skipped[shown(path)] += 1
                 continue
             if text.strip():
                 yield text
@@ -108,7 +74,7 @@ class Reader:
         """Find how a file is read: an iterator over (number from 1, raw row), and what turns a raw row into text."""
         name = path.name.lower()
         if name.endswith((".txt", ".md")):
-            return _whole(path), _decode
+            return _whole(path), _file_text
         if name.endswith(".parquet"):
             return self._cells(path), _cell_text
         return _lines(path), self._json_text
@@ -120,9 +86,11 @@ class Reader:
                 yield line, row
         except (OSError, EOFError, zlib.error) as error:
             rule = f"cannot be read ({error})"
-            raise DataError(Problem(self.key, f"{path}:{line + 1}", rule, REPLACE)) from error
+            raise DataError(Problem(self.key, f"{shown(path)}:{line + 1}", rule, REPLACE)) from error
 
     def _json_text(self, raw: bytes) -> str:
+        if raw.startswith(UTF_16):
+            raise _not_utf_8(raw, "", 0)
         line = _decode(raw)
         if not line.strip():
             return ""
@@ -147,9 +115,13 @@ class Reader:
 
         try:
             with parquet.ParquetFile(path) as table:
-                if self.text_key not in table.schema_arrow.names:
+                n_columns = table.schema_arrow.names.count(self.text_key)
+                if n_columns > 1:
+                    rule, fix = f"has {n_columns} columns '{self.text_key}'", "rename all of them but one"
+                    raise DataError(Problem(self.key, shown(path), rule, fix))
+                if not n_columns:
                     rule = f"has no column '{self.text_key}'; its columns are {_listed(table.schema_arrow.names)}"
-                    raise DataError(Problem(self.key, str(path), rule, "set data.text_key to one of them"))
+                    raise DataError(Problem(self.key, shown(path), rule, "set data.text_key to one of them"))
                 batches = table.iter_batches(batch_size=1024, columns=[self.text_key])
                 cells = (cell for batch in batches for cell in batch.column(0))
                 yield from enumerate(cells, start=1)
@@ -174,6 +146,24 @@ def _decode(raw: bytes) -> str:
         before = error.object[: error.start]
         rule = f"is not valid UTF-8 (byte 0x{error.object[error.start]:02x})"
         raise _BadRow(rule, lines_before=before.count(b"\n")) from error
+
+
+def _file_text(raw: bytes) -> str:
+    """Decode a whole file, whose encoding is that of no row alone."""
+    try:
+        return _decode(raw)
+    except _BadRow as bad:
+        raise _not_utf_8(raw, bad.rule, bad.lines_before) from bad
+
+
+def _not_utf_8(raw: bytes, rule: str, lines_before: int) -> _BadRow:
+    """Word what a file seems to be, if it is not UTF-8 as `rule` says."""
+    if raw.startswith(UTF_16):
+        return _BadRow("is UTF-16, not UTF-8", CONVERT.format("iconv -f utf-16 -t utf-8"), lines_before)
+    if b"\0" in raw:
+        fix = "leave it out, or set data.on_bad_line=skip"
+        return _BadRow("is not text but binary data (it has bytes of zero, and is not valid UTF-8)", fix, lines_before)
+    return _BadRow(rule, CONVERT.format("if it is Latin-1: iconv -f latin1 -t utf-8"), lines_before)
 
 
 def _cell_text(cell: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -91,7 +92,7 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        bpe.train_from_iterator(texts, trainer)
+        _in_background(lambda: bpe.train_from_iterator(texts, trainer))
         return cls(bpe.to_str())
 
     @classmethod
@@ -241,6 +242,24 @@ def _read(path: Path, errors: str = "strict") -> str:
     if path.exists() and not path.is_file():
         raise ValueError("is no regular file")
     return path.read_text(encoding="utf-8", errors=errors)
+
+
+def _in_background(work: Callable[[], None]) -> None:
+    """Run what does not return to Python for long, so that a signal meanwhile is handled at once."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # it does not keep the process from ending
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if errors:
+        raise errors[0]
 
 
 def pieces(text: str) -> Iterator[str]:

@@ -82,6 +82,70 @@ def test_of_few_documents_the_last_lines_are_held_out(tmp_path: Path, text_cfg) 
     assert found["valid"] == ["".join(lines[151:])]
 
 
+def test_the_last_words_are_held_out_of_texts_without_lines(tmp_path: Path, text_cfg) -> None:
+    (tmp_path / "a.txt").write_text("word " * 200)
+    (tmp_path / "b.txt").write_text("字" * 1000)
+    (tmp_path / "c.txt").write_text("short")
+    found = split(text_cfg(tmp_path, valid_fraction=0.2489))  # the first cut is in the word after 150 words
+    assert found == {"train": ["word " * 151, "字" * 751, "short"], "valid": ["word " * 49, "字" * 249]}
+    (tmp_path / "d.txt").write_text("with lines\n" * 100)
+    found = split(text_cfg(tmp_path, valid_fraction=0.2))
+    assert found["valid"] == ["with lines\n" * 19]
+
+
+@pytest.mark.parametrize(("fraction", "n"), [(0.05, 1), (0.4, 3), (0.99, 7)])
+def test_of_short_texts_whole_ones_are_held_out(tmp_path: Path, text_cfg, fraction: float, n: int) -> None:
+    texts = [f"a short text, the {i}th\n" for i in range(8)]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    found = split(text_cfg(tmp_path, valid_fraction=fraction))
+    assert len(found["valid"]) == n and sorted(found["train"] + found["valid"]) == texts
+    assert found == split(text_cfg(tmp_path, valid_fraction=fraction))
+    more = split(text_cfg(write_rows(tmp_path / "9.jsonl", texts[::-1]), valid_fraction=fraction))
+    assert set(more["valid"]) == set(found["valid"])  # by content, not by name or place
+
+
+def test_of_equal_texts_some_are_held_out(tmp_path: Path, text_cfg) -> None:
+    found = split(text_cfg(write_rows(tmp_path / "a.jsonl", ["the same"] * 4), valid_fraction=0.5))
+    assert found == {"train": ["the same"] * 2, "valid": ["the same"] * 2}
+
+
+def test_of_many_texts_one_is_held_out_at_least(tmp_path: Path, text_cfg) -> None:
+    texts = [f"document {i}" for i in range(150)]
+    found = split(text_cfg(write_rows(tmp_path / "a.jsonl", texts), valid_fraction=1e-6))
+    assert len(found["valid"]) == 1 and sorted(found["train"] + found["valid"]) == sorted(texts)
+
+
+def test_the_end_of_the_only_text_is_held_out(tmp_path: Path, text_cfg) -> None:
+    for text, train in (("one two three", "one two "), ("abcde", "abc"), ("one\ntwo", "one\n")):
+        (tmp_path / "a.txt").write_text(text)
+        assert split(text_cfg(tmp_path, valid_fraction=0.4)) == {"train": [train], "valid": [text[len(train) :]]}
+    (tmp_path / "a.txt").write_text("a")
+    assert split(text_cfg(tmp_path)) == {"train": ["a"], "valid": []}
+
+
+def test_what_cannot_be_read_is_counted_or_an_error(tmp_path: Path, text_cfg) -> None:
+    (tmp_path / "a.txt").write_text("line\n" * 200)
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"^data\.path='.*gone\.txt' cannot be read \(No such file or directory\)"):
+        Corpus.of(text_cfg(tmp_path))
+    skipped = Counter()
+    assert split(text_cfg(tmp_path, on_bad_line=OnBadLine.skip), skipped)["train"] == ["line\n" * 181]
+    assert skipped == {f"{tmp_path}/gone.txt": 1}
+
+
+@pytest.mark.parametrize("fraction", [0.9999999999999999, 1e-5, 0.9995])
+def test_a_share_of_sums_that_is_hardly_ever_met(cfg, fraction: float) -> None:
+    cfg = dataclasses.replace(cfg, max_bytes=300_000, valid_fraction=fraction)
+    with pytest.raises(DataError) as error:
+        Corpus.of(cfg)
+    small, what = (1, "train") if fraction > 0.9999 else (3, "validate") if fraction < 0.1 else (150, "train")
+    assert str(error.value) == (
+        f"data.valid_fraction={fraction} leaves {small} bytes of data.max_bytes=300000 to {what} on, less than a "
+        "document of sums. Fix: use a share of 260 bytes or more, or raise data.max_bytes."
+    )
+
+
 def test_a_valid_path_is_the_validation_text(tmp_path: Path, text_cfg) -> None:
     (tmp_path / "train.txt").write_text("to learn")
     write_rows(tmp_path / "valid.jsonl", ["to check", "and check"])

@@ -146,7 +146,7 @@ def test_parts_packed_by_two_tokenizers_are_packed_again(mixture_cfg, tmp_path) 
 
 def test_errors_name_the_part(mixture_cfg, tmp_path) -> None:
     (tmp_path / "empty.txt").write_text(" ")
-    (tmp_path / "short.txt").write_text("one line " * 60)
+    (tmp_path / "short.txt").write_text("1")
     (tmp_path / "bad.jsonl").write_text("{}\n")
     words = mixture_cfg.mixture["words"].path
     cases = {

@@ -378,7 +378,7 @@ NO_TAIL = (
 
 @pytest.mark.parametrize(
     ("train", "valid", "message"),
-    [("", "b" * 99, NO_TRAIN), (" \n", None, NO_TRAIN), ("a" * 99, "\n", NO_VALID), ("a" * 999, None, NO_TAIL)],
+    [("", "b" * 99, NO_TRAIN), (" \n", None, NO_TRAIN), ("a" * 99, "\n", NO_VALID), ("a", None, NO_TAIL)],
 )
 def test_no_text(tmp_path, text_cfg, train, valid, message) -> None:
     (tmp_path / "a.txt").write_text(train)
@@ -404,7 +404,7 @@ def test_fewer_tokens_than_a_sequence(cfg) -> None:
         prepare(dataclasses.replace(cfg, seq_len=n_valid))
     assert str(error.value) == (
         f"data.seq_len={n_valid} needs {n_valid + 1} tokens of valid text and there are {n_valid}. "
-        "Fix: lower data.seq_len, or give more valid text."
+        "Fix: lower data.seq_len, raise data.valid_fraction, or give more valid text."
     )
     with pytest.raises(DataError) as error:
         prepare(dataclasses.replace(cfg, seq_len=n_train))
@@ -503,3 +503,23 @@ def test_a_full_disk_while_packing(cfg, monkeypatch, place) -> None:
         "Fix: free space on that disk, or use a folder on another disk."
     )
     assert not list(Path(cfg.cache_dir).glob("shards/*/")) and prepare(cfg).n_train_tokens
+
+
+def test_a_hint_for_validation_text_that_is_trained_on(tmp_path, text_cfg, caplog) -> None:
+    for name in ("corpus.train.jsonl", "corpus.valid.jsonl", "more/val/a.jsonl", "developer.jsonl", "latest.jsonl"):
+        (tmp_path / "valid" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(tmp_path / "valid" / name, [f"document {i} of {name}" for i in range(100)])
+    cfg = text_cfg(tmp_path / "valid")
+    for _ in range(2):  # from a cache too
+        caplog.clear()
+        prepare(cfg)
+        assert caplog.messages == [
+            f"data.path={cfg.path} trains on {tmp_path}/valid/corpus.valid.jsonl and 1 more, whose name says that it "
+            "is for validation or tests. To validate on it, leave it out of data.path and set data.valid_path"
+        ]
+    caplog.clear()
+    train = f"{cfg.path}/*.train.jsonl"
+    prepare(dataclasses.replace(cfg, path=train, valid_path=f"{cfg.path}/*.valid.jsonl"))
+    prepare(dataclasses.replace(cfg, path=train))
+    prepare(dataclasses.replace(cfg, path=f"{cfg.path}/corpus.valid.jsonl"))  # meant, since it is all there is
+    assert caplog.messages == []

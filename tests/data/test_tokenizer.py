@@ -2,10 +2,14 @@ import json
 import os
 import pickle
 import random
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from deepseek_exp.data import tokenizer as tokenizer_module
 from deepseek_exp.data.tokenizer import END, ENDS, Tokenizer, pieces
 from deepseek_exp.errors import DataError
 
@@ -359,3 +363,22 @@ def test_the_tokenizer_that_a_configuration_names(foreign, tmp_path: Path) -> No
     path.write_text(path.read_text(encoding="utf-8")[:500], encoding="utf-8")
     with pytest.raises(DataError, match=r"data.tokenizer='.*' is not the JSON of a tokenizer"):
         Tokenizer.named(str(path), 290)
+
+
+def test_a_signal_ends_the_training_of_a_tokenizer_at_once() -> None:
+    started, ends = time.monotonic(), threading.Event()
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer_module._in_background(lambda: ends.wait(30))  # as the library does, which looks at no signal
+    assert time.monotonic() - started < 5
+    ends.set()
+
+
+def test_an_error_in_the_text_ends_the_training_of_a_tokenizer() -> None:
+    def texts():
+        yield "some words"
+        raise LookupError("of the text")
+
+    with pytest.raises(LookupError, match="of the text"):
+        Tokenizer.train(texts(), 300)

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from deepseek_exp.errors import ConfigError, Problem, UserError
 from deepseek_exp.explain import file_words, meant, override_words, parse_one, unparsed
 from deepseek_exp.huggingface.files import CONFIG, TOKENIZER
 from deepseek_exp.schema import SECTION_OF, is_enum, is_mapping, schema_keys
+from deepseek_exp.value_rules import text_problems
 
 CONF = str(ROOT / "conf")
 
@@ -286,11 +288,10 @@ SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 def _check(cfg: DictConfig, known: list[Problem], rules: bool = True) -> list[Problem]:
     """Problems of a composed tree that composing itself lets pass; `known` keys are not told twice."""
     problems = _structure_problems(cfg)
-    if problems or not rules:
+    if problems:
         return problems
-    exp = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg))
-    told = {p.key for p in known}
-    return [p for p in validate.problems(exp) if p.key not in told]
+    exp, told = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg)), {p.key for p in known}
+    return [p for p in (validate.problems(exp) if rules else text_problems(exp)) if p.key not in told]
 
 
 def _structure_problems(cfg: DictConfig) -> list[Problem]:
@@ -366,7 +367,7 @@ def _without_sweeps(overrides: list[str]) -> list[str]:
 
 def _usable(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
     """Sort out what cannot be handed to Hydra: it would load or run what it names, or fail without words."""
-    good, problems = [], []
+    good, problems, groups = [], [], _groups()
     for override in overrides:
         problem = None
         try:
@@ -374,7 +375,7 @@ def _usable(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
         except (OverrideParseException, ValueError) as error:
             problem = unparsed(override, error)
         else:
-            problem = hydra_rules.override_problem(parsed, _groups()) or _value_problem(parsed)
+            problem = hydra_rules.override_problem(parsed, groups) or _value_problem(parsed)
         if problem is None:
             good.append(override)
         else:
@@ -396,26 +397,14 @@ def _value_problem(parsed: Override) -> Problem | None:
 
 def _compose_all(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
     """Compose with every override that can be used, and explain those that cannot."""
-    try:
-        return _composed(overrides)
-    except Exception as error:  # whatever Hydra's internals raise for it
-        base_error = error
-    try:
-        default = compose("config")
-    except Exception:
-        raise ConfigError(file_words(base_error)) from base_error
     groups = _groups()
     shaping = [o for o in overrides if _path(o) in groups or _path(o).startswith(("hydra.", "hydra/"))]
-    good: list[str] = []
     problems: list[Problem] = []
-    cfg = default
-    for override in shaping:
-        try:
-            cfg, more = _composed([*good, override])
-            problems += more
-            good.append(override)
-        except Exception as error:
-            problems.append(_explain(override, error, default, groups))
+    try:
+        cfg = _base(tuple(shaping))
+    except Exception as error:  # whatever Hydra's internals raise for it
+        cfg, problems = _base_of_the_good(shaping, error)
+    cfg = copy.deepcopy(cfg)
     for override in [o for o in overrides if o not in shaping]:
         parsed = parse_one(override)
         try:
@@ -423,16 +412,38 @@ def _compose_all(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
                 raise ValueError("a sweep")
             ConfigLoaderImpl._apply_overrides_to_config([parsed], cfg)
         except Exception as error:
-            problems.append(_explain(override, error, default, groups))
+            problems.append(_explain(override, error))
+    problems += _section_problems(cfg, overrides)
+    with open_dict(cfg):
+        del cfg["hydra"]
     return cfg, problems
 
 
-def _composed(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
-    """Compose, and check the section `hydra` before it is left out."""
-    cfg = compose("config", list(overrides), return_hydra_config=True)
-    problems = _section_problems(cfg, overrides)
-    with open_dict(cfg):
-        del cfg["hydra"]
+# trees that were composed from groups alone, with the section `hydra`: the jobs of a sweep mostly share one
+_bases: dict[tuple[str, ...], DictConfig] = {}
+
+
+def _base(shaping: tuple[str, ...]) -> DictConfig:
+    """Compose the options of groups, before values are set."""
+    if shaping not in _bases:
+        _bases[shaping] = compose("config", list(shaping), return_hydra_config=True)
+    return _bases[shaping]
+
+
+def _base_of_the_good(shaping: Sequence[str], error: Exception) -> tuple[DictConfig, list[Problem]]:
+    """Compose with those options that can be used, and explain the others."""
+    try:
+        cfg = _base(())
+    except Exception:
+        raise ConfigError(file_words(error)) from error
+    good: list[str] = []
+    problems: list[Problem] = []
+    for override in shaping:
+        try:
+            cfg = _base((*good, override))
+            good.append(override)
+        except Exception as error:
+            problems.append(_explain(override, error))
     return cfg, problems
 
 
@@ -440,16 +451,17 @@ def _section_problems(cfg: DictConfig, overrides: Sequence[str]) -> list[Problem
     return list(hydra_rules.section_problems(cfg, [_path(o) for o in overrides]))
 
 
-def _explain(override: str, error: Exception, default: DictConfig, groups: dict[str, list[str]]) -> Problem:
-    path = _path(override)
+def _explain(override: str, error: Exception) -> Problem:
+    path, groups = _path(override), _groups()
     options = groups.get(path) or (_loader().get_group_options(path) if path.startswith("hydra/") else [])
-    return override_words(parse_one(override), error, default, groups, options)
+    return override_words(parse_one(override), error, _base(()), options)
 
 
 def _path(override: str) -> str:
     return str(parse_one(override).key_or_group)
 
 
+@cache
 def _groups() -> dict[str, list[str]]:
     loader = _loader()
     names = [g for g in loader.list_groups("") if g != "hydra" and not g.startswith((".", "_"))]
@@ -488,6 +500,8 @@ def _momentary(config_dir: str | None) -> Iterator[None]:
         yield
     finally:
         GlobalHydra.instance().clear()
+        _bases.clear()
+        _groups.cache_clear()
 
 
 def _loader() -> ConfigLoader:

@@ -45,16 +45,13 @@ def unparsed(override: str, error: Exception) -> Problem:
     return Problem("command line", override, "cannot be parsed", fix)
 
 
-def override_words(
-    parsed: Override, error: Exception, default: DictConfig, groups: dict[str, list[str]], options: list[str]
-) -> Problem:
+def override_words(parsed: Override, error: Exception, default: DictConfig, options: list[str]) -> Problem:
     """Word what is wrong with one override of the command line.
 
     Args:
         parsed: the override.
         error: what composing with it raised.
         default: the tree without overrides.
-        groups: the groups of the configuration with their options.
         options: those of the group that it names; empty if it names none.
     """
     override, path, value = str(parsed.input_line), str(parsed.key_or_group), parsed.value()

@@ -14,6 +14,7 @@ from typing import Any
 from hydra.conf import HydraConf
 from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from deepseek_exp.config import ROOT
 from deepseek_exp.errors import Problem
@@ -167,14 +168,27 @@ def section_problems(composed: DictConfig, named: Sequence[str]) -> Iterator[Pro
         elif value != before.get(path) and not _below(path, (*FILE_KEYS, *asked)):
             rule = "is set by a file, which may set no key of Hydra but " + ", ".join(FILE_KEYS)
             yield Problem(path, value, rule, "remove it from that file")
+    if now["hydra.sweep.dir"] != before["hydra.sweep.dir"]:
+        problem = _sweep_dir_problem(composed)
+        if problem is not None:
+            yield problem
     yield from _sweep_problems(composed)
 
 
+def _sweep_dir_problem(composed: DictConfig) -> Problem | None:
+    """Refuse a folder of a sweep that is not below the output folder."""
+    key = "hydra.sweep.dir"
+    try:
+        folder, above = composed.hydra.sweep.dir, Path(composed.output_dir)
+    except OmegaConfBaseException as error:
+        rule = f"cannot be resolved ({str(error).splitlines()[0]})"
+        return Problem(key, None, rule, f"leave {key} out")
+    if Path(folder).absolute().is_relative_to(above.absolute()) and ".." not in Path(folder).parts:
+        return None
+    return Problem(key, folder, f"is not below output_dir={above}", f"use {key}={above / 'multiruns' / 'my_sweep'}")
+
+
 def _sweep_problems(composed: DictConfig) -> Iterator[Problem]:
-    folder, above = composed.hydra.sweep.dir, Path(composed.output_dir)
-    if not Path(folder).absolute().is_relative_to(above.absolute()) or ".." in Path(folder).parts:
-        rule = f"is not below output_dir={above}"
-        yield Problem("hydra.sweep.dir", folder, rule, f"use hydra.sweep.dir={above / 'multiruns' / 'my_sweep'}")
     for section, takes in BASIC.items():
         node = composed.hydra[section]
         unknown = set(node) - {"_target_", *takes} if "_internal" in node["_target_"] else ()

@@ -21,6 +21,7 @@ from deepseek_exp.topology import AUTO, Degrees, divisors, resolve
 ELEMENTWISE = ("AdamW", "Adam", "SGD", "RMSprop", "NAdam", "RAdam", "Adamax")
 # what uses a checkpoint whole, in one process, however it was trained
 IN_ONE_PROCESS = (Do.sample, Do.export)
+MOST_RANKS = 10**6
 # what PyTorch's products of 8-bit floating numbers want widths in multiples of
 FP8_MULTIPLE = 16
 
@@ -65,6 +66,9 @@ def layout_problems(exp: ExperimentConfig) -> Iterator[Problem]:
             rule = f"cannot be worked out: {error} of the cluster"
             others = " and ".join(f"parallel.{name}" for name in asked if name not in auto)
             yield Problem(f"parallel.{auto[0]}", AUTO, rule, f"lower {others}, or set parallel.{auto[0]}")
+        return
+    if found.world_size > MOST_RANKS:
+        yield too_many(found, f"a layout has {MOST_RANKS:,} at most", "lower parallel.dp, parallel.tp or parallel.pp")
         return
     yield from illegal(exp, found)
     room = n_gpus(exp.cluster)
@@ -113,7 +117,7 @@ def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
         yield from _several(exp, d.world_size)
     rule = _tensor_rule(m, d.tp)
     if rule is not None:
-        legal = _listed(tp for tp in range(1, m.n_heads + 1) if _tensor_rule(m, tp) is None)
+        legal = _listed(tp for tp in divisors(m.n_heads) if _tensor_rule(m, tp) is None)
         yield Problem("parallel.tp", d.tp, rule, f"use parallel.tp of {legal}")
     if d.pp > m.n_layers:
         rule = f"is more than model.n_layers={m.n_layers}"

@@ -13,6 +13,7 @@ from deepseek_exp.config import (
     RopeScalingKind,
 )
 from deepseek_exp.errors import Problem
+from deepseek_exp.topology import divisors
 
 
 def model_problems(exp: ExperimentConfig) -> Iterator[Problem]:
@@ -25,7 +26,7 @@ def model_problems(exp: ExperimentConfig) -> Iterator[Problem]:
 def _heads(exp: ExperimentConfig) -> Iterator[Problem]:
     m = exp.model
     if m.n_kv_heads >= 1 and m.n_heads % m.n_kv_heads:
-        legal = ", ".join(str(d) for d in range(1, m.n_heads + 1) if m.n_heads % d == 0)
+        legal = ", ".join(map(str, divisors(m.n_heads)))
         rule = f"does not divide model.n_heads={m.n_heads}"
         yield Problem("model.n_kv_heads", m.n_kv_heads, rule, f"use model.n_kv_heads of {legal}")
     if m.head_dim % 2:
@@ -104,7 +105,7 @@ def _experts(exp: ExperimentConfig) -> Iterator[Problem]:
 def _groups(e: MoEConfig) -> Iterator[Problem]:
     n = e.n_routed_experts
     if n % e.n_groups:
-        legal = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+        legal = ", ".join(map(str, divisors(n)))
         rule = f"does not divide model.moe.n_routed_experts={n}"
         yield Problem("model.moe.n_groups", e.n_groups, rule, f"use one of {legal}")
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -143,6 +142,7 @@ def resolve(dp: int, tp: int, pp: int, ep: int, *, world_size: int, n_experts: i
     return Degrees(dp, tp, pp, (math.gcd(dp, n_experts) if n_experts else 1) if ep == AUTO else ep)
 
 
-def divisors(number: int) -> Iterator[int]:
-    """List the whole numbers that divide one, in order."""
-    return (d for d in range(1, number + 1) if number % d == 0)
+def divisors(number: int) -> list[int]:
+    """List the whole numbers that divide one, in order, in time that grows with its square root."""
+    small = [d for d in range(1, math.isqrt(max(0, number)) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from omegaconf import MISSING
 
 from deepseek_exp import text_files
+from deepseek_exp.class_rules import class_problems
 from deepseek_exp.config import (
     Device,
     Do,
@@ -34,24 +34,28 @@ from deepseek_exp.errors import Problem
 from deepseek_exp.layout import IN_ONE_PROCESS, degrees, layout_problems, too_many
 from deepseek_exp.model_rules import model_problems
 from deepseek_exp.topology import divisors
+from deepseek_exp.value_rules import path_problems, text_problems, tracking_problems
 
-# whose classes a `_target_` may name: what a YAML file can import is limited to these
-ALLOWED_MODULES = ("torch.optim", "pytorch_lightning.callbacks", "deepseek_exp.callbacks")
 # arguments of torch.optim.AdamW that choose how it computes, not what
-HOW = ("fused", "foreach", "capturable")
+HOW = ("fused", "foreach")
 # the first GPUs with fp8 products, and those with PyTorch's grouped ones
 FP8_CAPABILITY, GROUPED_CAPABILITY = (8, 9), (9, 0)
 # the CUDA driver's numbers of COMPUTE_CAPABILITY_MAJOR and _MINOR
 CAPABILITY_ATTRIBUTES = (75, 76)
-TRACKING_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
 
 def problems(exp: ExperimentConfig) -> list[Problem]:
     """Find everything that is wrong with an experiment, without importing torch or touching the network."""
-    found = list(_ranges(exp, ""))
+    found = [*text_problems(exp), *_ranges(exp, "")]
+    if any(_is_huge(p.value) for p in found):  # the rules would count up to it
+        return found
     for rule in RULES:
         found += rule(exp)
     return found
+
+
+def _is_huge(value: Any) -> bool:
+    return isinstance(value, int) and value > 10**9
 
 
 def _ranges(section: Any, prefix: str) -> Iterator[Problem]:
@@ -65,7 +69,8 @@ def _ranges(section: Any, prefix: str) -> Iterator[Problem]:
             for name, bound in field.metadata.get("bounds", {}).items():
                 holds, words, fix = BOUNDS[name]
                 if not holds(value, bound):
-                    yield Problem(prefix + field.name, value, f"must be {words} {bound:g}", fix.format(f"{bound:g}"))
+                    shown = f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+                    yield Problem(prefix + field.name, value, f"must be {words} {shown}", fix.format(shown))
 
 
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str, str]] = {
@@ -114,8 +119,7 @@ def _vocabulary(exp: ExperimentConfig) -> Iterator[Problem]:
 def _batches(exp: ExperimentConfig) -> Iterator[Problem]:
     t = exp.trainer
     if t.micro_batch_seqs >= 1 and t.global_batch_seqs % t.micro_batch_seqs:
-        legal = [d for d in range(1, t.global_batch_seqs + 1) if t.global_batch_seqs % d == 0]
-        near = min(legal, key=lambda d: abs(d - t.micro_batch_seqs))
+        near = min(divisors(t.global_batch_seqs), key=lambda d: abs(d - t.micro_batch_seqs))
         rule = f"does not divide trainer.global_batch_seqs={t.global_batch_seqs}"
         yield Problem("trainer.micro_batch_seqs", t.micro_batch_seqs, rule, f"use trainer.micro_batch_seqs={near}")
     if exp.optim.warmup_steps >= t.max_steps:
@@ -193,6 +197,10 @@ def _part(key: str, part: Any) -> Iterator[Problem]:
 
 
 def _exists(key: str, path: str) -> Iterator[Problem]:
+    flaws = list(path_problems(key, path))
+    if flaws:  # those of a part of a mixture are found here alone
+        yield from flaws if key.startswith("data.mixture.") else ()
+        return
     fix = "name a file, folder or glob that does"
     try:
         if not text_files.exists(path):
@@ -200,34 +208,6 @@ def _exists(key: str, path: str) -> Iterator[Problem]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         yield Problem(key, path, f"cannot be read ({reason})", "name a file, folder or glob that can be")
-
-
-def _tracking(exp: ExperimentConfig) -> Iterator[Problem]:
-    scheme = urlparse(exp.tracking.uri).scheme.split("+")[0]
-    if scheme not in TRACKING_SCHEMES:
-        rule = f"has no scheme of {', '.join(TRACKING_SCHEMES)} (MLflow's file store is gone)"
-        yield Problem(
-            "tracking.uri",
-            exp.tracking.uri,
-            rule,
-            "set tracking.uri=sqlite:///outputs/mlflow.db or a server's http address",
-        )
-    path, _, options = exp.tracking.uri.partition("?")
-    if scheme == "sqlite" and options and not re.fullmatch(r"\w+=[^/]*(&\w+=[^/]*)*", options):
-        rule = f"is read as the file {path!r} with options, since a `?` begins options"
-        yield Problem("tracking.uri", exp.tracking.uri, rule, "use a path, and an output_dir, without `?`")
-
-
-def _targets(exp: ExperimentConfig) -> Iterator[Problem]:
-    named = {"optim.optimizer": exp.optim.optimizer}
-    named |= {f"trainer.callbacks.{name}": node for name, node in exp.trainer.callbacks.items()}
-    for path, node in named.items():
-        target = node.get("_target_") if isinstance(node, dict) else None
-        if target is None:
-            yield Problem(path, node, "has no _target_", f"set {path}._target_ to a class")
-        elif not re.fullmatch(rf"({'|'.join(map(re.escape, ALLOWED_MODULES))})\.[A-Z]\w*", str(target)):
-            rule = f"is not a class of the modules that a configuration may name ({', '.join(ALLOWED_MODULES)})"
-            yield Problem(f"{path}._target_", target, rule, "use a class of those modules")
 
 
 def _device(exp: ExperimentConfig) -> Iterator[Problem]:
@@ -407,8 +387,8 @@ RULES = (
     _batches,
     _data,
     _mixture,
-    _tracking,
-    _targets,
+    tracking_problems,
+    class_problems,
     _device,
     _kernels,
     _fp8,

@@ -144,4 +144,4 @@ def test_a_recipe_may_list_the_values_of_a_sweep(mine):
 
 def test_the_project_itself_sets_what_it_sets():
     with compose._hydra():
-        assert compose._composed([])[1] == []
+        assert compose._compose_all([])[1] == []

@@ -15,7 +15,7 @@ LAYER = {
     "errors": 0, "disk": 0, "redact": 0, "streams": 0, "text_files": 0, "topology": 0, "config": 0,
     "layout": 0, "model_rules": 0,
     "validate": 0, "compose": 0, "huggingface": 0,
-    "schema": 0, "hydra_rules": 0, "explain": 0,
+    "schema": 0, "hydra_rules": 0, "explain": 0, "value_rules": 0, "class_rules": 0,
     "kernels": 1, "planner": 1, "data": 1, "tracking": 1,
     "models": 2, "moe": 2,
     "parallel": 3, "compress": 3, "finetune": 3, "serve": 3,
@@ -42,6 +42,8 @@ LIGHT = {
     "schema",
     "hydra_rules",
     "explain",
+    "value_rules",
+    "class_rules",
     "huggingface",
     "planner",
 }

@@ -64,7 +64,7 @@ MESSAGES = {
     "model.n_heads=0": "model.n_heads=0 must be at least 1. Fix: use 1 or more.",
     "optim.lr=-1": "optim.lr=-1.0 must be greater than 0. Fix: use more than 0.",
     "sample.top_p=1.5": "sample.top_p=1.5 must be at most 1. Fix: use 1 or less.",
-    "data.valid_fraction=1.0": "data.valid_fraction=1.0 must be less than 1. Fix: use less than 1.",
+    "data.valid_fraction=1.0": "data.valid_fraction=1.0 must be at most 0.99. Fix: use 0.99 or less.",
     "model=v3_moe size=tiny model.kv_lora_rank=0": (
         "model.kv_lora_rank=0 must be at least 1 for mla. Fix: set model.kv_lora_rank=16."
     ),
@@ -234,6 +234,54 @@ MESSAGES = {
     "optim.optimizer._target_=torch.optim.adam.torch.hub.load": "optim.optimizer._target_="
     "'torch.optim.adam.torch.hub.load' is not a class of the modules that a configuration may name "
     "(torch.optim, pytorch_lightning.callbacks, deepseek_exp.callbacks). Fix: use a class of those modules.",
+    "resume=": "resume='' is empty. Fix: set resume=null, or leave resume out.",
+    "output_dir=": "output_dir='' is empty. Fix: leave output_dir out.",
+    "data=text data.path=": "data.path='' is empty. Fix: set data.path=null, or leave data.path out.",
+    "model.version=": "model.version='' is empty. Fix: leave model.version out.",
+    "do=": "do='' is not one of train, eval, sample, export, plan, verify. "
+    "Fix: use one of train, eval, sample, export, plan, verify.",
+    "device=gpu": "device='gpu' is not one of auto, cpu, cuda. Fix: use device=cuda.",
+    "model=v3": "model='v3' is not an option of the group model. Fix: use model=v3_moe.",
+    "steps=5": "steps=5 is not a configuration key. "
+    "Fix: did you mean trainer.max_steps? Otherwise see python run.py --help for all keys.",
+    "data.path=[a,b]": "data.path=['a', 'b'] is a list and not a text. Fix: name one file or folder, a glob such as "
+    "texts/**/*.txt, or several texts with data=mixture.",
+    "data.path=~/x": "command line='data.path=~/x' cannot be parsed. Fix: quote the value: 'data.path=\"~/x\"'.",
+    "trainer.callbacks={a:{_target_:x}}": "trainer.callbacks={'a': {'_target_': 'x'}} adds entries, which need a plus "
+    "sign. Fix: write +trainer.callbacks={a:{_target_:x}}.",
+    "+tracking.tags.x=null": "tracking.tags.x=null is not a text. Fix: give a text, for example +tracking.tags.x=x.",
+    "+tracking.tags={../x:1}": "tracking.tags='../x' is not a name of letters, digits and _-./: within 250 characters, "
+    "which MLflow asks for. Fix: rename the tag.",
+    "optim.optimizer=${seed}": "optim.optimizer=1234 is not a mapping. "
+    "Fix: leave optim.optimizer out; +optim.optimizer.<name>=... adds an entry.",
+    "trainer.compile=1000": "trainer.compile=1000 is not true or false. "
+    "Fix: use trainer.compile=true or trainer.compile=false.",
+    "optim=5": "optim=5 is not an option of the group optim. Fix: use one of adafactor, adamw, adamw_scaled.",
+    "tracking.run_name=" + "x" * 300: "tracking.run_name='"
+    + "x" * 180
+    + "... (300 characters)' has 300 characters, and "
+    "at most 250 are kept. Fix: use a shorter name; sample text and notes fit into +tracking.tags.note=....",
+    "export.path=" + "x" * 256: "export.path='" + "x" * 180 + "... (256 characters)' has a name of 256 bytes, and file "
+    "systems take 255. Fix: use shorter names.",
+    "optim.lr=1" + "0" * 400: "optim.lr=a number of 401 digits is beyond the largest number, 1.8e308. "
+    "Fix: give a smaller number.",
+    "tracking.uri='http://['": "tracking.uri='http://[' is no address (Invalid IPv6 URL). "
+    "Fix: use the form http://host:port.",
+    "tracking.uri=sqlite:///": "tracking.uri='sqlite:///' names no file. "
+    "Fix: use the form sqlite:///folder/file.db; an absolute path makes it four slashes.",
+    "tracking.uri=sqlite:////tmp": "tracking.uri='sqlite:////tmp' is a folder and not a file. "
+    "Fix: use the form sqlite:///folder/file.db; an absolute path makes it four slashes.",
+    "output_dir='a?b'": "tracking.uri='sqlite:///a?b/mlflow.db' is read as the file 'sqlite:///a' with options, since "
+    "a `?` begins options. Fix: use a path, and an output_dir, without `?`.",
+    "trainer.global_batch_seqs=1000000000000": "trainer.global_batch_seqs=1000000000000 must be at most 1,000,000. "
+    "Fix: use 1,000,000 or less.",
+    "model.n_heads=9223372036854775807": "model.n_heads=9223372036854775807 must be at most 65,536. "
+    "Fix: use 65,536 or less.",
+    "data.n_workers=9223372036854775808": "data.n_workers=9223372036854775808 must be at most 256. "
+    "Fix: use 256 or less.",
+    "trainer.n_threads=100000": "trainer.n_threads=100000 must be at most 1,024. Fix: use 1,024 or less.",
+    "cluster.memory_bandwidth=1e-320": "cluster.memory_bandwidth=1e-320 must be at least 1. Fix: use 1 or more.",
+    "optim.weight_decay=1e308": "optim.weight_decay=1e+308 must be at most 1,000. Fix: use 1,000 or less.",
     "optim.lr=inf": "optim.lr=inf is not a finite number. Fix: use a number.",
     "model.memory_len=64 data.order=contiguous": "model.memory_len=64 is more than a query of model.window=64 "
     "sees of it. Fix: set model.memory_len=63 or less.",

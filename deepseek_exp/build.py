@@ -26,12 +26,13 @@ from deepseek_exp.lit import LanguageModel
 from deepseek_exp.lit_stage import StageModel
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.models.transformer import initial_weight
+from deepseek_exp.parallel import manifest
 from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, load_weights
 from deepseek_exp.parallel.files import readable
 from deepseek_exp.parallel.groups import Groups, connect, local_rank
 from deepseek_exp.parallel.rank_state import load_part
 from deepseek_exp.parallel.shards import open_state
-from deepseek_exp.parallel.stage import Stage, copy_part, cut_model, set_weights
+from deepseek_exp.parallel.stage import Part, Stage, copy_part, cut_model, set_weights
 from deepseek_exp.parallel.strategy import DeepSpeed3DStrategy
 from deepseek_exp.parallel.tensor import parallel_ops
 from deepseek_exp.planner import optimizer_bytes, parameters
@@ -159,15 +160,24 @@ def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
         load_part(part, open_state(weights))
         _check_weights(first_nonfinite(part.model.state_dict().items()), weights)
     elif cfg.init_from is not None:
-        release = Transformer(cfg.model, TORCH)
-        load_release(release, cfg.model, Path(cfg.init_from))
-        copy_part(part, release)
+        _load_part_from(part, cfg)
     else:
         set_weights(part, lambda name, shape: initial_weight(name, shape, cfg.model, cfg.seed))
     for p in part.model.parameters():
         p.data = p.data.to(DTYPES[cfg.trainer.precision])
     lit = StageModel(cfg, part, groups, data.tokenizer.token_bytes, data.unigram_bits)
     return Parts(device, data, _build_datamodule(cfg, data, device, groups), lit)
+
+
+def _load_part_from(part: Part, cfg: ExperimentConfig) -> None:
+    """Set a rank's weights from `init_from`: a checkpoint of a run, or the folder of a Hugging Face checkpoint."""
+    source = Path(str(cfg.init_from))
+    if manifest.is_checkpoint(source):
+        load_part(part, open_state(source))
+        return
+    release = Transformer(cfg.model, TORCH)
+    load_release(release, cfg.model, source)
+    copy_part(part, release)
 
 
 def _build_datamodule(
@@ -194,6 +204,8 @@ def _ops(cfg: ExperimentConfig) -> Ops:
 def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Transformer:
     """Build the model on a device, with weights from a checkpoint, else from `init_from`, else from the seed."""
     model = Transformer(cfg.model, _ops(cfg), cfg.trainer.activation_checkpointing)
+    if weights is None and cfg.init_from is not None and manifest.is_checkpoint(Path(cfg.init_from)):
+        weights = Path(cfg.init_from)
     if weights is not None:
         with readable(weights):
             model.load_state_dict(load_weights(weights))

@@ -41,9 +41,9 @@ def next_commands(job: Job, run_id: str) -> Iterator[tuple[str, str]]:
     start, resume = command(), resume_words(job, run_id)
     yield f"{start} do=sample {resume}", "more text from it"
     yield f"{start} {resume} trainer.max_steps={2 * job.cfg.trainer.max_steps}", "go on training"
-    # the overrides of a resume alone do not make the experiment, and init_from determines the model
-    if job.checkpoint is None and job.cfg.init_from is None:
-        own = [o for o in job.overrides if not o.lstrip("+").startswith(("resume=", "optim.lr="))]
+    # init_from determines the model, and an old checkpoint does not say which overrides made its experiment
+    if job.history is not None and job.cfg.init_from is None:
+        own = [o for o in job.history if not o.lstrip("+").startswith(("resume=", "optim.lr="))]
         yield f"{start} -m {words([*searchpath(), *own, 'optim.lr=1e-3,3e-4'])}", "a sweep"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 import sys
 import typing
@@ -31,14 +30,15 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from hydra.plugins.config_source import ConfigSource
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from deepseek_exp import huggingface, hydra_rules, validate
+from deepseek_exp import huggingface, hydra_rules, saved_config, validate
 from deepseek_exp.config import ROOT, Do, ExperimentConfig
 from deepseek_exp.errors import ConfigError, Problem, UserError
 from deepseek_exp.explain import file_words, meant, override_words, parse_one, unparsed
 from deepseek_exp.huggingface.files import CONFIG, TOKENIZER
+from deepseek_exp.saved_config import literal
 from deepseek_exp.schema import SECTION_OF, is_enum, is_mapping, schema_keys
 from deepseek_exp.value_rules import text_problems
 
@@ -101,11 +101,13 @@ def _job_problems(overrides: Sequence[str]) -> list[Problem]:
     found += more
     if _structure_problems(cfg):
         return found + _structure_problems(cfg)
-    if cfg.get("init_from") is not None:
+    release = cfg.get("init_from") is not None and is_release(cfg.init_from)
+    if release:
         cfg, more = start_from(cfg, overrides)
         found += more
-    # what goes on from a checkpoint is checked once its own configuration lies underneath
-    return found + _check(cfg, found, rules=not takes_checkpoint(cfg))
+    # what is of a checkpoint is checked once the checkpoint's own configuration is known
+    of_a_run = takes_checkpoint(cfg) or (cfg.get("init_from") is not None and not release)
+    return found + _check(cfg, found, rules=not of_a_run)
 
 
 def takes_checkpoint(cfg: DictConfig) -> bool:
@@ -128,62 +130,132 @@ def to_experiment(cfg: DictConfig) -> ExperimentConfig:
     return typing.cast(ExperimentConfig, OmegaConf.to_object(cfg))
 
 
-def merge_saved(saved: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
-    """Give the configuration of a checkpoint with what the command line says on top of it.
+# what of a checkpoint's configuration these verbs use; the rest is the command line's, over the defaults
+USED_BY = {
+    Do.sample: ("model", "seed", "sample", "trainer.precision"),
+    Do.export: ("model", "seed", "trainer.precision"),
+}
+# what says where things go and what is started, which is not taken from a checkpoint of somebody else
+OF_THE_MACHINE = ("tracking", "launch", "output_dir", "data.cache_dir")
+OF_THE_COMMAND = ("do", "resume", "tracking.new_run")
 
-    A leaf is taken from the command line where an override names it, where an override selects its group's option, or
-    where the composed value is not the default (a recipe); every other leaf is the saved one. A section or a
-    key that the checkpoint's version did not have has its default, but for keys of the model, which have to be given.
+
+def merge_saved(saved: dict[str, Any], overrides: Sequence[str], *, is_own: bool = True) -> DictConfig:
+    """Return the configuration of a checkpoint with what the command line asks for on top of it.
+
+    A leaf is asked for if an override names it or selects its group's option, or if a recipe sets it. Every other leaf
+    keeps its saved value, also if it was derived from one that is asked for; what is asked for may refer to saved
+    leaves. Of a free mapping, such as the callbacks, an override changes the entries that it names. A section or a key
+    that the checkpoint's version did not have has its default, except for keys of the model, which must be there.
 
     Args:
-        saved: the resolved tree stored in the checkpoint.
+        saved: the checkpoint's values; no interpolation in them is evaluated.
         overrides: the command line's overrides.
+        is_own: the checkpoint lies in this command's output_dir; if not, `OF_THE_MACHINE` is taken from the command.
 
     Returns:
-        The merged tree under the schema.
+        The merged tree under the schema. do=sample and do=export take from the checkpoint what they use, no more.
 
     Raises:
         ConfigError: the saved tree does not fit this version's schema.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     named = [SECTION_OF.get(str(o.key_or_group), str(o.key_or_group)) for o in parsed]
-    # what refers to the model (data.seq_len: ${model.max_seq_len}) refers to the saved one, unless another is named
-    model = {k: _select(saved, k) for k in schema_keys() if k.startswith("model.")}
-    pins = [f"{k}={json.dumps(v)}" for k, v in model.items() if v is not None]
-    if {"model", "recipes"} & set(named):
-        pins = []
     with _hydra():
-        now, default = (OmegaConf.to_container(compose("config", [*pins, *o]), resolve=True) for o in (overrides, []))
-    schema = OmegaConf.structured(ExperimentConfig)
+        merged, default = compose("config", list(overrides)), OmegaConf.to_container(compose("config"), resolve=False)
+    now = OmegaConf.to_container(merged, resolve=False)
+    fresh = OF_THE_COMMAND if is_own else OF_THE_COMMAND + OF_THE_MACHINE
+    used = USED_BY.get(now["do"], ("",))
     try:
-        later = {name: section for name, section in default.items() if name not in saved}  # by versions since
-        merged = OmegaConf.merge(schema, later, saved)
-        for path in schema_keys():
-            if not path.startswith("model.") and path.partition(".")[0] in saved and not _has(saved, path):
-                OmegaConf.update(merged, path, _select(default, path), merge=False)
+        _check_keys(saved)
         for path, value in _leaves(now):
-            asked = any(path == n or path.startswith(n + ".") for n in named)
-            if asked or value != _select(default, path):
-                OmegaConf.update(merged, path, value, merge=False, force_add=False)
+            kept = _within(path, used) and not _within(path, fresh)
+            keep_default = not path.startswith("model.") and not _has(saved, path)
+            if _within(path, named) or ("recipes" in named and value != _select(default, path)) or not kept:
+                asked = value
+            elif keep_default:
+                asked = _select(default, path)
+            elif _has(saved, path):
+                asked = _changed(literal(_select(saved, path)), value, path, named)
+            else:
+                asked = MISSING  # a key of the model, which is reported as one without a value
+            OmegaConf.update(merged, path, asked, merge=False, force_add=False)
     except OmegaConfBaseException as error:
-        message = str(error).splitlines()[0]
-        raise ConfigError(
-            Problem("resume", "its configuration", f"does not fit this version ({message})", "start a new run")
-        ) from error
+        raise ConfigError(_unfit(str(error).splitlines()[0])) from error
     return typing.cast(DictConfig, merged)
 
 
-def start_from(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
-    """Lay what `init_from` says over a composed tree: its model section, and its tokenizer.
+def saved_experiment(saved: dict[str, Any]) -> ExperimentConfig:
+    """Return a checkpoint's configuration as it is: of the right types, and not checked by any rule of this machine.
+
+    Raises:
+        ConfigError: it does not fit this version's schema.
+    """
+    tree = merge_saved(saved, [])
+    try:
+        return typing.cast(ExperimentConfig, OmegaConf.to_object(tree))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_unfit(str(error).splitlines()[0])) from error
+
+
+def _unfit(reason: str) -> Problem:
+    return Problem("resume", "its configuration", f"does not fit this version ({reason})", "start a new run")
+
+
+def _check_keys(saved: dict[str, Any]) -> None:
+    """Refuse saved values that today's schema has no key for, or that have another shape."""
+    known = schema_keys()
+    for path, _ in _flat_to(saved, set(known)):
+        if path not in known:
+            raise ConfigError(_unfit(f"Key '{path}' is not in it"))
+
+
+def _flat_to(tree: dict[str, Any], leaves: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk a tree down to the paths in `leaves`, and to whatever lies outside of them."""
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and path not in leaves:
+            yield from _flat_to(value, leaves, f"{path}.")
+        else:
+            yield path, value
+
+
+def _within(path: str, sections: Sequence[str]) -> bool:
+    """Return whether a path is one of the keys or lies in one of the sections; "" is the whole tree."""
+    return any(not name or path == name or path.startswith(f"{name}.") for name in sections)
+
+
+def _changed(kept: Any, now: Any, path: str, named: Sequence[str]) -> Any:
+    """Return a saved mapping with those of its entries replaced that overrides name one by one."""
+    entries = [name.removeprefix(f"{path}.").split(".") for name in named if name.startswith(f"{path}.")]
+    for *parents, last in entries:
+        source, target = now, kept
+        for name in parents:
+            source = source.get(name, {}) if isinstance(source, dict) else {}
+            target = target.setdefault(name, {})
+        target[last] = source[last]
+    return kept
+
+
+def is_release(path: str) -> bool:
+    """Return whether a path is the folder of a Hugging Face checkpoint, as far as its config.json goes."""
+    return (Path(path).expanduser() / CONFIG).is_file()
+
+
+def start_from(
+    cfg: DictConfig, overrides: Sequence[str], checkpoint: Path | None = None
+) -> tuple[DictConfig, list[Problem]]:
+    """Return a composed tree with what `init_from` says: its model section, and its tokenizer.
 
     Args:
         cfg: the composed tree, with init_from.
         overrides: the command line's overrides; of the model they may name `FREE` alone.
+        checkpoint: of a run, which init_from names; None: it names the folder of a Hugging Face checkpoint.
 
     Returns:
-        The tree under the schema, and what is wrong; it is as it was where something is.
+        The tree under the schema, and what is wrong; if anything is, the tree is as it was.
     """
-    folder = Path(cfg.init_from)
+    folder = Path(cfg.init_from) if checkpoint is None else checkpoint
     fix = "leave one of the two out"
     problems = []
     if cfg.resume is not None:
@@ -194,22 +266,29 @@ def start_from(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, l
         problems.append(Problem("init_from", cfg.init_from, rule, "set resume=<checkpoint> instead"))
     problems += _model_overrides(cfg, overrides)
     try:
-        model = dict(_flat(huggingface.read_release(folder).model, "model."))
+        model = huggingface.read_release(folder).model if checkpoint is None else _saved_model(folder)
     except UserError as error:
         problems += error.problems
-    if cfg.data.tokenizer is None and not (folder / TOKENIZER).is_file() and (folder / CONFIG).is_file():
+    if cfg.data.tokenizer is None and not (folder / TOKENIZER).is_file() and is_release(cfg.init_from):
         fix = "put the model's own there (AutoTokenizer's save_pretrained writes one), or name one by data.tokenizer"
         problems.append(Problem("init_from", cfg.init_from, f"has no {TOKENIZER}", fix))
     if problems:
         return cfg, problems
     asked = {path for path, _ in _set_by_hand(cfg, overrides)}
     cfg = copy.deepcopy(cfg)
-    for path, value in model.items():
+    cfg.init_from = literal(str(folder))
+    for path, value in _flat(model, "model."):
         if path not in asked:
-            OmegaConf.update(cfg, path, value, merge=False)
+            OmegaConf.update(cfg, path, literal(value), merge=False)
     if cfg.data.tokenizer is None:
-        cfg.data.tokenizer = str(folder / TOKENIZER)
+        cfg.data.tokenizer = literal(str(folder / TOKENIZER))
     return cfg, []
+
+
+def _saved_model(checkpoint: Path) -> dict[str, Any]:
+    """Return the model section of a run's checkpoint, complete and of the right types."""
+    exp = saved_experiment(saved_config.read(checkpoint))
+    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(exp.model)))
 
 
 # of the model, what may be chosen for weights that are there: nothing that inference computes depends on it
@@ -221,7 +300,8 @@ FREE = {f"model.{name}" for name in ("version", "max_seq_len", "mtp_loss_weight"
 
 def _model_overrides(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[Problem]:
     """Refuse what is set of the model beside `init_from`."""
-    rule = f"cannot be used with init_from={cfg.init_from}, whose config.json gives the model"
+    source = "config.json" if is_release(cfg.init_from) else "checkpoint"
+    rule = f"cannot be used with init_from={cfg.init_from}, whose {source} gives the model"
     groups = [o for o in _parsed(overrides) if SECTION_OF.get(str(o.key_or_group), str(o.key_or_group)) == "model"]
     for o in groups:
         yield Problem(str(o.key_or_group), o.value(), rule, f"leave {o.key_or_group} out")

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from deepseek_exp import planner
+from deepseek_exp import planner, saved_config
 from deepseek_exp.commands import command, resume_words, shown
 from deepseek_exp.config import ROOT, Device, Do, ExperimentConfig, ExportFormat, Launcher
 from deepseek_exp.disk import check_writable
-from deepseek_exp.errors import ConfigError, DataError, Problem, UserError, VerifyError
-from deepseek_exp.job import Job
+from deepseek_exp.errors import CheckpointError, ConfigError, DataError, Problem, UserError, VerifyError
+from deepseek_exp.job import COMMAND_FILE, Job
 from deepseek_exp.layout import degrees
 from deepseek_exp.parallel import launch, manifest, member, nodes
-from deepseek_exp.redact import redact, redact_tree
+from deepseek_exp.redact import redact
 from deepseek_exp.telling import plan_text, say, summary, validation_lines
-from deepseek_exp.tracking import RunLog, TrackedRun
+from deepseek_exp.tracking import RunLog, TrackedRun, copy_history
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -123,7 +123,7 @@ def _telling_the_run_id(action: Action) -> Action:
 def train(job: Job, tracked: RunLog, run_id: str) -> float:
     """Train, from the start or from a checkpoint, and tell how it went."""
     started = time.monotonic()
-    if job.checkpoint is not None:
+    if job.checkpoint is not None and job.continues is None:
         tracked.skip_known_after(manifest.read_manifest(job.checkpoint).step)
     parts, (trainer, checkpoints, progress) = _ready_to_train(job, tracked, run_id)
     say(plan_text(job, parts, run_id))
@@ -152,10 +152,10 @@ def _ready_to_train(job: Job, tracked: RunLog, run_id: str) -> tuple[Parts, tupl
     # weights that Lightning takes from the checkpoint need not be read from anywhere else before
     cfg = job.cfg if job.checkpoint is None else dataclasses.replace(job.cfg, init_from=None)
     parts = build.build_parts(cfg, None)
-    _check_data(job, parts)
     _log_inputs(parts, tracked)
     digests = json.dumps(parts.data.digests())
-    texts = {"config.yaml": job.yaml, "tokenizer.json": parts.data.tokenizer.json, DIGESTS: digests}
+    texts = {saved_config.FILE: job.shown_yaml, COMMAND_FILE: job.command_json, DIGESTS: digests}
+    texts |= {"tokenizer.json": parts.data.tokenizer.json}
     return parts, build.build_trainer(job.cfg, parts, tracked, run_id, texts)
 
 
@@ -195,9 +195,11 @@ def _compared(job: Job, folder: str, **sections: Any) -> Job:
     """Make one of the two runs that are compared: it logs each step, and saves the last."""
     n_steps = job.cfg.verify.steps
     every = {"log_every_steps": 1, "eval_every_steps": n_steps, "checkpoint_every_steps": n_steps}
-    tree = OmegaConf.merge(OmegaConf.create(job.yaml), {"trainer": {**every, "keep_checkpoints": 1}, **sections})
-    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig), tree))
-    return dataclasses.replace(job, cfg=cfg, yaml=OmegaConf.to_yaml(tree), run_dir=job.run_dir / folder)
+    saved = saved_config.literal(saved_config.parse(job.yaml))
+    changed = {"trainer": {**every, "keep_checkpoints": 1}, **sections}
+    tree = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved, changed)
+    yaml, run_dir = saved_config.dump(tree), job.run_dir / folder
+    return dataclasses.replace(job, cfg=OmegaConf.to_object(tree), yaml=yaml, run_dir=run_dir)
 
 
 def _not_verified(job: Job, first_difference: str) -> Problem:
@@ -215,7 +217,6 @@ def evaluate(job: Job, tracked: RunLog, run_id: str) -> float:
     from deepseek_exp import build
 
     parts = build.build_parts(job.cfg, job.checkpoint)
-    _check_data(job, parts)
     _log_inputs(parts, tracked)
     parts.lit.steps_done = manifest.read_manifest(job.checkpoint).step if job.checkpoint is not None else 0
     trainer, _, _ = build.build_trainer(job.cfg, parts, tracked, run_id, {})
@@ -271,19 +272,22 @@ def export(job: Job) -> None:
 def _tracked(job: Job, action: Action) -> float | None:
     """Run an action with its MLflow run around it: started before the slow imports, ended whatever happens."""
     cfg = job.cfg
-    resumed = job.checkpoint if cfg.do is Do.train else None
+    _check_data(job)
+    resumed = job.checkpoint if cfg.do is Do.train and job.continues is None else None
+    if job.continues is not None:
+        copy_history(job.continues.run_dir, job.run_dir, job.continues.step)
     run_id = manifest.read_manifest(resumed).run_id if resumed is not None else None
-    tree = redact_tree(OmegaConf.to_container(OmegaConf.create(job.yaml)))
     tracked = TrackedRun.start(
         cfg.tracking,
         run_dir=job.run_dir,
         name=job.name,
-        params=tree,
-        config_yaml=OmegaConf.to_yaml(OmegaConf.create(tree)),
+        params=saved_config.parse(job.shown_yaml),
+        config_yaml=job.shown_yaml,
         tags=_tags(job),
         source_dir=ROOT,
         artifact_dir=Path(cfg.output_dir) / "artifacts",
         run_id=run_id,
+        continues=None if job.continues is None else (job.continues.run_id, job.continues.step),
     )
     try:
         from deepseek_exp.callbacks import Stopped  # imports torch and Lightning while the store is opened
@@ -332,18 +336,44 @@ def _log_inputs(parts: Parts, tracked: RunLog) -> None:
         tracked.log_dataset(entry["name"], entry["context"], entry["digest"], entry["source"], profile)
 
 
-def _check_data(job: Job, parts: Parts) -> None:
-    """Refuse to go on from a checkpoint with text or a tokenizer that has changed since."""
+def _saved_digests(checkpoint: Path) -> dict[str, str]:
+    """Return the digests of a checkpoint's tokenizer and text.
+
+    Raises:
+        CheckpointError: its file is missing or holds something else.
+    """
+    try:
+        found = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
+        if isinstance(found, dict) and "tokenizer" in found and all(isinstance(v, str) for v in found.values()):
+            return found
+        reason = "it is not a mapping of digests"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    fix = "name another checkpoint, or resume=last for the newest whole one"
+    raise CheckpointError(Problem("resume", str(checkpoint), f"has no readable {DIGESTS} ({reason})", fix))
+
+
+def _check_data(job: Job) -> None:
+    """Refuse to use a checkpoint with other text, or another tokenizer, before anything is recorded or written.
+
+    Raises:
+        DataError: a digest is not the one that the checkpoint has.
+    """
     if job.checkpoint is None:
         return
-    saved = json.loads((job.checkpoint / DIGESTS).read_text(encoding="utf-8"))
+    from deepseek_exp.data import prepare
+
+    saved = _saved_digests(job.checkpoint)
     compared = saved if job.cfg.do is Do.train else ["tokenizer"]
-    now = parts.data.digests()
+    now = prepare(job.cfg.data).digests()
     changed = [name for name in compared if saved[name] != now.get(name)]
     if changed:
         d = job.cfg.data
         rule = f"is not what {job.checkpoint} was trained with any more: its {', '.join(changed)} has changed"
-        fix = "bring back the text as it was (for stdlib: the same Python), or start a new run with resume=null"
+        fix = "bring back the text as it was (for stdlib: the same Python), "
+        fix += f"or train on this text in a new run from its weights with init_from={job.checkpoint}"
+        if job.cfg.do is Do.eval:
+            fix = f"set data.tokenizer={job.checkpoint / 'tokenizer.json'}"
         raise DataError(Problem("data.path" if d.path else "data.source", d.path or d.source.value, rule, fix))
 
 
@@ -386,11 +416,14 @@ def _sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer
 
 
 def _tags(job: Job) -> dict[str, str]:
-    overrides = " ".join(map(redact, job.overrides))
+    made_by = job.history if job.continues is not None and job.history is not None else job.overrides
+    overrides = " ".join(map(redact, made_by))
     tags = {"do": job.cfg.do.value, "run_dir": str(job.run_dir)}
     every = os.environ if job.n_ranks == 1 else {**os.environ, **_rank_variables(job, job.n_ranks)}
     tags |= {f"env.{name}": value for name, value in sorted(every.items()) if name.startswith(ENVIRONMENT)}
+    if job.started_from is not None:
+        tags |= {"init_from.run_id": job.started_from.run_id, "init_from.step": str(job.started_from.step)}
     if job.checkpoint is None:
         return {"overrides": overrides, **tags}
-    which = "overrides_on_resume" if job.cfg.do is Do.train else "overrides"
+    which = "overrides_on_resume" if job.cfg.do is Do.train and job.continues is None else "overrides"
     return {which: overrides, "checkpoint": str(job.checkpoint), **tags}

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from omegaconf import MISSING
 from deepseek_exp import text_files
 from deepseek_exp.class_rules import class_problems
 from deepseek_exp.config import (
+    DataConfig,
     Device,
     Do,
     ExperimentConfig,
@@ -400,37 +401,58 @@ RULES = (
 )
 
 
-def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Problem]:
-    """Find what may not differ from the checkpoint.
+# where data and files lie may differ: data are identified by their digests once they are read
+PLACES = ("path", "valid_path", "tokenizer", "n_workers", "cache_dir")
 
-    Always the model; for a training that goes on also the seed, the data, the precision and the optimizer's class and
-    arguments (its learning rate, decay and clipping may change), and the batch where the memory's lanes depend on it.
+
+def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Problem]:
+    """Return what differs from the checkpoint and may not.
+
+    Always the model; for a training that continues also the seed, what decides about the data except its paths, the
+    precision and the optimizer's class and arguments (its learning rate, decay and clipping may change), and the batch
+    if the memory's lanes depend on it.
     """
     fixed: dict[str, tuple[Any, Any]] = {}
-    sections: list[tuple[str, tuple[str, ...]]] = [("model", ())]
     if now.do is Do.train:
-        sections.append(("data", ("n_workers", "cache_dir")))
         fixed["seed"] = saved.seed, now.seed
         fixed["optim.optimizer"] = saved.optim.optimizer, now.optim.optimizer
         batch = ("global_batch_seqs",) if now.data.order is Order.contiguous else ()
         micro_batch = ("micro_batch_seqs",) if now.model.memory_len else ()
         for key in ("precision", *batch, *micro_batch):
             fixed[f"trainer.{key}"] = getattr(saved.trainer, key), getattr(now.trainer, key)
-    if now.do is Do.eval:
-        sections.append(("data", ("n_workers", "cache_dir", "seq_len", "order")))
-    for name, skip in sections:
-        old, new = getattr(saved, name), getattr(now, name)
-        fixed |= _leaves(name, old, new, skip)
+    fixed |= _leaves("model", saved.model, now.model)
+    if now.do is Do.train:
+        fixed |= _leaves("data", _without_paths(saved.data), _without_paths(now.data), PLACES)
+    fix = "leave {} out, or start a new run with resume=null"
     return [
-        Problem(
-            k,
-            _plain(new),
-            f"differs from the checkpoint's {_plain(old)}",
-            f"leave {k} out, or start a new run with resume=null",
-        )
+        Problem(k, _plain(new), f"differs from the checkpoint's {_plain(old)}", fix.format(k))
         for k, (old, new) in fixed.items()
         if old != new
     ]
+
+
+def differing(before: ExperimentConfig, now: ExperimentConfig, ignored: Sequence[str]) -> list[str]:
+    """Return the keys whose values differ, without those that are or lie in an ignored section."""
+    before, now = (dataclasses.replace(exp, data=_without_paths(exp.data)) for exp in (before, now))
+    return [
+        key
+        for f in dataclasses.fields(before)
+        for key, (old, new) in _leaf_pairs(f.name, getattr(before, f.name), getattr(now, f.name))
+        if old != new and not any(key == name or key.startswith(f"{name}.") for name in ignored)
+    ]
+
+
+def _leaf_pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if dataclasses.is_dataclass(old):
+        yield from _leaves(name, old, new).items()
+    else:
+        yield name, (old, new)
+
+
+def _without_paths(data: DataConfig) -> DataConfig:
+    """Return a data section whose mixture is the weight of each part."""
+    weights = {name: float(part.weight) for name, part in data.mixture.items()}
+    return dataclasses.replace(data, mixture=weights)
 
 
 def _leaves(name: str, old: Any, new: Any, skip: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:

@@ -16,6 +16,7 @@ LAYER = {
     "layout": 0, "model_rules": 0,
     "validate": 0, "compose": 0, "huggingface": 0,
     "schema": 0, "hydra_rules": 0, "explain": 0, "value_rules": 0, "class_rules": 0,
+    "saved_config": 0,
     "kernels": 1, "planner": 1, "data": 1, "tracking": 1,
     "models": 2, "moe": 2,
     "parallel": 3, "compress": 3, "finetune": 3, "serve": 3,
@@ -44,6 +45,7 @@ LIGHT = {
     "explain",
     "value_rules",
     "class_rules",
+    "saved_config",
     "huggingface",
     "planner",
 }

@@ -179,14 +179,22 @@ class TestUseOfACheckpoint:
         text.write_text("".join(f"line {i} has {i * i} in it\n" for i in range(4001)))
         done = forks.run(tmp_path, "resume=last", "trainer.max_steps=8")
         assert done.returncode == 1
-        assert (
-            done.stderr.strip()
-            .splitlines()[-1]
-            .endswith(
-                "has changed. Fix: bring back the text as it was (for stdlib: the same Python), "
-                "or start a new run with resume=null."
-            )
+        said = done.stderr.strip().splitlines()[-1]
+        assert re.search(
+            r"has changed. Fix: bring back the text as it was \(for stdlib: the same Python\), "
+            r"or train on this text in a new run from its weights with init_from=outputs/runs/\S+/step-00000004.$",
+            said,
         )
+        (run,) = all_runs(tmp_path)
+        assert run.info.status == "FINISHED"  # the refused resume is recorded nowhere
+        further = [o for o in own if o != "size=tiny"]
+        done = forks.run(tmp_path, *further, "init_from=last", "data=text", f"data.path={text}", "trainer.max_steps=4")
+        assert done.returncode == 0, done.stderr
+        old, new = runs.run_dirs(tmp_path)
+        assert runs.trace(new, "train/loss")[1] < runs.trace(old, "train/loss")[1] - 0.5
+        started = next(r for r in all_runs(tmp_path) if r.info.run_id != run.info.run_id)
+        assert started.data.tags["init_from.run_id"] == run.info.run_id
+        assert started.data.tags["init_from.step"] == "4"
 
     def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(self, copy_of_finished):
         (run_dir,) = runs.run_dirs(copy_of_finished)
@@ -198,17 +206,24 @@ class TestUseOfACheckpoint:
         exact = forks.run(copy_of_finished, "do=sample", f"resume={damaged.parent}")
         assert exact.returncode == 1 and "is damaged" in exact.stderr
 
-    def test_going_on_with_more_steps(self, finished, tmp_path):
-        """The same MLflow run goes on: one run, its history continued."""
+    def test_a_changed_resume_is_a_new_run_with_the_whole_curve(self, tmp_path):
+        """Parameters in MLflow never change, so the run that had others stays as it was."""
         done = forks.run(tmp_path, *runs.QUICK, "trainer.max_steps=4")
         assert done.returncode == 0, done.stderr
-        run_id = all_runs(tmp_path)[0].info.run_id
-        done = forks.run(tmp_path, f"resume={run_id}", "trainer.max_steps=6", "optim.lr=1e-5", "optim.min_lr_ratio=1")
+        (before,) = all_runs(tmp_path)
+        words = ("trainer.max_steps=6", "optim.lr=1e-5", "optim.min_lr_ratio=1")
+        done = forks.run(tmp_path, f"resume={before.info.run_id}", *words)
         assert done.returncode == 0, done.stderr
-        assert runs.trace(runs.run_dirs(tmp_path)[0], "optim/lr")[5] == 1e-5
-        (run,) = all_runs(tmp_path)
-        history = store(tmp_path).get_metric_history(run.info.run_id, "train/loss")
-        assert [m.step for m in history] == [1, 2, 3, 4, 5, 6] and run.info.status == "FINISHED"
+        old, new = runs.run_dirs(tmp_path)
+        assert runs.trace(new, "optim/lr")[5] == 1e-5 and max(runs.trace(old, "train/loss")) == 4
+        after, same = all_runs(tmp_path)
+        assert same.data.params == before.data.params and same.data.metrics == before.data.metrics
+        differing = {k for k, v in after.data.params.items() if before.data.params.get(k) != v}
+        assert differing == {"trainer.max_steps", "optim.lr", "optim.min_lr_ratio", "resume"}
+        assert after.data.tags["continues.run_id"] == before.info.run_id and after.data.tags["continues.step"] == "4"
+        history = store(tmp_path).get_metric_history(after.info.run_id, "train/loss")
+        assert [m.step for m in history] == [1, 2, 3, 4, 5, 6] and after.info.status == "FINISHED"
+        assert {p.name for p in (old / "checkpoints").iterdir()} == {"step-00000004"}
 
 
 class TestKill:

@@ -71,6 +71,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint of a run, whole or not."""
+    return (folder / MANIFEST).is_file()
+
+
 def seal(
     folder: Path,
     target: Path,

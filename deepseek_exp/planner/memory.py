@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from deepseek_exp.config import (
     ActivationCheckpointing,
     AttentionKind,
+    Do,
     ExperimentConfig,
     Kernel,
     KernelsConfig,
@@ -94,6 +95,8 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     In a 1F1B pipeline stage i of p keeps the activations of min(p - i, m) of the m micro batches (Narayanan et al.
     2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2).
 
+    do=eval has the weights, whole within the rank's cut, and one block's activations at a time.
+
     Args:
         exp: model, precision, optimizer and batch.
         layout: the layout.
@@ -108,6 +111,8 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     n_kept = min(d.pp - index, layout.n_micro_batches(exp.trainer.global_batch_seqs))
     kept, once = _activations(exp, stage, layout)
     loss = stage.n_heads_out * _loss_bytes(exp, tokens, d.tp)
+    if exp.do is Do.eval:
+        return Memory(n * e, 0, 0, tokens * _largest_block(exp, stage, layout), loss)
     at_work = experts_at_work_bytes(exp, layout, stage) + (loss if stage.n_mtp else 0)
     gathered = 2 * e * largest_gathered(m, exp.data.seq_len) if zero >= 3 and shards > 1 else 0
     return Memory(
@@ -117,6 +122,15 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
         activations=tokens * (n_kept * kept + once),
         buffers=gathered + max((1 + stage.n_mtp) * loss, at_work),
     )
+
+
+def _largest_block(exp: ExperimentConfig, stage: Layers, layout: Layout) -> float:
+    """Return the bytes of a token that the largest block of a stage makes."""
+    m, e, d = exp.model, element_bytes(exp), layout.degrees
+    dense, moe = (
+        block_activation_bytes(m, exp.kernels, e, d.tp, d.ep, layout.cut, e, is_moe=kind) for kind in (False, True)
+    )
+    return max(dense if stage.n_dense else 0.0, moe if stage.n_moe else 0.0)
 
 
 def _activations(exp: ExperimentConfig, stage: Layers, layout: Layout) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import psutil
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
+from lightning_fabric.plugins.environments import LightningEnvironment
 
 from deepseek_exp.callbacks import Checkpoints, Metrics, Progress
 from deepseek_exp.config import Device, ExperimentConfig, Precision
@@ -284,7 +285,8 @@ def build_trainer(
         strategy=strategy,
         logger=JournalLogger(run),
         callbacks=[steps, metrics, *third_party, progress, checkpoints],
-        plugins=[folder_io],
+        # the environment of a Slurm job says nothing about one process
+        plugins=[folder_io, *([LightningEnvironment()] if groups is None else [])],
         max_epochs=-1,
         max_steps=cfg.last_step,
         val_check_interval=t.eval_every_steps,

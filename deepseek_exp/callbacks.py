@@ -44,7 +44,8 @@ class Stopped(Exception):
 
     def __init__(self, signum: int, step: int) -> None:
         self.signum, self.step = signum, step
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+        after = f" after step {step}" if step else ""
+        super().__init__(f"stopped by {signal.Signals(signum).name}{after}")
 
 
 class Metrics(Callback):

@@ -62,7 +62,13 @@ def in_ranks(job: Job, tracked: RunLog, run_id: str) -> float | None:
     from deepseek_exp.callbacks import Stopped
 
     command = [sys.executable, "-m", "deepseek_exp.rank", str(job.save(run_id))]
-    ended = launch.run(command, job.n_ranks, job.run_dir / member.FOLDER, _rank_variables(job, job.n_ranks))
+    ended = launch.run(
+        command,
+        job.n_ranks,
+        job.run_dir / member.FOLDER,
+        _rank_variables(job, job.n_ranks),
+        saves=job.cfg.do is not Do.eval,
+    )
     if ended.stopped_at is not None:
         raise Stopped(ended.signum, ended.stopped_at)
     return ended.loss

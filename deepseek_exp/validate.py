@@ -292,6 +292,7 @@ def _launch(exp: ExperimentConfig) -> Iterator[Problem]:
     if exp.do is Do.plan or exp.do in IN_ONE_PROCESS:
         return
     yield from _unread_launch_keys(exp.launch)
+    yield from _unprintable_words(exp.launch)
     if exp.launch.submit and shutil.which("sbatch") is None:
         fix = "set launch.submit=false and submit the script where Slurm is, or put sbatch into PATH"
         yield Problem("launch.submit", True, "needs sbatch, which is not in PATH", fix)
@@ -330,6 +331,15 @@ def _unread_launch_keys(launch: LaunchConfig) -> Iterator[Problem]:
             rule = f"is not read by launch.launcher='{launch.launcher.value}'"
             fix = f"add launch={' or launch='.join(readers)}, or leave launch.{name} out"
             yield Problem(f"launch.{name}", value, rule, fix)
+
+
+def _unprintable_words(launch: LaunchConfig) -> Iterator[Problem]:
+    """Refuse words that would begin another line in a script, or that a terminal obeys."""
+    for name in ("master_addr", "socket_ifname", "account", "partition", "time_limit"):
+        value = getattr(launch, name)
+        if value is not None and not value.isprintable():
+            rule = "has control characters or line breaks, which a script or a terminal would obey"
+            yield Problem(f"launch.{name}", value, rule, f"write launch.{name} without them")
 
 
 NODES = (Launcher.torchrun, Launcher.slurm)

@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping
 from deepseek_exp import build
 from deepseek_exp.callbacks import Stopped
 from deepseek_exp.errors import UserError
-from deepseek_exp.parallel import manifest
+from deepseek_exp.parallel import manifest, member
 from tests.test_config import composed
 
 STEPS = 6
@@ -47,7 +47,8 @@ class Signal(Callback):
 
 @pytest.fixture
 def fit(tmp_path):
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
 
     def run(*extra, overrides=(), checkpoint=None):
         cfg = composed(
@@ -78,11 +79,12 @@ def fit(tmp_path):
 
     threads = torch.get_num_threads()
     yield run
+    signal.signal(signal.SIGHUP, before)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize(
     ("hook", "step", "stop", "validated"),
     [
@@ -98,6 +100,21 @@ def test_a_signal_saves_and_stops(fit, hook, step, stop, validated, signum):
     assert recorder.steps("train/loss") == list(range(1, stop + 1))
 
 
+def test_a_shell_that_ends_may_send_two_signals(fit):
+    stopped, saved, _ = fit(
+        Signal("on_train_batch_start", 3, signal.SIGHUP), Signal("on_validation_batch_start", 4, signal.SIGHUP)
+    )
+    assert (stopped.signum, saved) == (signal.SIGHUP, [4])
+
+
+def test_nohup_is_obeyed(fit):
+    """Python leaves a signal ignored that was ignored when it started."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert member.stop_signals() == [signal.SIGTERM, signal.SIGINT]
+    signal.signal(signal.SIGHUP, before)
+    assert member.stop_signals() == [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
 @pytest.mark.parametrize(("hook", "step"), [("on_train_batch_start", STEPS - 1), ("on_validation_batch_start", STEPS)])
 def test_a_signal_in_the_last_step_lets_the_run_finish(fit, hook, step):
     stopped, saved, recorder = fit(Signal(hook, step))
@@ -108,6 +125,14 @@ def test_a_stopped_run_goes_on_where_it_was(fit, tmp_path):
     fit(Signal("on_train_batch_start", 3))
     _, _, recorder = fit(checkpoint=tmp_path / "checkpoints" / "step-00000004")
     assert recorder.steps("train/loss") == [5, 6] and recorder.steps("val/loss")[-1] == 6
+
+
+def test_one_process_within_a_job_of_slurm(fit, monkeypatch):
+    """Lightning would take the allocation's 8 tasks for this training's."""
+    for name, value in {"NTASKS": "8", "JOB_ID": "1", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    stopped, saved, _ = fit()
+    assert stopped is None and saved == [STEPS]
 
 
 def test_early_stopping_saves_its_last_step(fit):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,12 +22,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from deepseek_exp import errors
 from deepseek_exp.config import ROOT, LaunchConfig
 from deepseek_exp.errors import Problem, RankError, UserError
 from deepseek_exp.parallel.member import PARENT, STOP, Ended, is_repeat, log_path, outcome_path, stop_signals
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 2.0
@@ -54,7 +58,7 @@ class _Rank:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def run(command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, str]) -> Ended:
+def run(command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, str], *, saves: bool = True) -> Ended:
     """Start the ranks, show what rank 0 says, and wait for all of them; none is left when this returns.
 
     SIGTERM, SIGINT and SIGHUP are handed on as `STOP`; a second one ends this process, and the ranks with it.
@@ -64,19 +68,18 @@ def run(command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, st
         n_ranks: how many.
         folder: for their logs and results.
         env: further environment variables.
+        saves: false: the ranks have nothing to save, and are ended at once when this process is asked to stop.
 
     Returns:
-        How rank 0 ended.
+        How rank 0 ended; of ranks that were ended at once, that they stopped.
 
     Raises:
         UserError: a rank failed; the error that it had, or a RankError that says what it died of.
     """
-    from torch.distributed import TCPStore
-
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(n_ranks):
         outcome_path(folder, number).unlink(missing_ok=True)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = _local_store()
     ranks: list[_Rank] = []
     with _handing_on_signals(ranks) as asked:
         try:
@@ -85,12 +88,23 @@ def run(command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, st
                 if asked:
                     ranks[-1].process.send_signal(STOP)
             while not _all_ended(ranks):
+                if asked and not saves:
+                    return Ended(stopped_at=0, signum=asked[0])
                 time.sleep(POLL_SECONDS)
         finally:
             _end_all(ranks)
     outcome = ranks[0].outcome
     assert outcome is not None
     return Ended(outcome["loss"], outcome["stopped_at"], asked[0] if asked else STOP)
+
+
+def _local_store() -> TCPStore:
+    """Open the store at which the ranks meet; other machines cannot reach it, as it asks for no password."""
+    from torch.distributed import TCPStore
+
+    listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    port = listening.getsockname()[1]
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def threads(n_threads: int, n_ranks: int) -> int:
@@ -145,6 +159,7 @@ def _environment(number: int, n_ranks: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "TORCHELASTIC_RUN_ID": str(os.getpid()),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "PYTHONIOENCODING": "utf-8:backslashreplace",  # as `_show` and the logs read it
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
     }
     return {name: str(value) for name, value in numbers.items()} | texts

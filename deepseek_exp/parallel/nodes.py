@@ -13,6 +13,7 @@ from deepseek_exp.config import LaunchConfig
 # with SIGUSR1 torchrun asks the ranks to save and stop, and waits that long
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 STOP_SECONDS = 600
+NO_VALUE = ""
 
 
 def ranks_per_node(launch: LaunchConfig, n_ranks: int) -> int:
@@ -34,14 +35,14 @@ def slurm_script(launch: LaunchConfig, n_ranks: int, job_file: Path, env: Mappin
         "nodes": launch.n_nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": ranks_per_node(launch, n_ranks) if on_gpus else None,
-        "exclusive": "",
-        "account": launch.account,
-        "partition": launch.partition,
-        "time": launch.time_limit,
+        "exclusive": NO_VALUE,
+        "account": _quoted(launch.account),
+        "partition": _quoted(launch.partition),
+        "time": _quoted(launch.time_limit),
         "output": shlex.quote(f"{job_file.parent.resolve()}/slurm_%j.log"),
         "signal": f"USR1@{STOP_SECONDS}" if launch.time_limit else None,
     }
-    lines = [f"#SBATCH --{name}={value}".rstrip("=") for name, value in options.items() if value is not None]
+    lines = [_directive(name, value) for name, value in options.items() if value is not None]
     words = _torchrun(launch, n_ranks, job_file, f'"$head:{launch.master_port}"', '"$SLURM_JOB_ID"')
     return "\n".join(
         [
@@ -56,6 +57,15 @@ def slurm_script(launch: LaunchConfig, n_ranks: int, job_file: Path, env: Mappin
             "",
         ]
     )
+
+
+def _directive(name: str, value: object) -> str:
+    return f"#SBATCH --{name}" if value is NO_VALUE else f"#SBATCH --{name}={value}"
+
+
+def _quoted(word: str | None) -> str | None:
+    """Quote a word for sbatch, which reads quotes as a shell does; None stays None."""
+    return None if word is None else shlex.quote(word)
 
 
 def _torchrun(launch: LaunchConfig, n_ranks: int, job_file: Path, endpoint: str, job_id: str) -> str:

@@ -68,13 +68,15 @@ def work(folder: Path, what: str) -> member.Ended:
 
 def parent(folder: Path, n_ranks: int, what: str) -> None:
     command = [sys.executable, "-m", "tests.parallel.launch_parts", "rank", str(folder), str(n_ranks), what]
-    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]  # ignored where a shell's job does so
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    before = [signal.getsignal(s) for s in member.ASKING]  # ignored where a shell's job does so
     try:
-        ended = launch.run(command, n_ranks, folder / member.FOLDER, {"OMP_NUM_THREADS": "1"})
+        env = {"OMP_NUM_THREADS": "1"}
+        ended = launch.run(command, n_ranks, folder / member.FOLDER, env, saves=what != "go on and save nothing")
     except UserError as error:
         say(f"{type(error).__name__}: {error}")
         sys.exit(1)
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(s) for s in member.ASKING] == before
     say(str(ended))
 
 

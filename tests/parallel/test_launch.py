@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from deepseek_exp import validate
 from deepseek_exp.config import LaunchConfig, Launcher
 from deepseek_exp.parallel import launch, member, nodes
 from tests.runs import ROOT
@@ -166,7 +169,7 @@ def test_a_killed_parent_leaves_no_orphans(tmp_path):
     parent.communicate()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_parent_stops_all_ranks_after_one_step(tmp_path, signum):
     parent = start(tmp_path, "go on with a child")
     wait_for(lambda: work_has_begun(tmp_path), 60)
@@ -176,6 +179,26 @@ def test_a_signal_to_the_parent_stops_all_ranks_after_one_step(tmp_path, signum)
     (step,) = {(tmp_path / f"{rank}.stopped").read_text() for rank in range(N_RANKS)}
     assert f"Ended(loss=None, stopped_at={step}, signum={int(signum)})" in out
     assert family(tmp_path) == []
+
+
+def test_ranks_with_nothing_to_save_are_ended_at_once(tmp_path):
+    """As do=eval asks for: its ranks look at no signal before they end."""
+    parent = start(tmp_path, "go on and save nothing")
+    wait_for(lambda: work_has_begun(tmp_path), 60)
+    for pid in pids(tmp_path):
+        os.kill(pid, signal.SIGSTOP)  # so that they hear of nothing
+    parent.send_signal(signal.SIGINT)
+    out, err = parent.communicate(timeout=20)
+    assert "Ended(loss=None, stopped_at=0, signum=2)" in out, out + err
+    assert family(tmp_path) == []
+
+
+def test_other_machines_cannot_reach_the_store():
+    store = launch._local_store()
+    listening = [c for c in psutil.Process().net_connections() if c.laddr and c.laddr.port == store.port]
+    assert {c.laddr.ip for c in listening if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+    store.set("a", "b")
+    assert store.get("a") == b"b"
 
 
 def test_a_signal_while_the_ranks_start_is_not_lost(tmp_path):
@@ -248,6 +271,22 @@ def test_the_command_for_4_nodes_of_8_ranks(monkeypatch, tmp_path):
         "--max-restarts 0 --rdzv-backend c10d --rdzv-endpoint 192.168.1.1:29500 --rdzv-id 'a b' --signals-to-handle "
         "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m deepseek_exp.rank 'outputs/runs/a b/ranks/job.json'"
     )
+
+
+@pytest.mark.parametrize("name", ["master_addr", "socket_ifname", "account", "partition", "time_limit"])
+@pytest.mark.parametrize("word", ["x\ntouch y", "x\ry", "x\x1b[2J", "x\x00", "x\u2028y"])
+def test_words_that_begin_another_line_are_refused(name, word):
+    (problem,) = validate._unprintable_words(replace(LAUNCH, **{name: word}))
+    assert problem.key == f"launch.{name}" and "line breaks" in problem.rule
+
+
+def test_words_of_the_script_are_quoted(tmp_path):
+    words = "a b; touch x $(touch y) `z` 'q' ="
+    launch_ = replace(LAUNCH, account=words, partition=words, time_limit=words)
+    script = nodes.slurm_script(launch_, 32, tmp_path / "r/ranks/job.json", {}, on_gpus=False)
+    for name in ("account", "partition", "time"):
+        (line,) = (line for line in script.splitlines() if line.startswith(f"#SBATCH --{name}="))
+        assert shlex.split(line, comments=False)[1:] == [f"--{name}={words}"]
 
 
 def test_the_script_for_4_nodes_of_8_ranks(monkeypatch, tmp_path):

@@ -201,7 +201,7 @@ class DataParallelEngine:
 def _result_of(engine: Any, device: torch.device) -> StepResult:
     """Return what DeepSpeed made of a step; it skips one whose gradients are not finite, which it calls overflow."""
     norm = torch.as_tensor(engine.get_global_grad_norm(), device=device).detach()
-    return StepResult(norm, applied=not engine.optimizer.overflow)
+    return StepResult(norm, applied=not getattr(engine.optimizer, "overflow", False))  # torch's, without ZeRO, has none
 
 
 def mark_counted(part: Part) -> None:

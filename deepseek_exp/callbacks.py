@@ -29,7 +29,6 @@ from deepseek_exp.models.block import Block
 from deepseek_exp.moe import FeedForward, routing_metrics
 from deepseek_exp.parallel import manifest, member
 from deepseek_exp.parallel.checkpoint import remove_unfinished
-from deepseek_exp.planner import flops_per_token
 
 NAMES = ("loss", "nats", "bytes", "grad_norm")
 
@@ -117,6 +116,7 @@ class Metrics(Callback):
             "perf/step_seconds": seconds,
             "perf/tokens_per_second": self.cfg.trainer.global_batch_seqs * (batch.tokens.shape[1] - 1) / seconds,
             "data/position": float(data.position),
+            "data/tokens": float(data.position * self.cfg.data.seq_len),
             "data/epoch": data.position / data.n_train_sequences,
         }
         if pl_module.device.type == "cuda":
@@ -144,11 +144,11 @@ class Metrics(Callback):
 
 
 def _of_parts(lit: LanguageModel, cfg: ExperimentConfig) -> dict[str, float]:
-    """Give the cost of a token, how far the attention mask leans to its window, and how sparse the hidden units were.
+    """Return how far the attention mask leans to its window, and how sparse the hidden units were.
 
     attn/gate is averaged over heads and in 0..1; 0.5 treats local and global keys alike.
     """
-    values: dict[str, float | None] = {"perf/flops_per_token": flops_per_token(cfg.model, cfg.data.seq_len)}
+    values: dict[str, float | None] = {}
     blocks = [m for m in lit.model.blocks if isinstance(m, Block)]
     values["attn/gate"] = lit.mean([b.attention.gate.float().sigmoid() for b in blocks if b.attention.gate is not None])
     sparse = [m for m in lit.model.modules() if isinstance(m, FeedForward) and m.d_ff_active]

@@ -287,7 +287,7 @@ def _tracked(job: Job, action: Action) -> float | None:
         cfg.tracking,
         run_dir=job.run_dir,
         name=job.name,
-        params=saved_config.parse(job.shown_yaml),
+        params=saved_config.parse(job.shown_yaml) | _sizes(cfg),
         config_yaml=job.shown_yaml,
         tags=_tags(job),
         source_dir=ROOT,
@@ -301,6 +301,8 @@ def _tracked(job: Job, action: Action) -> float | None:
         run_id = tracked.wait_ready(READY_SECONDS)
         for note in tracked.notes:
             say(note)
+        if resumed is None:  # at once, for every run: one that fails early is to be compared too
+            tracked.log_metrics({"perf/flops_per_token": planner.flops_per_token(cfg.model, cfg.data.seq_len)}, 0)
         try:
             loss = action(job, tracked, run_id)
         except Stopped as stopped:
@@ -328,6 +330,12 @@ def _is_interrupt(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) or (
         isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
     )
+
+
+def _sizes(cfg: ExperimentConfig) -> dict[str, int]:
+    """Return how many parameters the model has, and how many of them one token meets."""
+    counted = planner.parameters(cfg.model)
+    return {"n_params": counted.total + counted.mtp, "n_active_params": counted.active}
 
 
 def _end(tracked: TrackedRun, status: Any, error: str | None) -> None:

@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from deepseek_exp import streams, sweep_rest, tracking
-from deepseek_exp.commands import command, words
+from deepseek_exp.commands import OUTPUTS, command, override, words
 from deepseek_exp.config import TrackingConfig
 from deepseek_exp.disk import check_writable, disk_error
 from deepseek_exp.errors import UserError
@@ -81,6 +81,7 @@ class SweepRun(Callback):
         if self.ended:
             return
         self.ended = True
+        rows: list[tracking.SweepRow] = []
         n_failed = len(list(Path(config.hydra.sweep.dir).glob(f"*/{FAILED_FILE}")))
         if self.parent_run_id is not None:
             with _leaving_on_error(config.output_dir):
@@ -90,7 +91,9 @@ class SweepRun(Callback):
             say(f"\n{tracking.render_table(rows)}\n")
         if self.parent_run_id is not None or n_failed:
             recorded = f"; MLflow run {self.parent_run_id}" if self.parent_run_id is not None else ""
-            say(f"{n_failed} of the sweep's jobs failed{recorded}")
+            n_jobs = sweep_rest.n_jobs(list(config.hydra.overrides.task))
+            say(f"{f'{n_failed} of {n_jobs} jobs failed' if n_failed else f'all {n_jobs} jobs finished'}{recorded}")
+            say(_next_words(config, rows))
         if n_failed:
             raise SystemExit(1)
 
@@ -133,6 +136,18 @@ def _leaving_on_error(output_dir: str) -> Iterator[None]:
         raise SystemExit(1) from error
 
 
+def _next_words(config: DictConfig, rows: list[tracking.SweepRow]) -> str:
+    """Say how to go on with the best job of a sweep that trained."""
+    best = tracking.best_row(rows)
+    if best is None or str(config.do) != "train" or not config.trainer.keep_checkpoints:
+        return ""
+    steps = 2 * config.trainer.max_steps
+    where = [] if config.output_dir == OUTPUTS else [override("output_dir", config.output_dir)]
+    start = " ".join([command(), f"resume={best.run_id[:12]}", *where])
+    commands = {f"{start} do=sample": "text from the best", f"{start} trainer.max_steps={steps}": "train it further"}
+    return "\n".join(["\nnext:", *(f"  {line}  # {what}" for line, what in commands.items())])
+
+
 def _redact_file(path: Path) -> None:
     """Hide what is secret in a YAML file."""
     if path.exists():
@@ -140,8 +155,8 @@ def _redact_file(path: Path) -> None:
         path.write_text(OmegaConf.to_yaml(OmegaConf.create(redact_tree(tree))), encoding="utf-8")
 
 
-def _parsed(override: str) -> Override:
-    return OverridesParser.create().parse_override(override)
+def _parsed(word: str) -> Override:
+    return OverridesParser.create().parse_override(word)
 
 
 def _recorded(overrides: Sequence[str]) -> bool:

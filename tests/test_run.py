@@ -280,7 +280,8 @@ class TestSweep:
     def test_a_failed_job_takes_no_other_down_and_the_exit_code_says_so(self, swept):
         _, done = swept
         assert done.returncode == 1
-        assert "2 of the sweep's jobs failed" in done.stdout
+        assert "\n2 of 4 jobs failed; MLflow run " in done.stdout
+        assert re.search(r"\nnext:\n  .* resume=[0-9a-f]{12} do=sample ", done.stdout)
         table = [
             line for line in done.stdout.splitlines() if "lr=" in line and ("FINISHED" in line or "FAILED" in line)
         ]

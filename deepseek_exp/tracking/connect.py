@@ -21,6 +21,8 @@ from deepseek_exp.tracking.rundir import lock
 from deepseek_exp.tracking.uri import absolute_uri, sqlite_path
 
 TAG_CHARACTERS = 8000
+# The UI then opens the experiment with its training runs instead of with traces of language model calls.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 # MLflow's own retries take minutes; the sender has its own, and the start of a run must fail within seconds.
 _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -140,7 +142,8 @@ def _experiment(client: MlflowClient, cfg: TrackingConfig, artifact_dir: Path) -
     if found is None:
         location = None if cfg.uri.startswith(("http://", "https://")) else artifact_dir.resolve().as_uri()
         try:
-            return str(client.create_experiment(cfg.experiment, artifact_location=location))
+            created = client.create_experiment(cfg.experiment, artifact_location=location, tags=_EXPERIMENT_TAGS)
+            return str(created)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

@@ -42,6 +42,7 @@ METRICS: dict[str, Metric] = {
     "parallel/bubble_fraction": Metric(
         "0..1", "(p - 1) / (m + p - 1) of p stages and m micro batches: the time that a stage waits for others"
     ),
+    "data/tokens": Metric("tokens", "training tokens consumed so far"),
     "optim/lr": Metric("1", "learning rate of the step"),
     "optim/grad_norm": Metric("1", "global gradient norm before clipping"),
     "optim/skipped_steps": Metric("steps", "steps so far that were left out, their gradient being infinite or NaN"),

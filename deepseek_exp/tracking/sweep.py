@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,26 +24,53 @@ if TYPE_CHECKING:
 
 _BEST = "sweep/best_val_loss"
 _HEADINGS = {
+    "job": "job",
+    "run_id": "run",
     "name": "name",
     "overrides": "overrides",
     "status": "status",
     "val_loss": "val/loss",
-    "val_bits_per_byte": "val/bits_per_byte",
-    "tokens_per_second": "perf/tokens_per_second",
+    "val_bits_per_byte": "bits/byte",
+    "n_params": "parameters",
+    "flops_per_token": "FLOPs/token",
+    "tokens": "tokens seen",
+    "tokens_per_second": "tokens/s",
     "minutes": "minutes",
     "error": "error",
 }
+_RUN_ID_CHARACTERS = 12
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One job of a sweep: its last validation, speed, duration and, if it failed, the first line of its error."""
+    """One job of a sweep.
 
+    Attributes:
+        job: its number in the sweep, which is the name of its folder.
+        run_id: its MLflow run.
+        name: name of the run.
+        overrides: words of its command line.
+        status: of the run.
+        val_loss: last validation loss, nats per token.
+        val_bits_per_byte: the same in bits per byte.
+        n_params: parameters of the model.
+        flops_per_token: FLOPs of training on one token.
+        tokens: training tokens seen.
+        tokens_per_second: speed at the end.
+        minutes: duration.
+        error: first line of the error; empty if there was none.
+    """
+
+    job: str
+    run_id: str
     name: str
     overrides: str
     status: str
     val_loss: float | None
     val_bits_per_byte: float | None
+    n_params: int | None
+    flops_per_token: float | None
+    tokens: int | None
     tokens_per_second: float | None
     minutes: float | None
     error: str
@@ -95,7 +123,7 @@ def sweep_table(cfg: TrackingConfig, parent_run_id: str) -> list[SweepRow]:
 
 
 def finish_sweep(cfg: TrackingConfig, parent_run_id: str, rows: list[SweepRow], failed: bool) -> None:
-    """Store the table as summary.md and summary.csv, the lowest val/loss as a metric, and the status of the sweep.
+    """Store the table as summary.md and summary.csv, the best run as metric and tags, and the status of the sweep.
 
     Args:
         cfg: the store.
@@ -116,17 +144,75 @@ def finish_sweep(cfg: TrackingConfig, parent_run_id: str, rows: list[SweepRow], 
         if rows and _has_loss(rows[0]):
             client.log_metric(parent_run_id, _BEST, rows[0].val_loss)
             client.set_tag(parent_run_id, "sweep.best", rows[0].name)
+            client.set_tag(parent_run_id, "sweep.best_run_id", rows[0].run_id)
         client.set_tag(parent_run_id, "mlflow.note.content", cut(_markdown(rows), TAG_CHARACTERS))
         client.set_terminated(parent_run_id, "FAILED" if failed else "FINISHED")
 
 
+def best_row(rows: list[SweepRow]) -> SweepRow | None:
+    """Return the row with the lowest val/loss; None if no row has one."""
+    return min(filter(_has_loss, rows), key=lambda row: row.val_loss or 0.0, default=None)
+
+
 def render_table(rows: list[SweepRow]) -> str:
-    """Render the table as text: aligned columns, the lowest val/loss first and marked with `*`."""
+    """Render the table as text: aligned columns, the lowest val/loss first and marked with `*`.
+
+    If the sweep has several seeds, a second table has mean and standard deviation over them.
+    """
     rows = _without_common(_sorted(rows))
-    lines = [["", *_HEADINGS.values()]]
-    lines += [["*" if row is rows[0] and _has_loss(row) else "", *_cells(row)] for row in rows]
+    columns = _shown_columns(rows)
+    lines = [["", *(_HEADINGS[column] for column in columns)]]
+    lines += [["*" if row is rows[0] and _has_loss(row) else "", *_cells(row, columns)] for row in rows]
+    parts = [_aligned(lines)]
+    if rows and _has_loss(rows[0]):
+        parts.append("* lowest val/loss")
+    seeds = seed_table(rows)
+    if seeds:
+        parts += ["", _aligned(seeds)]
+    return "\n".join(parts)
+
+
+def seed_table(rows: list[SweepRow]) -> list[list[str]]:
+    """Return mean and standard deviation over the seeds of each configuration, as lines of cells.
+
+    The standard deviation is that of a sample, with n - 1. Empty if no configuration has several seeds.
+    """
+    groups: dict[str, list[SweepRow]] = {}
+    for row in filter(_has_loss, rows):
+        words = row.overrides.split(" ")
+        others = " ".join(word for word in words if not word.startswith("seed="))
+        if len(others.split()) < len(row.overrides.split()):
+            groups.setdefault(others, []).append(row)
+    if all(len(group) < 2 for group in groups.values()):
+        return []
+    lines = [["over seeds", "n", "val/loss", "+-", "bits/byte", "+-"]]
+    for others, group in sorted(groups.items(), key=lambda item: statistics.mean(_losses(item[1]))):
+        bits = [row.val_bits_per_byte for row in group if row.val_bits_per_byte is not None]
+        cells = [*_mean_and_spread(_losses(group)), *_mean_and_spread(bits)]
+        lines.append([others or "all", str(len(group)), *map(_text, cells)])
+    return lines
+
+
+def _losses(rows: list[SweepRow]) -> list[float]:
+    return [row.val_loss for row in rows if row.val_loss is not None]
+
+
+def _mean_and_spread(values: list[float]) -> tuple[float | None, float | None]:
+    mean = statistics.mean(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 else None
+
+
+def _aligned(lines: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _shown_columns(rows: list[SweepRow]) -> list[str]:
+    """Choose the columns of the text: the name repeats the overrides, so it is shown only if these say nothing."""
+    hidden = {"name"} if all(row.overrides for row in rows) else {"overrides"} if rows else set()
+    if not any(row.error for row in rows):
+        hidden.add("error")
+    return [column for column in _HEADINGS if column not in hidden]
 
 
 def _parent(cfg: TrackingConfig, parent_run_id: str) -> tuple[MlflowClient, Run]:
@@ -137,14 +223,20 @@ def _parent(cfg: TrackingConfig, parent_run_id: str) -> tuple[MlflowClient, Run]
 
 
 def _row(run: Run) -> SweepRow:
-    metrics, tags, info = run.data.metrics, run.data.tags, run.info
+    metrics, params, tags, info = run.data.metrics, run.data.params, run.data.tags, run.info
     error_lines = tags.get("error", "").strip().splitlines()
+    tokens = metrics.get("data/tokens")
     return SweepRow(
+        job=Path(tags["run_dir"]).name if "run_dir" in tags else "",
+        run_id=info.run_id,
         name=info.run_name,
         overrides=tags.get("overrides", ""),
         status=info.status,
         val_loss=metrics.get("val/loss"),
         val_bits_per_byte=metrics.get("val/bits_per_byte"),
+        n_params=int(params["n_params"]) if "n_params" in params else None,
+        flops_per_token=metrics.get("perf/flops_per_token"),
+        tokens=None if tokens is None else int(tokens),
         tokens_per_second=metrics.get("perf/tokens_per_second"),
         minutes=(info.end_time - info.start_time) / 60_000 if info.end_time else None,
         error=error_lines[0] if error_lines else "",
@@ -168,13 +260,16 @@ def _sorted(rows: list[SweepRow]) -> list[SweepRow]:
     return sorted(rows, key=lambda row: (not _has_loss(row), row.val_loss if _has_loss(row) else 0.0, row.name))
 
 
-def _cells(row: SweepRow) -> list[str]:
-    return [_text(value) for value in asdict(row).values()]
+def _cells(row: SweepRow, columns: Iterable[str] = _HEADINGS) -> list[str]:
+    short = replace(row, run_id=row.run_id[:_RUN_ID_CHARACTERS])
+    return [_text(getattr(short, column)) for column in columns]
 
 
 def _text(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
@@ -182,12 +277,17 @@ def _markdown(rows: list[SweepRow]) -> str:
     rows = _without_common(rows)
     table = [list(_HEADINGS.values()), ["---"] * len(_HEADINGS)]
     table += [[cell.replace("|", "\\|") for cell in _cells(row)] for row in rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in table)
+    text = "".join("| " + " | ".join(line) + " |\n" for line in table)
+    seeds = seed_table(rows)
+    if seeds:
+        lines = [seeds[0], ["---"] * len(seeds[0]), *seeds[1:]]
+        text += "\n" + "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return text
 
 
 def _csv(rows: list[SweepRow]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_HEADINGS.values())
+    writer.writerow(_HEADINGS)
     writer.writerows(asdict(row).values() for row in rows)
     return text.getvalue()

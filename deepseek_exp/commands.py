@@ -18,12 +18,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deepseek_exp.config import ROOT
 from deepseek_exp.redact import redact
-from deepseek_exp.tracking.uri import absolute_uri
+from deepseek_exp.tracking.rundir import Progress
+from deepseek_exp.tracking.uri import absolute_uri, runs_page
 
 if TYPE_CHECKING:
     from deepseek_exp.job import Job
 
 OUTPUTS = "outputs"
+# where `mlflow ui` and `make ui` serve
+UI_SERVER = "http://127.0.0.1:5000"
 # what `make ui` shows
 DEFAULT_STORE = f"sqlite:///{ROOT / OUTPUTS / 'mlflow.db'}"
 
@@ -35,7 +38,8 @@ def command() -> str:
 
 def next_commands(job: Job, run_id: str) -> Iterator[tuple[str, str]]:
     """List what can be done after a training, as pairs of a command and what it is for."""
-    yield ui_command(job.cfg.tracking.uri), "look at it and compare runs in the MLflow UI"
+    experiment_id = Progress.load(job.run_dir).experiment_id
+    yield ui_command(job.cfg.tracking.uri, experiment_id), _where_runs_are(job.cfg.tracking.uri, experiment_id)
     if not job.cfg.trainer.keep_checkpoints:
         return
     start, resume = command(), resume_words(job, run_id)
@@ -47,13 +51,21 @@ def next_commands(job: Job, run_id: str) -> Iterator[tuple[str, str]]:
         yield f"{start} -m {words([*searchpath(), *own, 'optim.lr=1e-3,3e-4'])}", "a sweep"
 
 
-def ui_command(uri: str) -> str:
+def ui_command(uri: str, experiment_id: str | None = None) -> str:
     """Return the command that shows a store's runs in a browser, or the address of a server that does."""
     if uri.startswith(("http://", "https://")):
-        return redact(uri)
+        return redact(uri if experiment_id is None else runs_page(uri, experiment_id))
     if absolute_uri(uri) == DEFAULT_STORE and Path.cwd() == ROOT and shutil.which("make") is not None:
         return "make ui"
     return f"{_python()} -m mlflow ui --workers 1 --backend-store-uri {shlex.quote(redact(uri))}"
+
+
+def _where_runs_are(uri: str, experiment_id: str | None) -> str:
+    """Say what the command of `ui_command` is for, and where a server that it starts shows the runs."""
+    what = "look at it and compare runs in the MLflow UI"
+    if experiment_id is None or uri.startswith(("http://", "https://")):
+        return what
+    return f"{what}: {runs_page(UI_SERVER, experiment_id)}"
 
 
 def resume_words(job: Job, run_id: str) -> str:

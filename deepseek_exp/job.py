@@ -28,6 +28,11 @@ from deepseek_exp.tracking.rundir import Spec
 JOB_FILE = "job.json"
 # the sections whose overrides are worth a place in the run's name
 NAMED = ("model", "data", "optim")
+# and further overrides that make one run another
+NAMED_KEYS = (
+    *("seed", "optim", "recipes", "parallel", "kernels", "trainer"),
+    *("trainer.max_steps", "trainer.global_batch_seqs", "trainer.precision"),
+)
 # in each checkpoint: the overrides and the size that its configuration was composed from
 COMMAND_FILE = "command.json"
 # parameters that a resume may change within one MLflow run: where things lie, and what is done after the training
@@ -330,16 +335,19 @@ def _check_steps_left(cfg: ExperimentConfig, checkpoint: Path) -> None:
 def _name(
     cfg: ExperimentConfig, overrides: Sequence[str], size: str, checkpoint: Path | None, swept: list[str] | None
 ) -> str:
-    """Name a run by its version, size and data, then by what its command line set; in a sweep, by what is swept."""
+    """Name a run by its version, size and data, then by what its command line set; in a sweep, by what is swept.
+
+    Of a path only the last part is named: lists of runs show the beginning of a name.
+    """
     if checkpoint is not None and cfg.do is not Do.train:
         return f"{cfg.do.value} {cfg.model.version} {checkpoint.resolve().parents[1].name} {checkpoint.name}"
     own = []
     for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
-        of_interest = key in ("seed", "optim", "recipes") or ("." in key and key.split(".")[0] in NAMED)
+        key, _, value = redact(override).lstrip("+").partition("=")
+        of_interest = key in NAMED_KEYS or ("." in key and key.split(".")[0] in NAMED)
         of_interest = of_interest and not key.startswith("data.mixture.")  # paths, several of them
-        if key in swept if swept is not None else of_interest:
-            own.append(f"{key.rsplit('.', 1)[-1]}={value}")
+        if key not in ("model", "size") and (key in swept if swept is not None else of_interest):
+            own.append(f"{key.rsplit('.', 1)[-1]}={value.rstrip('/').rsplit('/', 1)[-1]}")
     if cfg.init_from is not None:
         size = Path(cfg.init_from).resolve().name
     verb = ["verify"] if cfg.do is Do.verify else []

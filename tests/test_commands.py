@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from deepseek_exp import commands, compose
+from deepseek_exp.tracking.rundir import Progress
 from tests import forks, runs
 from tests.test_config import composed
 
@@ -65,10 +66,22 @@ class TestUi:
         assert commands.ui_command("http://alice:s3cr3t@host:5000") == "http://alice:***@host:5000"
         assert "s3cr3t" not in commands.ui_command("postgresql://alice:s3cr3t@host/db")
 
+    def test_it_opens_the_experiment_at_its_training_runs(self, tmp_path):
+        Progress(experiment_id="7").save(tmp_path)
+        page = "/#/experiments/7/runs?workflowType=machine_learning"
+        found = job("tracking.uri=http://u:pw@h:80", checkpoint=Path("step-1"))
+        found.run_dir = tmp_path
+        assert next(commands.next_commands(found, "f" * 32))[0] == f"http://u:***@h:80{page}"
+        found.cfg.tracking.uri = "sqlite:///m.db"
+        assert next(commands.next_commands(found, "f" * 32))[1].endswith(f": http://127.0.0.1:5000{page}")
+
 
 def job(*overrides, checkpoint=None):
     cfg = composed(*(o for o in overrides if not o.startswith("hydra.")))
-    return SimpleNamespace(cfg=cfg, overrides=overrides, checkpoint=checkpoint)
+    history = overrides if checkpoint is None else None
+    return SimpleNamespace(
+        cfg=cfg, overrides=overrides, checkpoint=checkpoint, history=history, run_dir=Path("nowhere")
+    )
 
 
 def test_a_sweep_repeats_the_experiment(tmp_path):

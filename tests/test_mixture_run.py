@@ -33,7 +33,7 @@ def copy_of_finished(finished, tmp_path):
 def test_says_and_records_each_part(finished):
     folder, done = finished
     run, client = all_runs(folder)[0], store(folder)
-    assert "run       v1_dense tiny mixture warmup_steps=3, MLflow" in done.stdout
+    assert "run       v1_dense tiny mixture max_steps=12 global_batch_seqs=8 warmup_steps=3, MLflow" in done.stdout
     assert "data      mixture of sums 75.0%, words 25.0%, " in done.stdout
     losses = [run.data.metrics[f"val/loss/{name}"] for name in ("sums", "words")]
     assert f"\n            loss by part: sums {losses[0]:.3f}, words {losses[1]:.3f}\n" in done.stdout

@@ -56,7 +56,8 @@ class TestTrain:
         folder, done = finished
         run_id = all_runs(folder)[0].info.run_id
         for words in (
-            f"run       v1_dense tiny synthetic warmup_steps=3, MLflow run {run_id[:12]} in sqlite:///outputs/mlflow.db",
+            "run       v1_dense tiny synthetic max_steps=12 global_batch_seqs=8 warmup_steps=3, MLflow run ",
+            f", MLflow run {run_id[:12]} in sqlite:///outputs/mlflow.db",
             "model     v1_dense, 125,256 parameters: 2 layers, d_model 64, window 16 + 4 global tokens",
             "training  12 steps x 8 sequences x 64 tokens = 6,144 tokens",
             "device    cpu, 1 threads" if not torch.cuda.is_available() else "device    cuda",
@@ -66,6 +67,7 @@ class TestTrain:
             f"do=sample resume={run_id[:12]}",
             f"resume={run_id[:12]} trainer.max_steps=24",
             "-m mlflow ui --workers 1 --backend-store-uri sqlite:///outputs/mlflow.db",
+            "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning",
             " -m ",
         ):
             assert words in done.stdout
@@ -120,6 +122,12 @@ class TestTracking:
     def test_the_position_counts_sequences(self, finished):
         (run_dir,) = runs.run_dirs(finished[0])
         assert runs.trace(run_dir, "data/position")[12] == 12 * 8
+        assert runs.trace(run_dir, "data/tokens")[12] == 12 * 8 * 64
+
+    def test_the_size_of_the_model_and_the_cost_of_a_token_are_recorded(self, finished):
+        (run,) = all_runs(finished[0])
+        assert (run.data.params["n_params"], run.data.params["n_active_params"]) == ("125256", "125256")
+        assert set(runs.trace(runs.run_dirs(finished[0])[0], "perf/flops_per_token")) == {0}
 
 
 class TestUseOfACheckpoint:

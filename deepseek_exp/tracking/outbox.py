@@ -183,6 +183,7 @@ def open_run(
     """
     client, experiment_id = connect(spec.tracking, Path(spec.artifact_dir), on_repair)
     with store_errors(spec.tracking.uri):
+        progress.experiment_id = experiment_id
         if not (progress.run_id or spec.run_id):
             tags = {**_source_tags(spec), **git_tags}
             progress.run_id = create_run(client, experiment_id, spec.name, tags, spec.start_ms)

@@ -82,6 +82,7 @@ class Progress:
     closed: bool = False
     trouble: str | None = None
     refused: list[str] = field(default_factory=list)
+    experiment_id: str | None = None
 
     def save(self, run_dir: Path) -> None:
         """Write it into the run's folder."""

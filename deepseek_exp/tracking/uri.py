@@ -33,6 +33,11 @@ def with_path(uri: str, path: Path) -> str:
     return f"{match['scheme']}{text}{match['options'] or ''}"
 
 
+def runs_page(server: str, experiment_id: str) -> str:
+    """Return the address of an experiment's training runs in MLflow's UI, which else opens with traces."""
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+
+
 @functools.cache
 def _decodes() -> bool:
     """Return whether SQLAlchemy reads %20 in a path as a blank: it does from version 2.1 on."""

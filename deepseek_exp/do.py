@@ -340,7 +340,7 @@ def _sizes(cfg: ExperimentConfig) -> dict[str, int]:
 
 def _end(tracked: TrackedRun, status: Any, error: str | None) -> None:
     delivery = tracked.finish(status, error)
-    if not delivery.arrived:
+    if delivery.message:
         say(delivery.message)
 
 

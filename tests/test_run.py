@@ -282,6 +282,7 @@ class TestFailure:
         done = forks.run(tmp_path, *runs.QUICK, "tracking.uri=http://127.0.0.1:9")
         assert done.returncode == 1
         assert done.stderr.strip().splitlines()[-1].startswith("tracking.uri='http://127.0.0.1:9' does not answer")
+        assert "have not reached" not in done.stdout  # there was nothing to send
 
 
 class TestSweep:

@@ -281,6 +281,8 @@ class TrackedRun(RunLog):
         parts = []
         if not sent:
             values, artifacts = _count_from(self.run_dir / JOURNAL, progress)
+            if progress.run_id is None and not values and not artifacts:
+                return Delivery(False, None, "")  # the store did not open, which `wait_ready` said, and nothing is lost
             parts.append(
                 f"{values} metric values and {artifacts} artifacts have not reached "
                 f"{redact(self._spec.tracking.uri)} ({progress.trouble or 'no time left'}). "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -117,6 +119,27 @@ def test_a_broken_artifact_store_holds_up_no_metric(store: TrackingConfig, tmp_p
     run = get_run(offline.run_id)
     assert run.data.metrics == {"a": 1.0} and run.info.status == "FINISHED"
     assert offline.progress.trouble and offline.progress.artifacts_offset == 0
+
+
+def test_a_store_on_a_full_disk_gets_all_once_there_is_room(
+    offline: OfflineRun, store: TrackingConfig, client: MlflowClient
+) -> None:
+    writer = _writer(offline)
+    size = Path(store.uri.removeprefix("sqlite:///")).stat().st_size
+    for step in range(20):
+        writer.metrics({f"m{i}": float(step) for i in range(100)}, step)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        assert not offline.carrier.attempt(closing=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert re.search("disk", str(offline.progress.trouble)) and offline.progress.values_offset == 0
+    assert offline.carrier.attempt(closing=False) and offline.progress.trouble is None
+    assert history(client, offline.run_id, "m99") == [(step, float(step)) for step in range(20)]
+    assert offline.progress.refused == []
 
 
 def test_long_values_are_cut_with_a_note(store: TrackingConfig, tmp_path: Path, get_run: GetRun) -> None:

@@ -38,6 +38,7 @@ from deepseek_exp.config import ROOT, Do, ExperimentConfig
 from deepseek_exp.errors import ConfigError, Problem, UserError
 from deepseek_exp.explain import file_words, meant, override_words, parse_one, unparsed
 from deepseek_exp.huggingface.files import CONFIG, TOKENIZER
+from deepseek_exp.model_rules import unread_problems
 from deepseek_exp.saved_config import literal
 from deepseek_exp.schema import SECTION_OF, is_enum, is_mapping, schema_keys
 from deepseek_exp.value_rules import text_problems
@@ -99,14 +100,21 @@ def _job_problems(overrides: Sequence[str]) -> list[Problem]:
     good, found = _usable(overrides)
     cfg, more = _compose_all(good)
     found += more
-    if _structure_problems(cfg):
-        return found + _structure_problems(cfg)
+    flaws = _structure_problems(cfg)
+    if flaws:
+        return found + flaws
+    exp = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg))
+    flaws = [p for p in text_problems(exp) if p.key == "init_from"]
+    if flaws:
+        return found + flaws
     release = cfg.get("init_from") is not None and is_release(cfg.init_from)
     if release:
         cfg, more = start_from(cfg, overrides)
         found += more
     # what is of a checkpoint is checked once the checkpoint's own configuration is known
     of_a_run = takes_checkpoint(cfg) or (cfg.get("init_from") is not None and not release)
+    if not of_a_run:
+        found += unread_problems(exp, {_path(o) for o in good})
     return found + _check(cfg, found, rules=not of_a_run)
 
 

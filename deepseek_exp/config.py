@@ -555,6 +555,11 @@ def at_most(limit: int, count: int, per: int) -> int:
     return max(1, min(limit, count // per))
 
 
+def warmup(limit: int, max_steps: int) -> int:
+    """Derive the steps of warm-up: `limit`, of a run so short that this would be more than half of it a tenth."""
+    return limit if max_steps >= 2 * limit else max_steps // 10
+
+
 def register() -> None:
     """Make the schema and the resolvers known to Hydra; may be called again."""
     ConfigStore.instance().store(name="schema", node=ExperimentConfig)
@@ -562,4 +567,5 @@ def register() -> None:
     OmegaConf.register_new_resolver("share", share, replace=True)
     OmegaConf.register_new_resolver("at_most", at_most, replace=True)
     OmegaConf.register_new_resolver("pid", os.getpid, replace=True)
+    OmegaConf.register_new_resolver("warmup", warmup, replace=True)
     OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)

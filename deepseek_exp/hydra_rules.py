@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deepseek_exp.config import ROOT
 from deepseek_exp.errors import Problem
+from deepseek_exp.value_rules import is_folder
 
 # groups and keys of Hydra that a command line may set; the first two choose what runs the jobs of a sweep
 GROUPS = ("hydra/launcher", "hydra/sweeper")
@@ -58,7 +59,7 @@ def flag_problems(args: argparse.Namespace) -> Iterator[Problem]:
             rule = "cannot be used: conf/config.yaml is where every experiment starts"
             fix = "put options of your own below a folder, and name it with --config-dir"
             yield Problem(f"--{name.replace('_', '-')}", value, rule, fix)
-    if args.config_dir is not None and not Path(args.config_dir).is_dir():
+    if args.config_dir is not None and not is_folder(args.config_dir):
         rule = f"is no folder (looked in {Path.cwd()})"
         yield Problem("--config-dir", args.config_dir, rule, "name the folder that holds cluster/, model/ and so on")
     modes = ("run", "multirun", "cfg", "info", "shell_completion")
@@ -143,7 +144,7 @@ def _searchpath_problem(value: Any) -> Problem | None:
         scheme, _, path = folder.rpartition("://")
         if scheme not in ("", "file"):
             return Problem(key, folder, "is not a folder of files", fix)
-        if not Path(path).is_dir():
+        if not is_folder(path):
             return Problem(key, folder, f"is no folder (looked in {Path.cwd()})", fix)
     return None
 

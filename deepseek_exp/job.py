@@ -355,5 +355,9 @@ def _name(
 
 
 def _folder_name(name: str) -> str:
-    """Name a run's folder by the time, the run and the process, so that no two share one."""
-    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{'_'.join(name.split()[:2])}_{os.getpid()}"
+    """Name a run's folder by the time, the run and the process, so that no two share one.
+
+    Only letters, digits and `_ . = + -` of the run's name stay: a slash would make a folder within a folder.
+    """
+    words = re.sub(r"[^\w.=+-]+", "-", "_".join(name.split()[:2]), flags=re.ASCII).strip(".-")[:80]
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{words or 'run'}_{os.getpid()}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from deepseek_exp.config import (
     AttentionKind,
@@ -21,6 +21,27 @@ def model_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     yield from _heads(exp)
     yield from _latent_attention(exp)
     yield from _feed_forward(exp)
+
+
+# numbers of multi-head latent attention alone
+OF_MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+def unread_problems(exp: ExperimentConfig, named: Collection[str]) -> Iterator[Problem]:
+    """Find keys of the model that the command line sets and nothing reads.
+
+    Args:
+        exp: the experiment.
+        named: the keys that the command line names; a model's own file may keep what an override turned off.
+    """
+    m = exp.model
+    off = {f"model.{name}": getattr(m, name) for name in OF_MLA if m.attention is AttentionKind.gqa}
+    why = dict.fromkeys(off, "model.attention='gqa'")
+    if not m.moe.n_routed_experts:
+        off["model.moe.top_k"], why["model.moe.top_k"] = m.moe.top_k, "model.moe.n_routed_experts=0"
+    for path, value in off.items():
+        if path in named and value:
+            yield Problem(path, value, f"does nothing while {why[path]}", f"leave {path} out")
 
 
 def _heads(exp: ExperimentConfig) -> Iterator[Problem]:

@@ -35,10 +35,11 @@ from deepseek_exp.errors import Problem
 from deepseek_exp.layout import IN_ONE_PROCESS, degrees, layout_problems, too_many
 from deepseek_exp.model_rules import model_problems
 from deepseek_exp.topology import divisors
-from deepseek_exp.value_rules import path_problems, text_problems, tracking_problems
+from deepseek_exp.value_rules import is_file, is_folder, path_problems, text_problems, tracking_problems
 
 # arguments of torch.optim.AdamW that choose how it computes, not what
 HOW = ("fused", "foreach")
+LOWEST_TEMPERATURE = 1e-6
 # the first GPUs with fp8 products, and those with PyTorch's grouped ones
 FP8_CAPABILITY, GROUPED_CAPABILITY = (8, 9), (9, 0)
 # the CUDA driver's numbers of COMPUTE_CAPABILITY_MAJOR and _MINOR
@@ -87,6 +88,28 @@ def _sample(exp: ExperimentConfig) -> Iterator[Problem]:
     if domain is not None and domain not in names:
         rule = f"is not one of model.moe.domains={names}"
         yield Problem("sample.domain", domain, rule, f"use one of {', '.join(names)}" if names else "leave it out")
+
+
+def _temperature(exp: ExperimentConfig) -> Iterator[Problem]:
+    t = exp.sample.temperature
+    if 0 < t < LOWEST_TEMPERATURE:  # the logits divided by it are beyond what float32 holds
+        rule = f"must be 0 or at least {LOWEST_TEMPERATURE:g}"
+        yield Problem("sample.temperature", t, rule, "use 0 for the most likely token")
+
+
+def _export(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find a folder that an export cannot make."""
+    if exp.do is not Do.export or exp.export.path is None or not exp.export.path.strip():
+        return
+    path = Path(exp.export.path)
+    if path.name in ("", ".."):
+        rule = "is no name of a folder that is still to be made"
+        yield Problem("export.path", exp.export.path, rule, "name a new folder, as in export.path=my_model")
+        return
+    above = next((p for p in path.absolute().parents if os.path.lexists(p)), Path("/"))
+    if not is_folder(above):
+        rule, fix = f"lies below {above}, which is no folder", "name a new folder below an existing one"
+        yield Problem("export.path", exp.export.path, rule, fix)
 
 
 def _lengths(exp: ExperimentConfig) -> Iterator[Problem]:
@@ -146,7 +169,7 @@ def _data(exp: ExperimentConfig) -> Iterator[Problem]:
             yield Problem(f"data.{name}", value, rule, fix)
         elif value is not None:
             yield from _exists(f"data.{name}", value)
-    if d.tokenizer is not None and not expand(d.tokenizer).is_file():
+    if d.tokenizer is not None and not is_file(expand(d.tokenizer)):
         fix = "name a tokenizer.json, or set data.tokenizer=null to train one"
         yield Problem("data.tokenizer", d.tokenizer, f"is no file (looked in {Path.cwd()})", fix)
     if d.source is Source.synthetic and d.max_bytes is None:
@@ -393,6 +416,8 @@ def _n_gpus() -> int:
 RULES = (
     model_problems,
     _sample,
+    _temperature,
+    _export,
     _lengths,
     _vocabulary,
     _batches,

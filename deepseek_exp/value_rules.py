@@ -52,6 +52,22 @@ def _texts(section: Any, prefix: str) -> Iterator[tuple[str, bool, str]]:
             yield prefix + field.name, "None" in str(field.type), value
 
 
+def is_file(path: str | Path) -> bool:
+    """Say whether a path is a file; one that cannot be looked at is none."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Say whether a path is a folder; one that cannot be looked at is none."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def path_problems(key: str, path: str) -> Iterator[Problem]:
     """Find what keeps a text from being a path."""
     longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
@@ -119,10 +135,10 @@ def _sqlite(uri: str) -> Iterator[Problem]:
         yield Problem("tracking.uri", uri, "names no file", fix)
     elif len(os.fsencode(name)) > LONGEST_PATH or any(len(os.fsencode(p)) > LONGEST_NAME for p in Path(name).parts):
         yield from path_problems("tracking.uri", name)
-    elif Path(name).is_dir():
+    elif is_folder(name):
         yield Problem("tracking.uri", uri, "is a folder and not a file", fix)
     else:
         there = next((p for p in Path(name).absolute().parents if os.path.lexists(p)), Path("/"))
-        if not there.is_dir():
-            rule = f"lies below {there}, which is a file" if there.is_file() else f"lies below {there}, no folder"
+        if not is_folder(there):
+            rule = f"lies below {there}, which is no folder that can be used"
             yield Problem("tracking.uri", uri, rule, "name a file in a folder")

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from deepseek_exp import compose, config, validate
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.errors import ConfigError
+from deepseek_exp.job import _folder_name
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.layout import degrees
 from deepseek_exp.models import Transformer
@@ -236,3 +237,38 @@ class TestMergeSaved:
     )
     def test_what_each_verb_may_change(self, before, now, keys):
         assert [p.key for p in validate.resume_problems(composed(*before), composed(*now))] == keys
+
+
+@pytest.mark.parametrize(("max_steps", "warmup_steps"), [(500, 50), (100, 50), (99, 9), (20, 2), (1, 0)])
+def test_warm_up_shrinks_with_a_short_run(max_steps, warmup_steps):
+    for optim in ("adamw", "adamw_scaled", "adafactor"):
+        assert composed(f"optim={optim}", f"trainer.max_steps={max_steps}").optim.warmup_steps == warmup_steps
+
+
+def test_a_named_warm_up_stays():
+    assert composed("trainer.max_steps=20", "optim.warmup_steps=19").optim.warmup_steps == 19
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("team/base line", "team-base_line"),
+        ("../../../x", "x"),
+        ("日本", "run"),
+        ("x" * 300, "x" * 80),
+        ("v1_dense tiny synthetic lr=1e-3", "v1_dense_tiny"),
+        ("a\x1b]0;b", "a-0-b"),
+    ],
+)
+def test_the_folder_of_a_run_has_a_safe_name(name, folder):
+    assert re.fullmatch(rf"[\d_-]{{19}}_{re.escape(folder)}_\d+", _folder_name(name))
+
+
+@pytest.mark.parametrize("path", [".", "..", "/", "README.md/x"])
+def test_an_export_needs_a_folder_that_can_be_made(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exp = composed("do=plan")
+    exp.do, exp.export.path = config.Do.export, path
+    assert [p.key for p in validate.problems(exp)] == ["export.path"]
+    exp.export.path = "new"
+    assert validate.problems(exp) == []

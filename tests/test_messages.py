@@ -282,6 +282,12 @@ MESSAGES = {
     "trainer.n_threads=100000": "trainer.n_threads=100000 must be at most 1,024. Fix: use 1,024 or less.",
     "cluster.memory_bandwidth=1e-320": "cluster.memory_bandwidth=1e-320 must be at least 1. Fix: use 1 or more.",
     "optim.weight_decay=1e308": "optim.weight_decay=1e+308 must be at most 1,000. Fix: use 1,000 or less.",
+    "sample.temperature=1e-320": "sample.temperature=1e-320 must be 0 or at least 1e-06. "
+    "Fix: use 0 for the most likely token.",
+    "model.moe.top_k=2": "model.moe.top_k=2 does nothing while model.moe.n_routed_experts=0. "
+    "Fix: leave model.moe.top_k out.",
+    "model.qk_rope_head_dim=8": "model.qk_rope_head_dim=8 does nothing while model.attention='gqa'. "
+    "Fix: leave model.qk_rope_head_dim out.",
     "optim.lr=inf": "optim.lr=inf is not a finite number. Fix: use a number.",
     "model.memory_len=64 data.order=contiguous": "model.memory_len=64 is more than a query of model.window=64 "
     "sees of it. Fix: set model.memory_len=63 or less.",

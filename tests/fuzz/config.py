@@ -103,7 +103,7 @@ class Hang(BaseException):
 
 def command_line(rng: random.Random) -> list[str]:
     """Return a random command line."""
-    words = [word for _ in range(rng.choice([1, 1, 2, 2, 3, 4])) for word in rng.choice(KINDS)(rng)]
+    words = [word for _ in range(rng.choice([1, 1, 1, 2, 2, 3])) for word in rng.choice(KINDS)(rng)]
     if rng.random() < 0.3:
         words.insert(0, "do=plan")
     if rng.random() < 0.3:

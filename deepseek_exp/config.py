@@ -290,9 +290,13 @@ class DataConfig:
         "source=mixture: name -> path, valid_path (left out: null) and weight (left out: 1), as in "
         "+data.mixture.law.path=texts/law +data.mixture.law.weight=2"
     )
-    valid_fraction: float = key("share of the text held out for validation when valid_path is null", gt=0, le=0.99)
+    valid_fraction: float = key(
+        "share of the text held out for validation when valid_path is null: one document at least, or the ends of few",
+        gt=0,
+        le=0.99,
+    )
     text_key: str = key("field of a .jsonl row or column of a .parquet file that holds the text")
-    on_bad_line: OnBadLine = key("a row that cannot be read: stop, or skip and count it")
+    on_bad_line: OnBadLine = key("a row, or a folder of path, that cannot be read: stop, or skip and count it")
     max_bytes: int | None = key(
         "read (source=synthetic: generate) at most this much text, source=mixture: of each part; bytes; null: all",
         ge=1,
@@ -472,7 +476,10 @@ class TrackingConfig:
 class SampleConfig:
     """Text generation."""
 
-    prompt: str = key("text to continue")
+    prompt: str | None = key(
+        "text to continue; null: at the end of a training the first words of its validation text, in do=sample none "
+        "(a new document)"
+    )
     max_new_tokens: int = key("tokens to generate at most", ge=1, le=10**8)
     temperature: float = key("softmax temperature; 0: always the most likely token", ge=0, le=1e6)
     top_p: float = key("draw from the smallest set of tokens with this probability", gt=0, le=1)

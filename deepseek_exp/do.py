@@ -139,7 +139,8 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
     trainer.fit(parts.lit, datamodule=parts.datamodule, ckpt_path=job.checkpoint)
     text = None
     if job.n_ranks == 1:  # no rank of several has the whole model
-        text = _sample_text(job.cfg, parts.lit.model.to(parts.device), parts.data.tokenizer)
+        cfg = _prompted(job.cfg, parts.data.first_words())
+        text = _sample_text(cfg, parts.lit.model.to(parts.device), parts.data.tokenizer)
         tracked.log_text(text, "sample.txt")
     say(summary(job, parts, run_id, checkpoints.saved, progress.speed, text, time.monotonic() - started))
     return float(trainer.callback_metrics["val/loss"])
@@ -248,7 +249,8 @@ def sample(job: Job) -> None:
     else:
         tokenizer = Tokenizer.named(job.cfg.data.tokenizer, job.cfg.data.vocab_size)
     asked = any(o.startswith("sample.max_new_tokens=") for o in job.overrides)
-    _check_prompt(job.cfg, len(tokenizer.encode(job.cfg.sample.prompt)), every_token=asked)
+    cfg = _prompted(job.cfg, "")
+    _check_prompt(cfg, len(tokenizer.encode(cfg.sample.prompt)), every_token=asked)
     device = build.pick_device(job.cfg.device)
     build.check_memory(job.cfg, device)
     build.set_up_torch(job.cfg)
@@ -256,7 +258,7 @@ def sample(job: Job) -> None:
     if job.cfg.sample.weight_bits:
         saved = serve.quantize_matrices(model, job.cfg.sample.weight_bits)
         say(f"matrices  of {job.cfg.sample.weight_bits} bits, {saved / 1e6:,.1f} MB less")
-    say(_sample_text(job.cfg, model, tokenizer))
+    say(_sample_text(cfg, model, tokenizer))
 
 
 def export(job: Job) -> None:
@@ -389,6 +391,13 @@ def _check_data(job: Job) -> None:
         if job.cfg.do is Do.eval:
             fix = f"set data.tokenizer={job.checkpoint / 'tokenizer.json'}"
         raise DataError(Problem("data.path" if d.path else "data.source", d.path or d.source.value, rule, fix))
+
+
+def _prompted(cfg: ExperimentConfig, prompt: str) -> ExperimentConfig:
+    """Return the configuration with this prompt, unless it has one."""
+    if cfg.sample.prompt is not None:
+        return cfg
+    return dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, prompt=prompt))
 
 
 def _check_prompt(cfg: ExperimentConfig, n_prompt: int, *, every_token: bool) -> None:

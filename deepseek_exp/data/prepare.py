@@ -28,6 +28,8 @@ from deepseek_exp.data.tokenizer import Tokenizer
 from deepseek_exp.disk import FOLDER, REMEDIES, expand
 from deepseek_exp.errors import DataError, Problem
 
+PROMPT_TOKENS = 64
+
 log = logging.getLogger(__name__)
 
 
@@ -82,6 +84,15 @@ class PreparedData:
     def n_valid_tokens(self) -> int:
         """Tokens to validate on, of all parts."""
         return sum(part.valid.n_tokens for part in self.parts)
+
+    def first_words(self) -> str:
+        """Return the beginning of the first line of validation text, as a prompt; 5 words or 40 characters at most."""
+        ids = self.parts[0].valid.open()[:PROMPT_TOKENS].tolist()
+        if self.tokenizer.end_id in ids:
+            ids = ids[: ids.index(self.tokenizer.end_id)]
+        text = self.tokenizer.decode(ids).strip("\ufffd \t\r\n")  # half a character may be at the end
+        line = text.partition("\n")[0]
+        return " ".join(line.split()[:5])[:40].rstrip()
 
     def digests(self) -> dict[str, str]:
         """Identify the data by its content, whatever its path: name -> sha256.

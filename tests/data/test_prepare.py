@@ -523,3 +523,17 @@ def test_a_hint_for_validation_text_that_is_trained_on(tmp_path, text_cfg, caplo
     prepare(dataclasses.replace(cfg, path=train))
     prepare(dataclasses.replace(cfg, path=f"{cfg.path}/corpus.valid.jsonl"))  # meant, since it is all there is
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\n  To be, or not to be,\nthat is the question", "To be, or not to"),
+        ("short\n\nline", "short"),
+        ("大" * 100, "大" * 40),
+    ],
+)
+def test_the_first_words_of_the_validation_text(tmp_path, text_cfg, text, words) -> None:
+    write_rows(tmp_path / "a.jsonl", ["To be, or not to be, that is the 大大大 question"] * 50)
+    write_rows(tmp_path / "b.jsonl", [text, "another document, long enough"])
+    assert prepare(text_cfg(tmp_path / "a.jsonl", valid_path=str(tmp_path / "b.jsonl"))).first_words() == words

@@ -81,3 +81,14 @@ def test_at_the_end_of_a_training_a_long_prompt_is_shortened(cfg):
     assert text.startswith(long[-8:]) and len(text) > 8
     cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, prompt="x" * 12))
     assert do._sample_text(cfg, model, TOKENIZER).startswith("x" * 12)
+
+
+def test_a_prompt_that_is_not_set(cfg):
+    unset, own = (
+        dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, prompt=prompt)) for prompt in (None, "mine")
+    )
+    assert do._prompted(unset, "first words").sample.prompt == "first words"
+    assert do._prompted(own, "first words") is own
+    model = Transformer(cfg.model, TORCH)
+    init_weights(model, cfg.model, 0)
+    assert do._sample_text(do._prompted(unset, ""), model, TOKENIZER)  # a new document

@@ -73,6 +73,8 @@ class SweepRun(Callback):
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Hide what is secret in the configuration that Hydra has written into the sweep's folder."""
+        if OmegaConf.is_missing(config.hydra.job, "num"):  # a run without a sweep is a job as well
+            return
         self.n_started = config.hydra.job.num + 1
         _redact_file(Path(config.hydra.sweep.dir) / HYDRA_FILE)
 

@@ -62,7 +62,7 @@ def _memory(exp: ExperimentConfig, plan: Plan) -> Iterator[str]:
         parts = [f"{getattr(memory, name) / GB:,.2f}" for name in MEMORY]
         label = f"{first}" if first == last else f"{first}-{last}"
         used = f"{memory.total / usable:.0%}"
-        n_blocks = f"{stage.n_dense + stage.n_moe - stage.n_mtp}{f' + {stage.n_mtp} ahead' if stage.n_mtp else ''}"
+        n_blocks = f"{stage.n_dense + stage.n_moe - stage.n_mtp}{f' + {stage.n_mtp} MTP' if stage.n_mtp else ''}"
         rows.append([label, n_blocks, _count(stage.parameters), *parts, f"{memory.total / GB:,.2f}", used])
     yield from _table(rows)
 
@@ -100,7 +100,7 @@ def _time(exp: ExperimentConfig, plan: Plan) -> Iterator[str]:
     d = plan.layout.degrees
     if d.pp > 1:
         bubble = bubble_fraction(d.pp, plan.layout.n_micro_batches(exp.trainer.global_batch_seqs))
-        yield f"  the pipeline's bubble is (p - 1) / (m + p - 1) = {bubble:.1%} of its time"
+        yield f"  the pipeline's bubble is (p - 1) / (m + p - 1) = {bubble:.1%} of the time of its stages"
     price = f", ${s.price_per_billion_tokens:,.2f} per billion tokens" if s.price_per_billion_tokens else ""
     yield (
         f"MFU {s.mfu:.1%}, scaling efficiency {s.scaling_efficiency:.0%}, {s.tokens_per_second:,.0f} tokens/s, "
@@ -114,7 +114,23 @@ def _best(exp: ExperimentConfig, best: Sequence[Plan]) -> Iterator[str]:
         return
     world = best[0].layout.degrees.world_size
     yield f"the fastest layouts that fit, of {world:,} ranks"
-    rows = [["dp", "tp", "pp", "ep", "zero", "micro", "recompute", "GB", "bubble", "step", "MFU", "tokens/s", "$/1e9"]]
+    rows = [
+        [
+            "dp",
+            "tp",
+            "pp",
+            "ep",
+            "zero",
+            "micro",
+            "recompute",
+            "GB",
+            "bubble",
+            "step",
+            "MFU",
+            "tokens/s",
+            "$ per 1e9 tokens",
+        ]
+    ]
     for plan in best:
         x, s, d = plan.layout, plan.speed, plan.layout.degrees
         bubble = bubble_fraction(d.pp, x.n_micro_batches(exp.trainer.global_batch_seqs))
@@ -150,10 +166,13 @@ def _hint(exp: ExperimentConfig) -> Iterator[str]:
 
 def _assumptions(exp: ExperimentConfig) -> Iterator[str]:
     share = exp.cluster.overlap
-    hidden = f"{share:.0%} of what is sent but for tp's hides behind" if share else "nothing that is sent overlaps with"
-    yield f"predicted, not measured: {hidden} computing, experts are loaded evenly,"
-    yield f"{1 - USABLE:.0%} of the memory is not ours; the rest's sources are in conf/cluster. Not counted: loading"
-    yield "data, logging, validation, checkpoints, clipping, and of norms and loss what the efficiencies do not contain"
+    hidden = (
+        f"{share:.0%} of what is sent, except by tp, overlaps with" if share else "nothing that is sent overlaps with"
+    )
+    yield f"predicted, not measured. Assumed: {hidden} computing; experts get equal numbers of"
+    yield f"tokens; {1 - USABLE:.0%} of the memory is taken by the driver, communication buffers and gaps between tensors."
+    yield "Efficiencies, bandwidths and prices are those of conf/cluster, with sources. Not counted: data loading, logging,"
+    yield "validation, checkpoints, gradient clipping, and norms and loss beyond their share in the efficiencies."
 
 
 RECOMPUTED = {

@@ -104,7 +104,7 @@ class TestReport:
 
     def test_the_overlap_is_told(self):
         assert "nothing that is sent overlaps with computing" in report(experiment())
-        assert "50% of what is sent but for tp's hides behind computing" in report(experiment("cluster.overlap=0.5"))
+        assert "50% of what is sent, except by tp, overlaps with computing" in report(experiment("cluster.overlap=0.5"))
 
 
 def test_the_command_answers_and_leaves_nothing_behind(tmp_path):

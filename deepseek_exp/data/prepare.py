@@ -109,24 +109,19 @@ class PreparedData:
         return found
 
 
-def prepare(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> PreparedData:
+def prepare(cfg: DataConfig) -> PreparedData:
     """Make the tokenizer and the packed tokens of a data section, or find them in `cfg.cache_dir`.
 
     The cache is keyed by the settings, by path, size and time of change of every file, and by the content of a given
     tokenizer, so a second start reads no text. Several processes may call this at once: one builds, the others wait.
     Packed tokens whose digest is not that of their record are packed again.
 
-    Args:
-        cfg: the data section.
-        tokenizer: encodes the text, such as the tokenizer of a checkpoint; none is trained then, and
-            `cfg.tokenizer` is not read.
-
     Raises:
         DataError: there is no such text or tokenizer, it cannot be read or used, the text is too short, or the cache
             cannot be written.
     """
     try:
-        plan, (tokenizer, packed) = _find_or_build(cfg, tokenizer)
+        plan, (tokenizer, packed) = _find_or_build(cfg)
     except OSError as error:  # what is read of the text and of tokenizers is worded where it is read
         raise DataError(_unusable_cache(cfg, error)) from error
     _check_lengths(plan, packed)
@@ -150,12 +145,12 @@ def prepare(cfg: DataConfig, tokenizer: Tokenizer | None = None) -> PreparedData
     return PreparedData(tokenizer, parts, _unigram_bits(weights, packed), skipped, inputs)
 
 
-def _find_or_build(cfg: DataConfig, tokenizer: Tokenizer | None) -> tuple[_Plan, tuple[Tokenizer, list[Shards]]]:
-    plan = _Plan.of(cfg, tokenizer)
-    if tokenizer is not None and cfg.tokenizer is None:  # it may be the one that was trained on this very text
+def _find_or_build(cfg: DataConfig) -> tuple[_Plan, tuple[Tokenizer, list[Shards]]]:
+    plan = _Plan.of(cfg)
+    if plan.given is not None:  # it may be that of a checkpoint, trained on this very text, which is packed already
         trained = plan.keyed(None)
         found = _cached(trained)
-        if found is not None and found[0].digest == tokenizer.digest:
+        if found is not None and found[0].digest == plan.given.digest:
             return trained, found
     found = _cached(plan)
     if found is None:
@@ -192,12 +187,8 @@ class _Plan:
     folders: list[Path]
 
     @classmethod
-    def of(cls, cfg: DataConfig, tokenizer: Tokenizer | None = None) -> _Plan:
-        if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
-            rule = f"is less than the {tokenizer.vocab_size} entries of the checkpoint's tokenizer"
-            fix = "leave data.vocab_size out"
-            raise DataError(Problem("data.vocab_size", cfg.vocab_size, rule, fix))
-        given, corpora = tokenizer or _given(cfg), Corpus.parts(cfg)
+    def of(cls, cfg: DataConfig) -> _Plan:
+        given, corpora = _given(cfg), Corpus.parts(cfg)
         prints = [corpus.fingerprint() for corpus in corpora]
         return cls(cfg, None, corpora, prints, Path(), []).keyed(given)
 

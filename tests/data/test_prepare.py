@@ -439,26 +439,21 @@ def test_a_given_tokenizer(cfg, tmp_path) -> None:
 def test_the_tokenizer_of_a_checkpoint(cfg, tmp_path, text_cfg, caplog) -> None:
     caplog.set_level(logging.INFO)
     first = prepare(cfg)
+    first.tokenizer.save(tmp_path / "tokenizer.json")
+    theirs = {"tokenizer": str(tmp_path / "tokenizer.json")}
     caplog.clear()
-    assert prepare(cfg, first.tokenizer).digests() == first.digests()
+    assert prepare(dataclasses.replace(cfg, **theirs)).digests() == first.digests()
     assert not built(caplog)  # what was packed with the tokenizer trained on this text
-    gone = dataclasses.replace(cfg, tokenizer=f"{tmp_path}/gone.json", cache_dir=str(tmp_path / "other"))
-    assert prepare(gone, first.tokenizer).digests() == first.digests()
+    elsewhere = dataclasses.replace(cfg, **theirs, cache_dir=str(tmp_path / "other"))
+    assert prepare(elsewhere).digests() == first.digests() and built(caplog)
     text = text_cfg(write_rows(tmp_path / "a.jsonl", [f"other text, number {i}" for i in range(300)]))
-    caplog.clear()
-    other = prepare(text, first.tokenizer)
-    assert built(caplog) and not [m for m in caplog.messages if "training a tokenizer" in m]
-    assert other.tokenizer.digest == first.tokenizer.digest
-    assert first.tokenizer.token_bytes[tokens(other.parts[0].train)].sum() == other.parts[0].train.n_bytes
     assert prepare(text).tokenizer.digest != first.tokenizer.digest
     caplog.clear()
-    assert prepare(text, first.tokenizer).digests() == other.digests() and not built(caplog)
-    with pytest.raises(DataError) as error:
-        prepare(dataclasses.replace(text, vocab_size=299), first.tokenizer)
-    assert str(error.value) == (
-        "data.vocab_size=299 is less than the 300 entries of the checkpoint's tokenizer. "
-        "Fix: leave data.vocab_size out."
-    )
+    other = prepare(dataclasses.replace(text, **theirs))
+    assert not [m for m in caplog.messages if "training a tokenizer" in m] and built(caplog)
+    assert other.tokenizer.digest == first.tokenizer.digest
+    assert first.tokenizer.token_bytes[tokens(other.parts[0].train)].sum() == other.parts[0].train.n_bytes
+    assert prepare(dataclasses.replace(text, **theirs)).digests() == other.digests() and not built(caplog)
 
 
 def test_digests_are_of_the_content(tmp_path, text_cfg) -> None:
@@ -467,7 +462,9 @@ def test_digests_are_of_the_content(tmp_path, text_cfg) -> None:
     assert list(first.digests()) == ["tokenizer", "train", "train tokens", "valid", "valid tokens"]
     assert first.digests()["train tokens"] == hashlib.sha256(first.parts[0].train.path.read_bytes()).hexdigest()
     assert prepare(text_cfg(write_rows(tmp_path / "moved.jsonl", texts))).digests() == first.digests()
-    changed = prepare(text_cfg(write_rows(tmp_path / "b.jsonl", [*texts[1:], texts[0]])), first.tokenizer).digests()
+    first.tokenizer.save(tmp_path / "t.json")
+    moved = write_rows(tmp_path / "b.jsonl", [*texts[1:], texts[0]])
+    changed = prepare(text_cfg(moved, tokenizer=str(tmp_path / "t.json"))).digests()
     assert {name for name in changed if changed[name] != first.digests()[name]} == {"train", "train tokens"}
 
 

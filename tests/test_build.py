@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from deepseek_exp import build, do
+from deepseek_exp.data import Tokenizer
 from deepseek_exp.errors import CheckpointError, DeviceError
 from deepseek_exp.job import Job
 from deepseek_exp.kernels import grouped
@@ -60,7 +62,9 @@ def test_training_needs_what_its_optimizer_keeps(monkeypatch, overrides, a_param
 
 def test_before_a_model_is_sampled_from(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "free_memory", lambda device: 0)
+    Tokenizer.train(["some text to train on"] * 3, 300).save(tmp_path / "tokenizer.json")  # its prompt is checked first
     cfg = composed("size=tiny", "do=sample", "device=cpu")
+    cfg = replace(cfg, data=replace(cfg.data, tokenizer=str(tmp_path / "tokenizer.json")))
     with pytest.raises(DeviceError, match=r"needs 0.0 GB for its 125,256 parameters and cpu has 0.0 GB free"):
         do.run(Job(cfg, yaml="", name="", overrides=(), run_dir=tmp_path, checkpoint=None, in_sweep=False))
 

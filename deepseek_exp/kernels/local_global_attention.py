@@ -6,7 +6,8 @@
     dgate = - sum of ds_ij over the global keys j
 
 over the pairs (i, j) that reference.attention_mask shows. A softmax does not see a shift of all its scores: the global
-keys' log(1 - g) - log(g) = -gate is all that is left of the definition's two shares.
+keys' log(1 - g) - log(g) = -gate is all that is left of the definition's two shares. o is rounded to the inputs' type,
+and so delta; dgate is corrected for that, see backward_queries.
 
 Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2 (tiles, online softmax, and scores made again from lse); the
 definition is reference.py's. Scores, sums and the gate are fp32; p and ds are rounded to the inputs' type for products.

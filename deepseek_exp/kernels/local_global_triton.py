@@ -137,12 +137,16 @@ def _any_global(key, n_memory, n_global, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_globals(x, key, j, n_memory, n_global, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Sum over the global ones of the keys j, from key on; few tiles hold any."""
-    total = tl.zeros((QUERIES,), tl.float32)
+def _add_to_gate(dgate, share, error, p, ds, key, j, n_memory, n_global, KEYS: tl.constexpr):
+    """Take one more tile of keys j, from key on, into the sums of which `backward_queries` makes the gate's gradient.
+
+    Few tiles hold global keys.
+    """
     if _any_global(key, n_memory, n_global, KEYS):
-        total = tl.sum(tl.where((j >= n_memory) & (j < n_memory + n_global), x, 0.0), 1)
-    return total
+        is_global = (j >= n_memory) & (j < n_memory + n_global)
+        dgate += tl.sum(tl.where(is_global, ds, 0.0), 1)
+        share += tl.sum(tl.where(is_global, p, 0.0), 1)
+    return dgate, share, error + tl.sum(ds, 1)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -196,12 +200,12 @@ def forward(
 
 @triton.jit
 def _far_gradients(
-    q_MD, grad_MV, k, v, far, lse_M, delta_M, dq_MD, dgate_M, i_M, bias, scale, k_s, v_s,
+    q_MD, grad_MV, k, v, far, lse_M, delta_M, dq_MD, dgate_M, share_M, error_M, i_M, bias, scale, k_s, v_s,
     n_memory, window, n_global,
     GATED: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     D_TILE: tl.constexpr, V_TILE: tl.constexpr, G_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add what far keys give to dq and dgate, and store what these queries give to dk, not yet scaled, and dv."""
+    """Add far keys to dq and the gate's sums, and store these queries' part of dk, not yet scaled, and of dv."""
     for tile in range(tl.cdiv(n_global, G_TILE)):
         key = n_memory + tile * G_TILE
         k_GD, v_GV = _load_both(
@@ -211,14 +215,17 @@ def _far_gradients(
         scores_MG = tl.dot(q_MD, tl.trans(k_GD), input_precision=EXACT)
         scores_MG = _masked(scores_MG, i_M, j_G, bias, n_memory, window, n_global, GATED, True)
         p_MG, ds_MG = _gradient_of_scores(scores_MG, grad_MV, v_GV, lse_M, delta_M, scale * LOG2_E)
-        dgate_M += tl.sum(ds_MG, 1)
+        if GATED:
+            dgate_M, share_M, error_M = _add_to_gate(
+                dgate_M, share_M, error_M, p_MG, ds_MG, key, j_G, n_memory, n_global, G_TILE
+            )  # fmt: skip
         ds_MG = ds_MG.to(q_MD.dtype)
         dq_MD = tl.dot(ds_MG, k_GD, dq_MD, input_precision=EXACT)
         dk_GD = tl.dot(tl.trans(ds_MG), q_MD, input_precision=EXACT)
         dv_GV = tl.dot(tl.trans(p_MG.to(grad_MV.dtype)), grad_MV, input_precision=EXACT)
         _store(dk_GD, far, key - n_memory, D + V, n_global, D, G_TILE, D_TILE)
         _store(dv_GV, far + D, key - n_memory, D + V, n_global, V, G_TILE, V_TILE)
-    return dq_MD, dgate_M
+    return dq_MD, dgate_M, share_M, error_M
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -229,7 +236,12 @@ def backward_queries(
     TMA: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, N_REP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     D_TILE: tl.constexpr, V_TILE: tl.constexpr, G_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Make dq, stats, and sums of one tile of queries a program: of dgate, and of dk and dv of far keys."""
+    """Make dq, stats, and sums of one tile of queries a program: of dgate, and of dk and dv of far keys.
+
+    delta comes from a result that was rounded to its type, so all ds of a query are off by its error times their p. In
+    dgate, a sum of ds, these errors add up. A query's ds add up to 0, so the sum of what was computed is the error;
+    it is taken off again, times the global keys' share of p.
+    """
     block, n_heads = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1)
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = block * QUERIES
@@ -242,13 +254,15 @@ def backward_queries(
     out_MV = _load(out, _at(batch, head, o_b, o_h, False), row, o_s, n_queries, V, QUERIES, V_TILE, False)
     rows = row + tl.arange(0, QUERIES)
     at = (batch * n_heads + head) * n_queries + rows
-    lse_M = tl.load(lse + at, rows < n_queries, 0.0)
+    lse_M = tl.load(lse + at, rows < n_queries, float("inf"))  # past the last query every p is 0
     delta_M = tl.sum(grad_MV.to(tl.float32) * out_MV.to(tl.float32), 1)
     tl.store(stats + at * (2 * FOUR), lse_M, rows < n_queries)
     tl.store(stats + at * (2 * FOUR) + FOUR, delta_M, rows < n_queries)
     bias = _bias(gate, head, scale, GATED)
     dq_MD = tl.zeros((QUERIES, D_TILE), tl.float32)
     dgate_M = tl.zeros((QUERIES,), tl.float32)
+    share_M = tl.zeros((QUERIES,), tl.float32)
+    error_M = tl.zeros((QUERIES,), tl.float32)
     last = tl.minimum(first + QUERIES, n_keys) - 1
     start, whole, whole_end, n_blocks = _key_blocks(first, last, n_memory, window, n_global, GATED, KEYS)
     k_at, v_at = _at(batch, head // N_REP, k_b, k_h, TMA), _at(batch, head // N_REP, v_b, v_h, TMA)
@@ -259,9 +273,11 @@ def backward_queries(
         scores_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=EXACT)
         if (tile < whole) | (tile >= whole_end):
             scores_MN = _masked(scores_MN, i_M, j_N, bias, n_memory, window, n_global, GATED, False)
-        _, ds_MN = _gradient_of_scores(scores_MN, grad_MV, v_NV, lse_M, delta_M, scale * LOG2_E)
+        p_MN, ds_MN = _gradient_of_scores(scores_MN, grad_MV, v_NV, lse_M, delta_M, scale * LOG2_E)
         if GATED:
-            dgate_M += _sum_of_globals(ds_MN, key, j_N, n_memory, n_global, QUERIES, KEYS)
+            dgate_M, share_M, error_M = _add_to_gate(
+                dgate_M, share_M, error_M, p_MN, ds_MN, key, j_N, n_memory, n_global, KEYS
+            )  # fmt: skip
         dq_MD = tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=EXACT)
     if FAR and block >= first_far:
         n_far = tl.num_programs(0) - first_far
@@ -272,14 +288,15 @@ def backward_queries(
         q_MD, grad_MV = _load_both(
             q, grad, q_at, grad_at, row, q_s, g_s, n_queries, D, V, QUERIES, D_TILE, V_TILE, False
         )  # fmt: skip
-        dq_MD, dgate_M = _far_gradients(
-            q_MD, grad_MV, far_k, far_v, far, lse_M, delta_M, dq_MD, dgate_M, i_M, bias, scale, k_s, v_s,
+        dq_MD, dgate_M, share_M, error_M = _far_gradients(
+            q_MD, grad_MV, far_k, far_v, far, lse_M, delta_M, dq_MD, dgate_M, share_M, error_M,
+            i_M, bias, scale, k_s, v_s,
             n_memory, window, n_global, GATED, D, V, D_TILE, V_TILE, G_TILE,
         )  # fmt: skip
     dq += (batch * n_queries * n_heads + head) * D
     _store(dq_MD * scale, dq, row, n_heads * D, n_queries, D, QUERIES, D_TILE)
     if GATED:
-        tl.store(dgate + (batch * n_heads + head) * tl.num_programs(0) + block, -tl.sum(dgate_M))
+        tl.store(dgate + (batch * n_heads + head) * tl.num_programs(0) + block, tl.sum(share_M * error_M - dgate_M))
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -206,7 +206,7 @@ def results(case: Case, function: Function, inputs: Inputs, dtype: torch.dtype |
     given = leaves(inputs, case.wanted, dtype)
     outs = outputs(function, given)
     torch.manual_seed(1)
-    above = [torch.randn(o.shape, device=DEVICE) for o in outs]
+    above = [torch.randn(o.shape, device=DEVICE).to(DTYPE) for o in outs]  # the same numbers for float64
     torch.autograd.backward(outs, [a.to(o.dtype) for a, o in zip(above, outs, strict=True)])
     return [o.detach() for o in outs] + [t.grad for i, t in enumerate(given) if i in case.wanted and t is not None]
 

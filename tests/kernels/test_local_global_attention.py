@@ -197,3 +197,22 @@ def test_compiles_without_a_break(gated):
         assert torch.equal(a, b)
     leaves = [t if t is None else t.requires_grad_() for t in inputs[:4]]
     torch.library.opcheck(torch.ops.deepseek_exp.local_global_attention, (*leaves, *inputs[4:]))
+
+
+@pytest.mark.parametrize(
+    "name", ["window no wider than a token", "global keys of several tiles", "window and global keys"]
+)
+def test_the_gradient_of_a_gate_is_as_exact_as_fp32(name):
+    """The result is rounded to fp16, and the gate's gradient, a sum of which all terms were off, is not."""
+    case = CASES[name]._replace(heads=3, kv_heads=3, width=24, v_width=24, gated=True)
+    q, k, v, gate = tensors(case)
+    q, k, v = (t.half() for t in (q, k, v))
+    above = torch.randn(case.batch, case.heads, case.queries, case.v_width).half()
+    found = []
+    for function, dtype in ((local_global_attention, None), (reference.local_global_attention, torch.float64)):
+        inputs = [t.to(dtype or t.dtype).requires_grad_() for t in (q, k, v, gate)]
+        out = function(*inputs, *numbers(case))
+        (dgate,) = torch.autograd.grad(out, inputs[-1:], above.to(out.dtype))
+        found.append(dgate.double())
+    difference = (found[0] - found[1]).abs().max() / found[1].abs().max()
+    assert difference < BOUND, f"{difference:.1e}"

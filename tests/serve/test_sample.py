@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from deepseek_exp import do
 from deepseek_exp.data import Tokenizer
 from deepseek_exp.errors import ConfigError, DataError
-from deepseek_exp.job import Job
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer, init_weights
 from tests.test_config import composed
@@ -25,7 +25,7 @@ def cfg():
 def sampled(cfg, *overrides, prompt, **changes):
     """Do do=sample with a tokenizer.json that is read first."""
     cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, prompt=prompt, **changes))
-    do.sample(Job(cfg, "", "name", overrides, None, None, False))
+    do.sample(SimpleNamespace(cfg=cfg, overrides=overrides, checkpoint=None))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from enum import Enum
 from typing import Any
 
@@ -75,8 +76,12 @@ def override_words(parsed: Override, error: Exception, default: DictConfig, opti
 
 
 def _option_words(path: str, value: Any, options: list[str], error: Exception) -> Problem:
+    said = _first_line(error)
+    if value in options and path == "recipes" and re.search("Could not find 'recipes/|Key 'recipes'", said):
+        rule = "is not in the folders that are searched, since hydra.searchpath names others"
+        return Problem(path, value, rule, "use --config-dir=<folder> in place of hydra.searchpath")
     if value in options:
-        return Problem(path, value, f"cannot be composed ({_first_line(error)})", "correct that file")
+        return Problem(path, value, f"cannot be composed ({said})", "correct that file")
     prefixed = [o for o in options if isinstance(value, str) and value and o.startswith(value)]
     near = prefixed or difflib.get_close_matches(str(value), options, n=1)
     fix = f"use {path}={near[0]}" if near else f"use one of {', '.join(options)}"

@@ -132,6 +132,11 @@ def test_own_folders_are_found(mine):
     mine("size/micro", "# @package model\nn_layers: 1\n")
     check_command_line(["--config-dir=mine", "cluster=rtx", "size=micro", "do=plan"])
     check_command_line(["hydra.searchpath=[file://mine]", "cluster=rtx", "size=micro", "do=plan"])
+    assert problems_of("hydra.searchpath=[file://mine]", "recipes=balance") == (
+        "recipes='balance' is not in the folders that are searched, since hydra.searchpath names others. "
+        "Fix: use --config-dir=<folder> in place of hydra.searchpath."
+    )
+    check_command_line(["--config-dir=mine", "size=micro", "recipes=scaled_lr"])
     assert problems_of("--config-dir=mine", "cluster=rtxx").endswith("Fix: use cluster=rtx.")
 
 

@@ -1,0 +1,32 @@
+"""How a value is shown in a message: short, without passwords and control characters."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_exp.errors import Problem
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "null"),
+        (True, "true"),
+        ("a", "'a'"),
+        (1e-3, "0.001"),
+        ("日本 é", "'日本 é'"),
+        ("\x1b]0;title\x07", "'\\x1b]0;title\\x07'"),
+        ("a\nb\x00\ud800", "'a\\nb\\x00\\ud800'"),
+        ("x" * 5000, "'" + "x" * 180 + "... (5,000 characters)'"),
+        (["x" * 500], "['" + "x" * 178 + "... (504 characters)"),
+        (10**5000, "a number of 5,001 digits"),
+        ("http://me:" + "p" * 300 + "@host", "'http://me:***@host'"),
+    ],
+    ids=lambda value: f"{value!s:.20}" if not isinstance(value, int) else type(value).__name__,
+)
+def test_a_value_is_shown(value, shown):
+    assert str(Problem("key", value, "is odd", "use another")) == f"key={shown} is odd. Fix: use another."
+
+
+def test_the_rule_and_the_fix_are_printable_too():
+    assert str(Problem("k", 1, "is \x1b[31m", "use \r")) == "k=1 is \\x1b[31m. Fix: use \\r."

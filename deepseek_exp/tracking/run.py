@@ -178,7 +178,7 @@ class TrackedRun(RunLog):
             fix = "wait for that process to end, or stop it"
             raise TrackingError(Problem("run_dir", str(run_dir), "is in use by another process", fix)) from error
         spec = Spec(
-            tracking=replace(cfg, uri=absolute_uri(cfg.uri), tags={}),
+            tracking=replace(cfg, uri=absolute_uri(cfg.uri)),
             name=redact(name),
             params=flatten(params),
             config_yaml=redact(config_yaml),

@@ -170,9 +170,9 @@ def _assumptions(exp: ExperimentConfig) -> Iterator[str]:
         f"{share:.0%} of what is sent, except by tp, overlaps with" if share else "nothing that is sent overlaps with"
     )
     yield f"predicted, not measured. Assumed: {hidden} computing; experts get equal numbers of"
-    yield f"tokens; {1 - USABLE:.0%} of the memory is taken by the driver, communication buffers and gaps between tensors."
-    yield "Efficiencies, bandwidths and prices are those of conf/cluster, with sources. Not counted: data loading, logging,"
-    yield "validation, checkpoints, gradient clipping, and norms and loss beyond their share in the efficiencies."
+    yield f"tokens; {1 - USABLE:.0%} of the memory is taken by the driver, communication buffers and gaps between"
+    yield "tensors. Efficiencies, bandwidths, prices and their sources are in conf/cluster. Not counted: loading data,"
+    yield "logging, validation, checkpoints, gradient clipping, norms and loss beyond their share in the efficiencies."
 
 
 RECOMPUTED = {

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,3 +69,24 @@ def test_every_text_file_is_utf_8():
         for line in without_encoding(Path(file).read_text(encoding="utf-8"))
     }
     assert not found
+
+
+@pytest.mark.long
+def test_a_run_in_a_locale_that_is_not_utf_8(tmp_path):
+    """Training, a checkpoint of texts beyond ASCII, a sample and a resume, with ASCII as the locale's encoding."""
+    (tmp_path / "text.txt").write_text("d\xe9j\xe0 vu, \u4f60\u597d \u2014 na\xefve\n\n" * 4000, encoding="utf-8")
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+    def run(*words):
+        command = [sys.executable, str(runs.ROOT / "run.py"), *words]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=300)
+
+    own = [o for o in runs.QUICK if not o.startswith(("data=", "trainer.max_steps="))]
+    trained = run(*own, "data=text", "data.path=text.txt", "trainer.max_steps=4", "data.vocab_size=300")
+    assert trained.returncode == 0, trained.stderr
+    sampled = run("do=sample", "resume=last", "sample.max_new_tokens=20", "sample.temperature=1")
+    assert sampled.returncode == 0 and sampled.stdout.isascii(), sampled.stderr
+    resumed = run("resume=last", "trainer.max_steps=6")
+    assert resumed.returncode == 0, resumed.stderr
+    refused = run(*runs.QUICK, "tracking.run_name=\xe9")
+    assert refused.returncode == 2 and b"tracking.run_name='\\xe9' holds bytes that are not text" in refused.stderr

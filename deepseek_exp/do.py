@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from deepseek_exp import planner, saved_config
 from deepseek_exp.commands import command, resume_words, shown
 from deepseek_exp.config import ROOT, Device, Do, ExperimentConfig, ExportFormat, Launcher
-from deepseek_exp.disk import check_writable
+from deepseek_exp.disk import check_writable, disk_error, expand
 from deepseek_exp.errors import CheckpointError, ConfigError, DataError, Problem, UserError, VerifyError
 from deepseek_exp.job import COMMAND_FILE, Job
 from deepseek_exp.layout import degrees
@@ -267,14 +267,26 @@ def export(job: Job) -> None:
     from deepseek_exp.parallel.checkpoint import in_one_file
 
     wanted = job.cfg.export
-    target = Path(wanted.path) if wanted.path is not None else manifest.run_dir_of(job.checkpoint) / "hf"
+    target = expand(wanted.path) if wanted.path is not None else manifest.run_dir_of(job.checkpoint) / "hf"
+    check_writable("export.path", target.parent)
     writers = {ExportFormat.hf: serve.export_hf}
-    with in_one_file(job.checkpoint, target) as checkpoint:
-        names = writers[wanted.format](job.cfg.model, checkpoint, target)
+    try:
+        with in_one_file(job.checkpoint, target) as checkpoint:
+            names = writers[wanted.format](job.cfg.model, checkpoint, target)
+    except Exception as error:
+        worded = disk_error(error, "export.path", str(target))
+        if worded is None:
+            raise
+        raise worded from error
     size = sum((target / name).stat().st_size for name in names)
     say(f"wrote     {shown(target)}, {size / 1e6:,.1f} MB: {', '.join(names)}")
     say(f"from      {shown(job.checkpoint)}, a {job.cfg.model.version}")
     say(f"load it   transformers.AutoModelForCausalLM.from_pretrained({json.dumps(shown(target))})")
+    m = job.cfg.model
+    if m.n_mtp_layers:
+        last = f" to {m.n_layers + m.n_mtp_layers - 1}" if m.n_mtp_layers > 1 else ""
+        say(f"note      layer {m.n_layers}{last} predicts further tokens. transformers does not use it,")
+        say(f"          and lists its weights, model.layers.{m.n_layers}.*, as UNEXPECTED; init_from reads them")
 
 
 def _tracked(job: Job, action: Action) -> float | None:

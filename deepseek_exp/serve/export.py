@@ -57,6 +57,9 @@ def export_hf(
         (part / TOKENIZER).write_text(tokenizer.json, encoding="utf-8")
         hf_weights.save(m, checkpoint, part, shard_bytes=shard_bytes)
         names = sorted(path.name for path in part.iterdir())
+        mode = (part / CONFIG).stat().st_mode & 0o777  # as the umask says; safetensors makes files of mode 0600
+        for path in part.iterdir():
+            path.chmod(mode)
         for path in [*part.iterdir(), part]:
             fsync_path(path)
         if target.exists():

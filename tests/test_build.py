@@ -66,7 +66,7 @@ def test_before_a_model_is_sampled_from(monkeypatch, tmp_path):
     cfg = composed("size=tiny", "do=sample", "device=cpu")
     cfg = replace(cfg, data=replace(cfg.data, tokenizer=str(tmp_path / "tokenizer.json")))
     with pytest.raises(DeviceError, match=r"needs 0.0 GB for its 125,256 parameters and cpu has 0.0 GB free"):
-        do.run(Job(cfg, yaml="", name="", overrides=(), run_dir=tmp_path, checkpoint=None, in_sweep=False))
+        do.run(Job(cfg, "", "", (), None, "tiny", tmp_path, None, None, None, in_sweep=False))
 
 
 def test_what_training_goes_through_is_compiled_where_asked_for():

@@ -296,6 +296,11 @@ MESSAGES = {
     "-m ++resume=last": "resume='a sweep' cannot be combined with -m. Fix: resume one run at a time, without -m.",
     "optim.optimizer.betas=[${nope},1]": "optim.optimizer.betas[0]=['${nope}', 1] cannot be resolved "
     "(Interpolation key 'nope' not found). Fix: correct the reference.",
+    "tracking.uri='sqlite:///a?b/m.db'": "tracking.uri='sqlite:///a?b/m.db' is read as the file 'sqlite:///a' with "
+    "options, since a `?` begins options. Fix: use a path, and an output_dir, without `?`.",
+    "tracking.uri='ftp://alice:pw@h'": "tracking.uri='ftp://alice:***@h' has no scheme of sqlite, http, https, "
+    "postgresql, mysql, mssql (MLflow's file store is gone). "
+    "Fix: set tracking.uri=sqlite:///outputs/mlflow.db or a server's http address.",
     "tracking.uri=outputs": "tracking.uri='outputs' has no scheme of sqlite, http, https, postgresql, mysql, mssql "
     "(MLflow's file store is gone). "
     "Fix: set tracking.uri=sqlite:///outputs/mlflow.db or a server's http address.",

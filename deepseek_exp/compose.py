@@ -280,6 +280,9 @@ def start_from(
     if cfg.data.tokenizer is None and not (folder / TOKENIZER).is_file() and is_release(cfg.init_from):
         fix = "put the model's own there (AutoTokenizer's save_pretrained writes one), or name one by data.tokenizer"
         problems.append(Problem("init_from", cfg.init_from, f"has no {TOKENIZER}", fix))
+    other = huggingface.other_tokenizer(folder / TOKENIZER, cfg.data.tokenizer) if cfg.data.tokenizer else None
+    if other is not None:
+        problems.append(other)
     if problems:
         return cfg, problems
     asked = {path for path, _ in _set_by_hand(cfg, overrides)}

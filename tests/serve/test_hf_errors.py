@@ -8,13 +8,14 @@ import math
 import os
 import shutil
 
+import hydra
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from deepseek_exp import compose
 from deepseek_exp.errors import CheckpointError, ConfigError, UserError
-from deepseek_exp.huggingface import read_release, stored_weights
+from deepseek_exp.huggingface import other_tokenizer, read_release, stored_weights
 from deepseek_exp.huggingface.write import family_of
 from deepseek_exp.parallel.checkpoint import FolderCheckpointIO
 from deepseek_exp.serve import export_hf, from_pretrained
@@ -435,3 +436,23 @@ class TestFromPretrained:
         path.write_text(path.read_text() + "\n")
         with pytest.warns(UserWarning, match=r"step-00000003 is damaged \(config.yaml is .*; taking the one before"):
             assert from_pretrained(run).folder.name == "step-00000002"
+
+
+def test_a_tokenizer_with_other_entries_than_the_weights_know(folders, tmp_path):
+    folder = shutil.copytree(folders("llama"), tmp_path / "llama")
+    own, other = folder / "tokenizer.json", tmp_path / "other.json"
+    own.write_text(some_tokenizer().json, encoding="utf-8")
+    assert other_tokenizer(own, str(own)) is None
+    tree = json.loads(own.read_text(encoding="utf-8"))
+    tree["model"]["vocab"] = {t: i + (i > 250) for t, i in tree["model"]["vocab"].items()}
+    other.write_text(json.dumps(tree), encoding="utf-8")
+    n = len(tree["model"]["vocab"])
+    composed("size=tiny")  # registers the resolvers
+    for overrides, keys in (([f"data.tokenizer={other}"], ["data.tokenizer"]), ([f"data.tokenizer={own}"], [])):
+        with compose._hydra():
+            tree = hydra.compose("config", [f"init_from={folder}", *overrides])
+        _, problems = compose.start_from(tree, [f"init_from={folder}", *overrides])
+        assert [p.key for p in problems] == keys
+    assert f"has other ids for {n - 251} of the {n} entries of {own}" in other_tokenizer(own, str(other)).rule
+    other.write_text("[" * 100_000)
+    assert other_tokenizer(own, str(other)) is None  # worded where it is read

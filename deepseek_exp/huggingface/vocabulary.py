@@ -1,0 +1,41 @@
+"""The entries of a tokenizer.json, read as JSON, to compare two without the tokenizers library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from deepseek_exp.errors import Problem
+
+
+def other_tokenizer(own: Path, named: str) -> Problem | None:
+    """Return what is wrong with a tokenizer that is named for weights that were trained with another one.
+
+    Args:
+        own: the tokenizer.json that the weights were trained with.
+        named: what data.tokenizer names.
+
+    Returns:
+        The problem; None if all of the weights' entries have the same ids there, or if a file cannot be read, which is
+        reported where it is used.
+    """
+    wanted, found = _entries(own), _entries(Path(named).expanduser())
+    if not wanted or not found:
+        return None
+    differ = sum(found.get(token) != token_id for token, token_id in wanted.items())
+    if not differ:
+        return None
+    rule = f"has other ids for {differ:,} of the {len(wanted):,} entries of {own}, which the weights were trained with"
+    return Problem("data.tokenizer", named, rule, "leave data.tokenizer out, or name a tokenizer with these entries")
+
+
+def _entries(path: Path) -> dict[str, int]:
+    """Return the ids of all entries; none if the file is no tokenizer.json of a BPE."""
+    try:
+        if not path.is_file():
+            return {}
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        added = {token["content"]: token["id"] for token in tree["added_tokens"]}
+        return {**tree["model"]["vocab"], **added}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, RuntimeError):
+        return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -107,7 +108,7 @@ def _job_problems(overrides: Sequence[str]) -> list[Problem]:
     flaws = [p for p in text_problems(exp) if p.key == "init_from"]
     if flaws:
         return found + flaws
-    release = cfg.get("init_from") is not None and is_release(cfg.init_from)
+    release = cfg.get("init_from") is not None and not names_a_run(cfg.init_from)
     if release:
         cfg, more = start_from(cfg, overrides)
         found += more
@@ -248,6 +249,13 @@ def _changed(kept: Any, now: Any, path: str, named: Sequence[str]) -> Any:
 def is_release(path: str) -> bool:
     """Return whether a path is the folder of a Hugging Face checkpoint, as far as its config.json goes."""
     return (Path(path).expanduser() / CONFIG).is_file()
+
+
+def names_a_run(init_from: str) -> bool:
+    """Return whether `init_from` means a run of ours: `last`, the beginning of a run id, or a folder without config."""
+    if init_from == "last" or re.fullmatch("[0-9a-f]{4,32}", init_from):
+        return True
+    return Path(init_from).expanduser().is_dir() and not is_release(init_from)
 
 
 def start_from(

@@ -194,8 +194,7 @@ def _located(resume: str, composed: DictConfig) -> Path:
 def _with_weights_of(composed: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Origin | None]:
     """Return the tree with the model of `init_from`, and the run that it names if it is one of ours."""
     checkpoint, named = None, str(composed.init_from)
-    is_folder = Path(named).expanduser().is_dir()
-    if not compose.is_release(named) and (is_folder or named == "last" or re.fullmatch("[0-9a-f]{4,32}", named)):
+    if compose.names_a_run(named):
         try:
             checkpoint = _located(named, composed)
         except CheckpointError as error:

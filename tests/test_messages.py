@@ -500,8 +500,9 @@ class TestInitFrom:
             "save_pretrained writes one), or name one by data.tokenizer."
         )
         assert problems_of(f"init_from={folder}/gone") == (
-            f"init_from='{folder}/gone' has no config.json. "
-            "Fix: name the folder of a Hugging Face checkpoint, with config.json and safetensors files."
+            f"init_from='{folder}/gone' is a folder that does not exist. "
+            "Fix: init_from takes a folder of this machine, not a name on the hub: download one first, for example "
+            "with hf download Qwen/Qwen3-0.6B --local-dir qwen3-0.6b."
         )
 
     def test_a_field_that_is_not_built_and_a_broken_rule_are_told(self, folder):

@@ -272,7 +272,8 @@ class TestFailure:
         assert done.returncode == 1
         want = (
             r"optim.lr=1e\+30 made the (loss|gradient's norm) (nan|inf) at step \d+. "
-            r"Fix: lower optim.lr or lengthen optim.warmup_steps."
+            r"Fix: lower optim.lr or lengthen optim.warmup_steps, "
+            r"or leave such steps out with trainer.on_nonfinite=skip."
         )
         assert re.fullmatch(want, done.stderr.strip().splitlines()[-1])
         (run,) = all_runs(tmp_path)

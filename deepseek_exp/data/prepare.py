@@ -87,7 +87,8 @@ class PreparedData:
 
     def first_words(self) -> str:
         """Return the beginning of the first line of validation text, as a prompt; 5 words or 40 characters at most."""
-        ids = self.parts[0].valid.open()[:PROMPT_TOKENS].tolist()
+        shard = self.parts[0].valid
+        ids = shard.open()[:PROMPT_TOKENS].tolist()
         if self.tokenizer.end_id in ids:
             ids = ids[: ids.index(self.tokenizer.end_id)]
         text = self.tokenizer.decode(ids).strip("\ufffd \t\r\n")  # half a character may be at the end

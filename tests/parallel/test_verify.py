@@ -15,6 +15,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from deepseek_exp.certificate import compare
+from tests.parallel.test_manifest import renew
 from tests.runs import QUICK, ROOT, run, run_dirs
 from tests.test_config import composed
 
@@ -83,12 +84,6 @@ def altered(verified, tmp_path):
     return run_dir / "one", Path(shutil.copytree(run_dir / "one", tmp_path / "two"))
 
 
-def reseal(folder: Path) -> None:
-    """Drop the file digests that no longer fit."""
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "files": {}}))
-
-
 def test_one_process_is_held_to_every_bit(altered):
     one, other = altered
     cfg = composed(*WORDS, "model=v3_moe")
@@ -98,7 +93,7 @@ def test_one_process_is_held_to_every_bit(altered):
     weights = load_file(file)
     weights["blocks.1.attention.wo.weight"].view(-1)[7] *= 1 + 1e-6
     save_file(weights, file, metadata={"aliases": "{}"})
-    reseal(file.parent)
+    renew(file.parent)
     found = compare(cfg, one, other)
     assert found.verdict.startswith(
         "NOT verified: a second run of one process does not compute what one process does: "

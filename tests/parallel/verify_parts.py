@@ -14,11 +14,13 @@ from tests.runs import ROOT
 RANK = "rank"
 
 
-def start_broken(command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, str]) -> member.Ended:
+def start_broken(
+    command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, str], **how: Any
+) -> member.Ended:
     """Do as `launch.run` does; several ranks leave the sums of gradients out."""
     if n_ranks > 1:
         command = [sys.executable, "-m", "tests.parallel.verify_parts", RANK, command[-1]]
-    return START(command, n_ranks, folder, env)
+    return START(command, n_ranks, folder, env, **how)
 
 
 START: Any = launch.run

@@ -45,9 +45,8 @@ class TestSearch:
         assert {zero for zero, d in found if d == Degrees(8, 1, 1, 1)} == {2, 3}
         assert {zero for zero, d in found if d != Degrees(8, 1, 1, 1)} == {1}
 
-    @pytest.mark.parametrize("target", ["torch.optim.Adafactor", "torch.optim.LBFGS"])
-    def test_zero_is_left_out_where_it_cannot_cut_the_optimizer(self, target):
-        exp = experiment("cluster=h100_8", "optim=adafactor", f"optim.optimizer._target_={target}")
+    def test_zero_is_left_out_where_it_cannot_cut_the_optimizer(self):
+        exp = experiment("cluster=h100_8", "optim=adafactor")
         found = {(p.layout.zero_stage, p.layout.degrees.world_size) for p in best_plans(exp, 100)}
         assert found == {(0, 8)}
 

@@ -547,7 +547,7 @@ def _base_of_the_good(shaping: Sequence[str], error: Exception) -> tuple[DictCon
 
 
 def _section_problems(cfg: DictConfig, overrides: Sequence[str]) -> list[Problem]:
-    return list(hydra_rules.section_problems(cfg, [_path(o) for o in overrides]))
+    return list(hydra_rules.section_problems(cfg, {o: _path(o) for o in overrides}))
 
 
 def _explain(override: str, error: Exception) -> Problem:

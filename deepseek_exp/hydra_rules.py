@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -29,7 +29,6 @@ FILE_KEYS = ("hydra.sweeper.params",)
 NOT_CHECKED = (
     "hydra.help",
     "hydra.hydra_help",
-    "hydra.overrides",
     "hydra.runtime",
     "hydra.job.config_name",
     "hydra.job.id",
@@ -37,6 +36,7 @@ NOT_CHECKED = (
     "hydra.job.num",
     "hydra.job.override_dirname",
 )
+OVERRIDES = ("hydra.overrides.hydra", "hydra.overrides.task")
 TARGETS = (
     r"hydra\._internal\.core_plugins\.basic_(launcher\.BasicLauncher|sweeper\.BasicSweeper)|"
     r"hydra_plugins(\.\w+)+\.[A-Z]\w*(Launcher|Sweeper)|optuna\.(samplers|pruners)\.[A-Z]\w*"
@@ -149,20 +149,22 @@ def _searchpath_problem(value: Any) -> Problem | None:
     return None
 
 
-def section_problems(composed: DictConfig, named: Sequence[str]) -> Iterator[Problem]:
+def section_problems(composed: DictConfig, overrides: Mapping[str, str]) -> Iterator[Problem]:
     """Refuse what a composed tree has in its section `hydra` beyond conf/config.yaml and the command line.
 
     Args:
         composed: the tree with that section.
-        named: keys and groups that the command line names.
+        overrides: words of the command line -> the key or group that each names.
     """
     now = dict(_flat(OmegaConf.to_container(composed.hydra, resolve=False), "hydra"))
     before = _reference()
-    asked = tuple(name.replace("/", ".") for name in named if name in GROUPS or _below(name, KEYS))
+    asked = tuple(name.replace("/", ".") for name in overrides.values() if name in GROUPS or _below(name, KEYS))
     for path in sorted(now.keys() | before.keys()):
         value = now.get(path)
         if _below(path, NOT_CHECKED):
             continue
+        if _below(path, OVERRIDES):  # Hydra adds the command line's words to them, and applies all to each job
+            value = [word for word in value if word not in overrides] if isinstance(value, list) else value
         if path.endswith("._target_") and not _is_known(path, str(value)):
             rule = "is not a launcher or sweeper of Hydra's"
             yield Problem(path, value, rule, "leave it out; hydra/launcher and hydra/sweeper choose one")

@@ -108,6 +108,8 @@ def test_a_recipe_cannot_name_a_callback_of_hydra(mine, do):
         "searchpath: [pkg://evil]",
         "run: {dir: /x}",
         "job: {env_set: {LD_PRELOAD: x}}",
+        "overrides: {hydra: ['+hydra.job_logging.handlers.x={class:subprocess.Popen,args:[id]}']}",
+        "overrides: {task: ['tracking.uri=http://elsewhere']}",
     ],
 )
 def test_a_recipe_sets_no_key_of_hydra(mine, section):

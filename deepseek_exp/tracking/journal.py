@@ -19,10 +19,18 @@ from typing import Any
 Event = dict[str, Any]
 
 _READ_BYTES = 1 << 18
+# how `encode_float` writes what JSON lacks
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class JournalWriter:
-    """Appends events; one process at a time may hold a journal, and let another one write while it only waits."""
+    """Appends events; one process at a time may hold a journal, and let another one write while it only waits.
+
+    Attributes:
+        size_before: bytes that the journal had when `start` was called.
+    """
+
+    size_before = 0
 
     def __init__(self, path: Path, *, held_by_another: bool = False) -> None:
         """Open or create the journal; what a killed writer left of a last line is cut off.
@@ -46,12 +54,12 @@ class JournalWriter:
 
     def start(self) -> None:
         """Begin a life of the run; a resumed run has several."""
-        self._size_before = os.fstat(self._fd).st_size
+        self.size_before = os.fstat(self._fd).st_size
         self._append("start", {})
 
     def take_back(self) -> None:
         """Remove all that was written since `start`, which is included."""
-        os.ftruncate(self._fd, self._size_before)
+        os.ftruncate(self._fd, self.size_before)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record metric values of one step."""
@@ -156,11 +164,19 @@ def copy_metrics(source: Path, target: Path, last_step: int) -> None:
 
 
 def metric_events(path: Path) -> Iterator[Event]:
-    """Yield the metrics of a journal."""
+    """Yield the metrics of a journal; a line that no journal writer wrote is left out."""
     offset, events = 0, [{"kind": "begin"}]
     while events:
         events, offset = read_events(path, offset)
-        yield from (event for event in events if event["kind"] == "metrics")
+        yield from (event for event in events if _is_metrics(event))
+
+
+def _is_metrics(event: Event) -> bool:
+    """Return whether an event is a step's metrics; a journal from elsewhere may hold anything."""
+    if event.get("kind") != "metrics" or type(event.get("step")) is not int or type(event.get("t")) is not int:
+        return False
+    values = event.get("values")
+    return isinstance(values, dict) and all(type(v) in (int, float) or v in NOT_FINITE for v in values.values())
 
 
 def is_being_written(path: Path) -> bool:

@@ -132,6 +132,7 @@ class TrackedRun(RunLog):
         self._spec = spec
         self.notes: list[str] = []
         self._taken_back = False
+        self._began_at = journal.size_before
         log = run_dir / LOG
         self._log_size = log.stat().st_size if log.exists() else 0
         self._process = _start_sender(run_dir)
@@ -280,9 +281,9 @@ class TrackedRun(RunLog):
         sent = sent and min(progress.values_offset, progress.artifacts_offset) == size
         parts = []
         if not sent:
-            values, artifacts = _count_from(self.run_dir / JOURNAL, progress)
-            if progress.run_id is None and not values and not artifacts:
+            if progress.run_id is None and not any(_count_from(self.run_dir / JOURNAL, self._began_at, self._began_at)):
                 return Delivery(False, None, "")  # the store did not open, which `wait_ready` said, and nothing is lost
+            values, artifacts = _count_from(self.run_dir / JOURNAL, progress.values_offset, progress.artifacts_offset)
             parts.append(
                 f"{values} metric values and {artifacts} artifacts have not reached "
                 f"{redact(self._spec.tracking.uri)} ({progress.trouble or 'no time left'}). "
@@ -296,15 +297,18 @@ class TrackedRun(RunLog):
 def copy_history(old_run_dir: Path, new_run_dir: Path, last_step: int) -> None:
     """Begin the journal of a new run with the metrics of the run that it continues, so that it shows the whole curve.
 
-    Times and values are those of the old run; its parameters, tags and artifacts are left out.
+    Times and values are those of the old run; its parameters, tags and artifacts are left out. A checkpoint that was
+    copied without its run's folder has no such metrics, and the new run begins with its own.
 
     Args:
         old_run_dir: folder of the run that is continued.
-        new_run_dir: folder of the new run, without a journal; it is made if missing.
+        new_run_dir: folder of the new run; it is made if missing, and a journal that it has already is left as it is.
         last_step: step that the new run goes on from; metrics of later steps are left out.
     """
     new_run_dir.mkdir(parents=True, exist_ok=True)
-    copy_metrics(old_run_dir / JOURNAL, new_run_dir / JOURNAL, last_step)
+    source, target = old_run_dir / JOURNAL, new_run_dir / JOURNAL
+    if source.is_file() and not target.exists():  # the ranks of a job file may be started a second time
+        copy_metrics(source, target, last_step)
 
 
 def _continues_tags(continues: tuple[str, int] | None) -> dict[str, str]:
@@ -340,14 +344,14 @@ def _command(run_dir: Path) -> str:
     return f"cd {shlex.quote(str(ROOT))} && {shlex.quote(sys.executable)} -m {_SENDER} {shlex.quote(str(run_dir))}"
 
 
-def _count_from(journal: Path, progress: Progress) -> tuple[int, int]:
-    """Count the metric values and the artifacts in the journal that have not arrived."""
+def _count_from(journal: Path, values_offset: int, artifacts_offset: int) -> tuple[int, int]:
+    """Count the metric values and the artifacts in the journal behind two byte offsets."""
     values = artifacts = 0
-    offset, events = progress.values_offset, [{"kind": "begin"}]
+    offset, events = values_offset, [{"kind": "begin"}]
     while events:
         events, offset = read_events(journal, offset)
         values += sum(len(event["values"]) for event in events if event["kind"] == "metrics")
-    offset, events = progress.artifacts_offset, [{"kind": "begin"}]
+    offset, events = artifacts_offset, [{"kind": "begin"}]
     while events:
         events, offset = read_events(journal, offset)
         artifacts += sum(event["kind"] in ("text", "file", "dataset") for event in events)

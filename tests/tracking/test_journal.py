@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import signal
 import subprocess
@@ -127,5 +128,28 @@ def test_metrics_of_a_run_begin_the_journal_of_the_next(tmp_path: Path) -> None:
     (old, _), (new, _) = (read_events(folder / "journal.jsonl", 0) for folder in (tmp_path, tmp_path / "new"))
     assert [(event["step"], event["values"]) for event in new] == [(1, {"a": 1.0, "b": "NaN"}), (2, {"a": 2.5})]
     assert [event["t"] for event in new] == [old[1]["t"], old[6]["t"]]
-    with pytest.raises(FileExistsError):
-        copy_history(tmp_path, tmp_path / "new", 2)
+    copy_history(tmp_path, tmp_path / "new", 1)  # the ranks of one job file may be started twice
+    assert read_events(tmp_path / "new" / "journal.jsonl", 0)[0] == new
+
+
+def test_a_run_without_a_journal_has_no_history(tmp_path: Path) -> None:
+    copy_history(tmp_path / "moved", tmp_path / "new", 2)
+    os.mkfifo(tmp_path / "journal.jsonl")  # reading it would wait
+    copy_history(tmp_path, tmp_path / "new", 2)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_what_no_journal_writer_wrote_is_no_history(tmp_path: Path) -> None:
+    lines = [
+        {"t": 1, "kind": "metrics", "step": 1, "values": {"a": 1.0, "b": "NaN"}},
+        {"t": 1, "kind": "metrics", "values": {"a": 1.0}},
+        {"t": 1, "kind": "metrics", "step": 1},
+        {"t": 1, "kind": "metrics", "step": 1, "values": {"a": "one"}},
+        {"t": 1, "kind": "metrics", "step": "1", "values": {"a": 1.0}},
+        {"t": "x", "kind": "metrics", "step": 1, "values": {"a": 1.0}},
+        {"t": 1},
+        [],
+    ]
+    (tmp_path / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    copy_history(tmp_path, tmp_path / "new", 2)
+    assert read_events(tmp_path / "new" / "journal.jsonl", 0)[0] == lines[:1]

@@ -213,6 +213,16 @@ def test_a_new_run_continues_an_old_one(store: TrackingConfig, tmp_path: Path, c
     assert (tags["continues.run_id"], tags["continues.step"]) == ("a" * 32, "2")
 
 
+def test_a_new_run_that_cannot_start_lost_nothing_of_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    JournalWriter(tmp_path / "run" / "journal.jsonl").metrics({"train/loss": 1.0}, 1)
+    copy_history(tmp_path / "run", tmp_path / "next", 1)
+    second = start_run(make_config("http://127.0.0.1:9"), tmp_path / "next", continues=("a" * 32, 1))
+    with pytest.raises(TrackingError, match="does not answer"):
+        second.wait_ready(30)
+    assert second.finish("FAILED", "no store") == Delivery(False, None, "")
+
+
 def test_a_killed_training_process_loses_nothing(store: TrackingConfig, tmp_path: Path, client: MlflowClient) -> None:
     command = [sys.executable, "-c", TRAINING, str(tmp_path), store.uri]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as training:

@@ -14,7 +14,7 @@ from deepseek_exp.data import Tokenizer
 from deepseek_exp.errors import CheckpointError, DeviceError
 from deepseek_exp.job import Job
 from deepseek_exp.kernels import grouped
-from deepseek_exp.parallel import groups
+from deepseek_exp.parallel import groups, launch, member
 from deepseek_exp.parallel.checkpoint import FolderCheckpointIO
 from deepseek_exp.topology import Degrees
 from tests.test_config import composed
@@ -139,3 +139,17 @@ def test_only_the_wait_for_the_data_is_long(monkeypatch):
     of.wait_for_data()
     assert waited == [groups.TIMEOUT, groups.DATA_TIMEOUT]
     assert made.count(groups.DATA_TIMEOUT) == 1 and set(made) == {groups.TIMEOUT, groups.DATA_TIMEOUT}
+
+
+def test_the_wait_for_the_run_id_is_long_too(monkeypatch):
+    class Store(dist.TCPStore):
+        def get(self, key):
+            waits.append(self.timeout)
+            return super().get(key)
+
+    waits, meeting = [], launch._local_store()
+    monkeypatch.setattr(dist, "TCPStore", Store)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(meeting.port))
+    assert member.share("name", "value") == member.share("name", None) == "value"
+    assert waits == [groups.DATA_TIMEOUT] * 2

@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepseek_exp.parallel.member import DATA_TIMEOUT
 from deepseek_exp.topology import Axis, Coordinates, Degrees
 
-# Preparing the data of a first run takes one rank its time while the others wait.
-DATA_TIMEOUT = timedelta(hours=6)
 # All ranks reach every other exchange within minutes, a first compilation and a checkpoint included. A rank that hangs
 # without dying stalls the job for no longer than this.
 TIMEOUT = timedelta(minutes=30)

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -25,6 +26,8 @@ FOLDER = "ranks"
 STOP = signal.SIGUSR1  # asks a rank to save and stop; SIGTERM ends it at once
 PARENT = "DEEPSEEK_EXP_PARENT"  # process id of `launch.run`; under torchrun it is not set
 PR_SET_PDEATHSIG = 1
+# Preparing the data of a first run takes one rank its time while the others wait.
+DATA_TIMEOUT = timedelta(hours=6)
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what asks a run to save and stop
 
 _stop_asked = False
@@ -124,6 +127,7 @@ def share(name: str, value: str | None) -> str:
     from torch.distributed import TCPStore
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store.set_timeout(DATA_TIMEOUT)  # the first rank may prepare the data before it knows; 5 minutes are the default
     if value is not None:
         store.set(name, value)
     return str(store.get(name).decode())

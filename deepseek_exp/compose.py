@@ -234,6 +234,11 @@ def _within(path: str, sections: Sequence[str]) -> bool:
     return any(not name or path == name or path.startswith(f"{name}.") for name in sections)
 
 
+def is_of_the_machine(key: str) -> bool:
+    """Return whether an override's key says where things go, what is started, or where options are found."""
+    return _within(key, (*OF_THE_MACHINE, "hydra")) or key.startswith("hydra/")
+
+
 def _changed(kept: Any, now: Any, path: str, named: Sequence[str]) -> Any:
     """Return a saved mapping with those of its entries replaced that overrides name one by one."""
     entries = [name.removeprefix(f"{path}.").split(".") for name in named if name.startswith(f"{path}.")]

@@ -109,7 +109,7 @@ def hand_out(job: Job) -> str:
     done = subprocess.run(["sbatch", str(script)], capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         rule = f"failed: sbatch {shown(script)} said {done.stderr.strip()!r}"
-        raise ConfigError(Problem("launch.submit", True, rule, "mend that, or set launch.submit=false"))
+        raise ConfigError(Problem("launch.submit", True, rule, "correct that, or set launch.submit=false"))
     return f"wrote     {shown(script)}\nsubmitted {done.stdout.strip()}"
 
 
@@ -267,7 +267,10 @@ def export(job: Job) -> None:
     from deepseek_exp.parallel.checkpoint import in_one_file
 
     wanted = job.cfg.export
-    target = expand(wanted.path) if wanted.path is not None else manifest.run_dir_of(job.checkpoint) / "hf"
+    if wanted.path is not None:
+        target = expand(wanted.path)
+    else:
+        target = manifest.run_dir_of(job.checkpoint, "set export.path to a new folder") / "hf"
     check_writable("export.path", target.parent)
     writers = {ExportFormat.hf: serve.export_hf}
     try:

@@ -107,7 +107,8 @@ class Job:
         """Write it for its ranks, with the MLflow run that records it (None: rank 0 starts one); gives the file."""
         file = self.run_dir / member.FOLDER / JOB_FILE
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(0o600)  # the store's URL may hold a password
+        file.touch(0o600)
+        file.chmod(0o600)  # the store's URL may hold a password, and an earlier version wrote this file for all to read
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cfg"}
         for name in ("continues", "started_from"):
             fields[name] = dataclasses.asdict(fields[name]) if fields[name] is not None else None
@@ -161,12 +162,12 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
     continues = None
     if cfg.do is Do.train and checkpoint is not None:
         _check_steps_left(cfg, checkpoint)
-        if changed or getattr(cfg.tracking, "new_run", False):
+        if changed or cfg.tracking.new_run:
             continues = _origin(checkpoint)
     named_by = overrides if history is None else history
-    name = cfg.tracking.run_name or _name(cfg, named_by, size, checkpoint, sweep["keys"] if sweep else None)
+    name = redact(cfg.tracking.run_name or _name(cfg, named_by, size, checkpoint, sweep["keys"] if sweep else None))
     if cfg.do is Do.train and checkpoint is not None and continues is None:
-        run_dir = manifest.run_dir_of(checkpoint)
+        run_dir = manifest.run_dir_of(checkpoint, "set tracking.new_run=true to record it as a new run")
     else:
         run_dir = sweep_dir or Path(cfg.output_dir) / "runs" / _folder_name(name)
     return Job(
@@ -251,11 +252,14 @@ def _on_top_of(
     if fixed:
         raise ConfigError(*fixed)
     if now.do is not Do.train:  # a run that is separate from the one that trained
-        merged.tracking.parent_run_id = merged.tracking.run_name = None
+        named = [_key(o) for o in overrides]
+        for key in ("parent_run_id", "run_name"):
+            if f"tracking.{key}" not in named:
+                merged.tracking[key] = None
     changed = validate.differing(before, now, NOT_TRAINING)
-    if now.do is Do.train and not (is_own or changed or getattr(now.tracking, "new_run", False)):
+    if now.do is Do.train and not (is_own or changed or now.tracking.new_run):
         _check_where_recorded(checkpoint, composed, overrides)
-    return merged, changed, _read_command(checkpoint)
+    return merged, changed, _read_command(checkpoint, is_own=is_own)
 
 
 def _needs_saved_tokenizer(merged: DictConfig, overrides: Sequence[str]) -> bool:
@@ -303,12 +307,19 @@ def _check_where_recorded(checkpoint: Path, composed: DictConfig, overrides: Seq
     raise ConfigError(Problem("resume", str(checkpoint), rule, fix))
 
 
-def _read_command(checkpoint: Path) -> dict[str, Any] | None:
-    """Return what `Job.command_json` wrote; None for a checkpoint of a version that did not."""
+def _read_command(checkpoint: Path, *, is_own: bool) -> dict[str, Any] | None:
+    """Return what `Job.command_json` wrote; None for a checkpoint of a version that did not.
+
+    Of a checkpoint from elsewhere, what is not taken from it is left out: the overrides become part of a command that
+    is printed to be pasted.
+    """
     try:
         found = json.loads((checkpoint / COMMAND_FILE).read_text(encoding="utf-8"))
-        return {"overrides": [str(o) for o in found["overrides"]], "size": str(found["size"])}
-    except (OSError, ValueError, TypeError, KeyError):
+        overrides = [str(o) for o in found["overrides"]]
+        if not is_own:
+            overrides = [o for o in overrides if not compose.is_of_the_machine(_key(o))]
+        return {"overrides": overrides, "size": str(found["size"])}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
@@ -339,7 +350,8 @@ def _name(
     Of a path only the last part is named: lists of runs show the beginning of a name.
     """
     if checkpoint is not None and cfg.do is not Do.train:
-        return f"{cfg.do.value} {cfg.model.version} {checkpoint.resolve().parents[1].name} {checkpoint.name}"
+        folder = checkpoint.resolve()
+        return " ".join(filter(None, [cfg.do.value, cfg.model.version, folder.parent.parent.name, folder.name]))
     own = []
     for override in overrides:
         key, _, value = redact(override).lstrip("+").partition("=")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from deepseek_exp import compose, config, saved_config
-from deepseek_exp.errors import ConfigError
+from deepseek_exp.errors import CheckpointError, ConfigError
 from deepseek_exp.job import COMMAND_FILE, Job, make_job
 from deepseek_exp.parallel import manifest
 
@@ -23,7 +24,14 @@ def job(*overrides: str) -> Job:
         return make_job(hydra_compose("config", list(overrides)), overrides, "tiny", None)
 
 
-def checkpoint(folder: Path, *overrides: str, run: str = "a", step: int = 2, edit=lambda text: text) -> Path:
+def checkpoint(
+    folder: Path,
+    *overrides: str,
+    run: str = "a",
+    step: int = 2,
+    edit=lambda text: text,
+    history=("size=tiny", "data=synthetic"),
+) -> Path:
     """Write the checkpoint of a run that a command line would train, without its tensors."""
     config.register()
     words = [*QUICK, *overrides, f"output_dir={folder}"]
@@ -33,7 +41,7 @@ def checkpoint(folder: Path, *overrides: str, run: str = "a", step: int = 2, edi
     part = target.with_name(".part")
     part.mkdir(parents=True)
     (part / saved_config.FILE).write_text(edit(text), encoding="utf-8")
-    (part / COMMAND_FILE).write_text('{"overrides": ["size=tiny", "data=synthetic"], "size": "tiny"}', encoding="utf-8")
+    (part / COMMAND_FILE).write_text(json.dumps({"overrides": list(history), "size": "tiny"}), encoding="utf-8")
     (part / "tokenizer.json").write_text("{}", encoding="utf-8")
     for name in ("model.safetensors", "state.safetensors", "state.json", "data.json"):
         (part / name).write_bytes(b"")
@@ -169,6 +177,24 @@ class TestWhichRunRecordsIt:
         assert found.history == ("size=tiny", "data=synthetic", f"output_dir={tmp_path}", "optim.lr=1")
         assert found.name == "v1_dense tiny synthetic lr=1"
 
+    def test_an_evaluation_has_the_name_that_it_is_given(self, tmp_path):
+        checkpoint(tmp_path, "tracking.run_name=training", "tracking.parent_run_id=p")
+        words = ("do=eval", f"output_dir={tmp_path}")
+        tracking = job(*words).cfg.tracking
+        assert (tracking.run_name, tracking.parent_run_id) == (None, None)
+        found = job(*words, "tracking.run_name=mine", "tracking.parent_run_id=q")
+        assert (found.name, found.cfg.tracking.parent_run_id) == ("mine", "q")
+
+    def test_no_secret_in_a_name(self, tmp_path):
+        found = job(*QUICK, f"output_dir={tmp_path}", "tracking.run_name='password=hunter2'")
+        assert "hunter2" not in found.name + str(found.run_dir)
+
+    def test_the_job_of_an_earlier_version_is_closed_to_others(self, tmp_path):
+        found = job(*QUICK, f"output_dir={tmp_path}")
+        file = found.save(None)
+        file.chmod(0o644)
+        assert found.save(None).stat().st_mode & 0o777 == 0o600
+
 
 class TestForeign:
     """A checkpoint that lies elsewhere says what the model is, and not what this machine does."""
@@ -203,6 +229,26 @@ class TestForeign:
         found = job(*words, "tracking.new_run=true")
         assert found.run_dir.parent == tmp_path / "mine" / "runs" and found.continues.run_id == "a" * 32
         assert job(*words, "tracking.uri=sqlite:///x.db").run_dir == manifest.run_dir_of(saved)
+
+    def test_its_overrides_are_no_part_of_a_command_to_paste(self, tmp_path):
+        theirs = ["size=tiny", "tracking.uri=http://attacker/", "+tracking.tags.a=b", "launch=slurm"]
+        theirs += ["launch.submit=true", "data.cache_dir=/x", "hydra.searchpath=[/x]", "optim.lr=1"]
+        saved = checkpoint(tmp_path / "theirs", "optim.lr=1", history=theirs)
+        mine = f"output_dir={tmp_path / 'mine'}"
+        found = job(f"resume={saved}", mine, "tracking.new_run=true")
+        assert found.history == ("size=tiny", "optim.lr=1", mine)
+        assert job("resume=last", f"output_dir={tmp_path / 'theirs'}").history[:-1] == tuple(theirs)
+
+    def test_it_may_lie_outside_of_a_run(self, tmp_path, monkeypatch):
+        saved = checkpoint(tmp_path / "theirs").rename(tmp_path / "copy")
+        words = (f"resume={saved}", f"output_dir={tmp_path / 'mine'}")
+        assert job("do=eval", *words).name == f"eval v1_dense {tmp_path.parent.name} copy"
+        monkeypatch.setattr(Path, "resolve", lambda path, strict=False: Path("/copy"))  # the root of a container
+        assert job("do=eval", *words).name == "eval v1_dense copy"
+        monkeypatch.undo()
+        with pytest.raises(CheckpointError, match=r"Fix: put it back there, or set tracking.new_run=true"):
+            job(*words, "tracking.uri=sqlite:///x.db")
+        assert job(*words, "tracking.new_run=true").continues.step == 2
 
 
 class TestWeightsOfARun:

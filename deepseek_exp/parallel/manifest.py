@@ -305,15 +305,20 @@ def _locate(resume: str, output_dir: Path) -> tuple[Path, list[str]]:
     return _newest_whole(resume, matches.pop())
 
 
-def run_dir_of(checkpoint: Path) -> Path:
-    """Give the run folder that a checkpoint lies in.
+def run_dir_of(checkpoint: Path, otherwise: str | None = None) -> Path:
+    """Return the run folder that a checkpoint lies in.
+
+    Args:
+        checkpoint: its folder.
+        otherwise: what to do instead of putting it back if it lies in none, for the error.
 
     Raises:
         CheckpointError: it was moved out of its run's folder.
     """
     folder = checkpoint.resolve()
     if folder.parent.name != FOLDER:
-        rule, fix = f"does not lie in the folder '{FOLDER}' of a run", "put it back there to go on with the run"
+        rule = f"does not lie in the folder '{FOLDER}' of a run"
+        fix = "put it back there" + (f", or {otherwise}" if otherwise else "")
         raise CheckpointError(Problem("resume", str(checkpoint), rule, fix))
     return folder.parent.parent
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
+from deepseek_exp import saved_config
 from deepseek_exp.errors import CheckpointError, Problem
 from deepseek_exp.parallel.files import DTYPES, damaged, decode, open_tensors, read_tree, readable, write_tensors
 from deepseek_exp.parallel.manifest import MODEL, STATE
@@ -443,4 +443,4 @@ def _volume(box: Box) -> int:
 
 
 def _optimizer_of(folder: Path) -> str:
-    return str(OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "optim.optimizer._target_"))
+    return str(saved_config.read(folder)["optim"]["optimizer"]["_target_"])

@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from deepseek_exp import saved_config
 from deepseek_exp.config import ModelConfig
 from deepseek_exp.data import Tokenizer
 from deepseek_exp.errors import CheckpointError, Problem
@@ -163,13 +164,14 @@ def _whole_checkpoint(folder: Path) -> Path:
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:
-    """Make the model section from plain values.
+    """Make the model section from plain values; an interpolation among them is text.
 
     Raises:
         ValueError: they do not fit the schema.
     """
     try:
-        made: ModelConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
+        tree = OmegaConf.merge(OmegaConf.structured(ModelConfig), saved_config.literal(values))
+        made: ModelConfig = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise ValueError(str(error).splitlines()[0]) from error
     return made
@@ -186,7 +188,7 @@ def _read_release(folder: Path) -> Transformer:
 @torch.no_grad()
 def _read_ours(folder: Path, domains: Sequence[str] | None) -> Transformer:
     try:
-        cfg = model_config(OmegaConf.to_container(OmegaConf.load(folder / OURS))["model"])
+        cfg = model_config(saved_config.read(folder)["model"])
         weights = open_weights(folder)
         if cfg.n_layers > len(weights.names):
             raise ValueError(f"{cfg.n_layers} layers in {OURS} and {len(weights.names)} weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -223,6 +224,14 @@ def test_only_the_wanted_domains_are_read(checkpoint):
         part.generate("a", domain="finance")
     with pytest.raises(UserError, match="domain='sports' is not a domain"):
         from_pretrained(checkpoint, domains=["sports"])
+
+
+def test_a_saved_configuration_is_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_SECRET", "hunter2")
+    model = build()
+    model.cfg = dataclasses.replace(model.cfg, version="${oc.env:SOME_SECRET}")
+    folder = write_checkpoint(model, tmp_path / "checkpoints" / "step-00000001")
+    assert from_pretrained(folder).model.cfg.version == "${oc.env:SOME_SECRET}"
 
 
 def test_a_budget_of_memory_is_kept(checkpoint):

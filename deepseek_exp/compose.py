@@ -235,8 +235,11 @@ def _within(path: str, sections: Sequence[str]) -> bool:
 
 
 def is_of_the_machine(key: str) -> bool:
-    """Return whether an override's key says where things go, what is started, or where options are found."""
-    return _within(key, (*OF_THE_MACHINE, "hydra")) or key.startswith("hydra/")
+    """Return whether an override's key says where things go, what is started, or where options are found.
+
+    A flag of the command line, such as --config-dir, does as well.
+    """
+    return _within(key, (*OF_THE_MACHINE, "hydra")) or key.startswith(("hydra/", "-"))
 
 
 def _changed(kept: Any, now: Any, path: str, named: Sequence[str]) -> Any:

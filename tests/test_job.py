@@ -232,7 +232,7 @@ class TestForeign:
 
     def test_its_overrides_are_no_part_of_a_command_to_paste(self, tmp_path):
         theirs = ["size=tiny", "tracking.uri=http://attacker/", "+tracking.tags.a=b", "launch=slurm"]
-        theirs += ["launch.submit=true", "data.cache_dir=/x", "hydra.searchpath=[/x]", "optim.lr=1"]
+        theirs += ["launch.submit=true", "data.cache_dir=/x", "hydra.searchpath=[/x]", "--config-dir=/x", "optim.lr=1"]
         saved = checkpoint(tmp_path / "theirs", "optim.lr=1", history=theirs)
         mine = f"output_dir={tmp_path / 'mine'}"
         found = job(f"resume={saved}", mine, "tracking.new_run=true")

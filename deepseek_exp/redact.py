@@ -9,9 +9,9 @@ What is hidden, each replaced by `***`:
   other schemes (`ssh://git@host`, `postgresql://user@host`) it is hidden only if it looks like a token: 16 or more
   characters with a digit.
 - The value of a key whose last part is secret: `password=`, `db_password:`, `"apiKey": "..."`, `?access_token=`,
-  `--token ...`. Parts are whole words: `n_tokens`, `tokenizer` and `tokens_per_second` are not secret, and neither is
-  the `eos_token` of a tokenizer or what is counted per token; a token has at least 6 characters. In a text that begins
-  with `password=`, such as an override, the value is the rest of the line.
+  `--token ...`, `pwd%3D...`. Parts are whole words: `n_tokens`, `tokenizer` and `tokens_per_second` are not secret, and
+  neither is the `eos_token` of a tokenizer or what is counted per token; a token has at least 6 characters. In a text
+  that begins with `password=`, such as an override, the value is the rest of the line.
 - The value of an `Authorization` header, and what follows `Bearer`.
 - Private keys in PEM format, and tokens whose shape says what they are: GitHub, GitLab, Hugging Face, OpenAI, AWS,
   Google, Slack, JSON web tokens.
@@ -30,7 +30,7 @@ HIDDEN = "***"
 # What a pass hides can be the border that a pattern needs to match in the next one.
 _MAX_PASSES = 5
 _SCHEME = r"[A-Za-z][\w+.-]{0,40}://"
-_QUOTED = re.compile(rf"(?P<quote>[\"'`])(?P<scheme>{_SCHEME})(?P<rest>(?:(?!(?P=quote))[^\n])*)(?P=quote)")
+_QUOTED = re.compile(rf"(?P<quote>[\"'`])(?P<scheme>{_SCHEME})(?P<rest>(?:\\[^\n]|(?!(?P=quote))[^\n])*)(?P=quote)")
 _WHOLE = re.compile(rf"(?P<scheme>\s*(?:[+~]{{0,2}}[\w.@/-]+=)?[\"'`]?{_SCHEME})(?P<rest>[^\n]*)\Z")
 # Unquoted, with a blank in the password. What follows `host:` is no password if it is a port.
 _WITH_BLANK = re.compile(
@@ -82,6 +82,14 @@ _BODIES = {
 }
 _BARE, _BARE_IN_QUERY, _BARE_LINE = (re.compile(f"[^{c}\"'`]+") for c in (r"\s", r"\s&#;<>", r"\n"))
 _WHOLE_VALUE = re.compile(r"\*\*\*|[^\n]+")
+# an ODBC value in braces, in which `}}` is a brace
+_BRACED = re.compile(r"\{(?:[^}\n]|\}\})*\}?")
+# `PWD=...;` percent-encoded, as in `mssql+pyodbc:///?odbc_connect=...`
+_ENCODED = re.compile(
+    r"((?:password|passwd|passphrase|pwd|token|secret|(?:api|access)[_-]?key)%3D)(?!\*\*\*)"
+    r"(?:%7B(?:(?!%7D(?!%7D))[^\s&\"'`<>])*(?:%7D)*|(?:(?!%3B|%26)[^\s&;\"'`<>])+)",
+    re.IGNORECASE,
+)
 _TRAILING = ",;.)]}>\\"
 _NOTHING = frozenset({"", "null", "none", "true", "false", "~", HIDDEN})
 _NO_TOKEN = re.compile(r"[+-]?[\d.,]+(?:e[+-]?\d+)?%?")
@@ -116,6 +124,7 @@ def _redact_once(text: str) -> str:
         text = _WITH_BLANK.sub(rf"\1{HIDDEN}@", text)
         text = _RUN.sub(_hide_userinfo, text)
     text = _hide_values(text)
+    text = _ENCODED.sub(rf"\1{HIDDEN}", text)
     text = _BEARER.sub(rf"\1{HIDDEN}", text)
     text = _SHAPES.sub(HIDDEN, text)
     return _PEM.sub(rf"\1{HIDDEN}\2", text)
@@ -242,6 +251,9 @@ def _span(text: str, key: re.Match[str], in_query: bool, *, is_override: bool) -
     pattern = _BARE_IN_QUERY if in_query else _BARE_LINE if key["line"] or _is_yaml_line(text, key) else _BARE
     if is_override and not in_query:
         pattern = _WHOLE_VALUE
+    braced = _BRACED.match(text, start) if in_query else None
+    if braced:
+        return start, braced.end()
     bare = pattern.match(text, start)
     if not bare:
         return start, start

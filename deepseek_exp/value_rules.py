@@ -108,11 +108,13 @@ def _tags(tags: dict[str, str]) -> Iterator[Problem]:
 def tracking_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     """Find an address of a tracking store that no store can have."""
     uri = exp.tracking.uri
+    if "://" not in uri:  # what stands before an @ may be a password
+        uri = re.sub(r".*@", "***@", uri, flags=re.DOTALL)
     try:
         parts = urlparse(uri)
         scheme, host = parts.scheme.split("+")[0], parts.hostname
-    except ValueError as error:
-        yield Problem("tracking.uri", uri, f"is no address ({error})", "use the form http://host:port")
+    except ValueError:  # whose text may have a part of the password
+        yield Problem("tracking.uri", uri, "is no address", "use the form http://host:port")
         return
     if scheme not in TRACKING_SCHEMES:
         rule = f"has no scheme of {', '.join(TRACKING_SCHEMES)} (MLflow's file store is gone)"

@@ -265,8 +265,11 @@ MESSAGES = {
     "systems take 255. Fix: use shorter names.",
     "optim.lr=1" + "0" * 400: "optim.lr=a number of 401 digits is beyond the largest number, 1.8e308. "
     "Fix: give a smaller number.",
-    "tracking.uri='http://['": "tracking.uri='http://[' is no address (Invalid IPv6 URL). "
-    "Fix: use the form http://host:port.",
+    "tracking.uri='http://['": "tracking.uri='http://[' is no address. Fix: use the form http://host:port.",
+    "tracking.uri='http://a:p[w]@h'": "tracking.uri='http://a:***@h' is no address. Fix: use the form http://host:port.",
+    "tracking.uri='http:/a:pw@h'": "tracking.uri='***@h' has no scheme of sqlite, http, https, postgresql, mysql, "
+    "mssql (MLflow's file store is gone). "
+    "Fix: set tracking.uri=sqlite:///outputs/mlflow.db or a server's http address.",
     "tracking.uri=sqlite:///": "tracking.uri='sqlite:///' names no file. "
     "Fix: use the form sqlite:///folder/file.db; an absolute path makes it four slashes.",
     "tracking.uri=sqlite:////tmp": "tracking.uri='sqlite:////tmp' is a folder and not a file. "

@@ -573,6 +573,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("lr_from_batch", lr_from_batch, replace=True)
     OmegaConf.register_new_resolver("share", share, replace=True)
     OmegaConf.register_new_resolver("at_most", at_most, replace=True)
-    OmegaConf.register_new_resolver("pid", os.getpid, replace=True)
+    # cached as `now` is: a launcher may run the jobs of a sweep in other processes, and they share one folder
+    OmegaConf.register_new_resolver("pid", os.getpid, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("warmup", warmup, replace=True)
     OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -151,10 +152,13 @@ def _next_words(config: DictConfig, rows: list[tracking.SweepRow]) -> str:
 
 
 def _redact_file(path: Path) -> None:
-    """Hide what is secret in a YAML file."""
+    """Hide what is secret in a YAML file, which other jobs may read at the same time."""
     if path.exists():
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        path.write_text(OmegaConf.to_yaml(OmegaConf.create(redact_tree(tree))), encoding="utf-8")
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        part.touch(0o600)
+        part.write_text(OmegaConf.to_yaml(OmegaConf.create(redact_tree(tree))), encoding="utf-8")
+        part.replace(path)
 
 
 def _parsed(word: str) -> Override:

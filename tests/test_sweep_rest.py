@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
+import pickle
 import shlex
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from deepseek_exp import sweep, sweep_rest
+from deepseek_exp import compose, config, sweep, sweep_rest
 from tests import forks, runs
 from tests.parallel.test_launch import wait_for
 from tests.test_run import all_runs
@@ -60,10 +65,39 @@ def test_no_two_sweeps_share_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep.atexit, "register", lambda *_: None)
     hydra = {"overrides": {"task": ["seed=1,2"]}, "sweep": {"dir": str(tmp_path / "sweep")}}
     monkeypatch.setattr(sweep, "_tracking", lambda _: SimpleNamespace(run_name=None))
-    config = OmegaConf.create({"hydra": hydra, "output_dir": str(tmp_path)})
-    sweep.SweepRun().on_multirun_start(config)
+    tree = OmegaConf.create({"hydra": hydra, "output_dir": str(tmp_path)})
+    sweep.SweepRun().on_multirun_start(tree)
     with pytest.raises(SystemExit):
-        sweep.SweepRun().on_multirun_start(config)
+        sweep.SweepRun().on_multirun_start(tree)
     assert "sweep.json' cannot be used (File exists). Fix: " in capsys.readouterr().err
     conf = OmegaConf.load(runs.ROOT / "conf/config.yaml").hydra.sweep
     assert "${pid:}" in OmegaConf.to_container(conf, resolve=False)["dir"]
+
+
+def test_the_jobs_of_a_sweep_share_its_folder_in_whatever_process():
+    config.register()
+    with compose._hydra():
+        hydra = GlobalHydra.instance().hydra
+        whole = hydra.compose_config("config", ["seed=1,2"], RunMode.MULTIRUN, from_shell=False)
+        folder = whole.hydra.sweep.dir
+        reader, writer = os.pipe()
+        if os.fork() == 0:  # as a launcher does that runs jobs at the same time
+            try:
+                job = hydra.config_loader.load_sweep_config(pickle.loads(pickle.dumps(whole)), ["seed=1"])
+                os.write(writer, job.hydra.sweep.dir.encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        assert os.read(reader, 4096).decode() == folder
+        assert str(os.getpid()) in folder
+
+
+def test_the_record_of_a_sweep_is_whole_while_jobs_hide_its_secrets(tmp_path, monkeypatch):
+    file = tmp_path / sweep.HYDRA_FILE
+    file.touch(0o600)
+    file.write_text("tracking: {uri: 'http://a:hunter2@h'}\n", encoding="utf-8")
+    monkeypatch.setattr(Path, "replace", lambda part, _: seen.append((part.stat().st_mode & 0o777, part.read_text())))
+    seen: list[tuple[int, str]] = []
+    sweep._redact_file(file)
+    assert file.read_text(encoding="utf-8").startswith("tracking: {uri")
+    assert seen == [(0o600, "tracking:\n  uri: http://a:***@h\n")]

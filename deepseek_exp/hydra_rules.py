@@ -192,6 +192,11 @@ def _sweep_dir_problem(composed: DictConfig) -> Problem | None:
 
 
 def _sweep_problems(composed: DictConfig) -> Iterator[Problem]:
+    empty = [section for section in BASIC if OmegaConf.is_missing(composed.hydra, section)]
+    if empty:
+        rule, fix = "has no option", "choose one, such as hydra/{0}=basic, or leave hydra/{0} out"
+        yield from (Problem(f"hydra/{section}", [], rule, fix.format(section)) for section in empty)
+        return
     for section, takes in BASIC.items():
         node = composed.hydra[section]
         unknown = set(node) - {"_target_", *takes} if "_internal" in node["_target_"] else ()

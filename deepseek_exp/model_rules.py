@@ -125,6 +125,8 @@ def _experts(exp: ExperimentConfig) -> Iterator[Problem]:
 
 def _groups(e: MoEConfig) -> Iterator[Problem]:
     n = e.n_routed_experts
+    if e.n_groups < 1:
+        return  # the range of the key says so
     if n % e.n_groups:
         legal = ", ".join(map(str, divisors(n)))
         rule = f"does not divide model.moe.n_routed_experts={n}"

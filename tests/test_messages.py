@@ -126,6 +126,10 @@ MESSAGES = {
     "model=v2_moe size=tiny model.moe.n_dense_layers=2": (
         "model.moe.n_dense_layers=2 leaves none of model.n_layers=2 to the experts. Fix: use 1 or less."
     ),
+    "model=v2_moe size=tiny model.moe.n_groups=0": "model.moe.n_groups=0 must be at least 1. Fix: use 1 or more.",
+    "hydra/sweeper=[]": (
+        "hydra/sweeper=[] has no option. Fix: choose one, such as hydra/sweeper=basic, or leave hydra/sweeper out."
+    ),
     "model=v2_moe size=tiny model.moe.n_groups=3": (
         "model.moe.n_groups=3 does not divide model.moe.n_routed_experts=16. Fix: use one of 1, 2, 4, 8, 16."
     ),

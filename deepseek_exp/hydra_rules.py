@@ -165,7 +165,7 @@ def section_problems(composed: DictConfig, overrides: Mapping[str, str]) -> Iter
             continue
         if _below(path, OVERRIDES):  # Hydra adds the command line's words to them, and applies all to each job
             value = [word for word in value if word not in overrides] if isinstance(value, list) else value
-        if path.endswith("._target_") and not _is_known(path, str(value)):
+        if path.endswith("._target_") and value is not None and not _is_known(path, str(value)):
             rule = "is not a launcher or sweeper of Hydra's"
             yield Problem(path, value, rule, "leave it out; hydra/launcher and hydra/sweeper choose one")
         elif value != before.get(path) and not _below(path, (*FILE_KEYS, *asked)):

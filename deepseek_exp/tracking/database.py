@@ -22,6 +22,8 @@ from deepseek_exp.tracking.uri import sqlite_path, with_path
 _VERSION = "alembic_version"
 # MLflow fills these itself.
 _SEEDED = {_VERSION, "experiments", "workspaces"}
+# An experiment that MLflow did not make itself is made after the last migration.
+_OWN_EXPERIMENTS = "SELECT 1 FROM experiments WHERE experiment_id <> 0 LIMIT 1"
 
 
 def make_whole(uri: str) -> str | None:
@@ -31,7 +33,7 @@ def make_whole(uri: str) -> str | None:
         What became of a database that was half made, as a sentence; None if there was none.
 
     Raises:
-        TrackingError: the database is of another version of MLflow or half made, and has runs.
+        TrackingError: the database is of another version of MLflow or half made, and has runs or experiments.
     """
     path = sqlite_path(uri)
     if path is None:
@@ -72,10 +74,10 @@ def _remove(path: Path) -> None:
 
 
 def _is_half_made(path: Path, uri: str) -> bool:
-    """Return whether a database has part of MLflow's tables and no runs.
+    """Return whether a database has part of MLflow's tables, no runs, and no experiments but MLflow's own.
 
     Raises:
-        TrackingError: it has part of the tables, and runs.
+        TrackingError: it has part of the tables, and runs or experiments.
     """
     try:
         with closing(sqlite3.connect(path)) as connection:
@@ -87,7 +89,9 @@ def _is_half_made(path: Path, uri: str) -> bool:
             )
             if version == (mlflow_db._get_latest_schema_revision(),):
                 return False
-            filled = {n for n in names - _SEEDED if connection.execute(f'SELECT 1 FROM "{n}" LIMIT 1').fetchone()}
+            rows = {n: f'SELECT 1 FROM "{n}" LIMIT 1' for n in names - _SEEDED}
+            rows |= {"experiments": _OWN_EXPERIMENTS} if "experiments" in names else {}
+            filled = [n for n, query in rows.items() if connection.execute(query).fetchone()]
     except sqlite3.DatabaseError:  # MLflow says what is wrong with it
         return False
     if filled:

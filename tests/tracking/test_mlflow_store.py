@@ -225,7 +225,7 @@ def test_a_kill_within_the_migration_leaves_no_store_that_is_half_made(tmp_path:
     killed = subprocess.run([sys.executable, "-c", KILLED, cfg.uri], cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "m.db").exists() and (tmp_path / ".m.db.new").stat().st_size > 0
-    _half_made(tmp_path / "m.db")
+    _half_made(tmp_path / "m.db", "INSERT INTO experiments (experiment_id, name) VALUES (0, 'Default')")
     before = (tmp_path / "m.db").read_bytes()
     client, experiment_id = connect(cfg, tmp_path, notes.append)
     assert client.get_experiment(experiment_id).name == "tests"
@@ -239,8 +239,15 @@ def test_a_kill_within_the_migration_leaves_no_store_that_is_half_made(tmp_path:
     assert len(notes) == 1
 
 
-def test_a_store_of_another_version_with_runs_is_left_alone(tmp_path: Path) -> None:
-    _half_made(tmp_path / "m.db", "INSERT INTO runs (run_uuid) VALUES ('a')")
+@pytest.mark.parametrize(
+    "row",
+    [
+        "INSERT INTO runs (run_uuid) VALUES ('a')",
+        "INSERT INTO experiments (experiment_id, name) VALUES (1, 'planned')",
+    ],
+)
+def test_a_store_of_another_version_that_is_used_is_left_alone(tmp_path: Path, row: str) -> None:
+    _half_made(tmp_path / "m.db", row)
     before = (tmp_path / "m.db").read_bytes()
     with pytest.raises(TrackingError, match=r"is an MLflow store of another version.*revision none.*Fix: .*db upgrade"):
         connect(make_config(f"sqlite:///{tmp_path}/m.db"), tmp_path)

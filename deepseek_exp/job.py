@@ -24,6 +24,7 @@ from deepseek_exp.redact import redact, redact_tree
 from deepseek_exp.sweep import SWEEP_FILE
 from deepseek_exp.telling import say
 from deepseek_exp.tracking.rundir import Spec
+from deepseek_exp.tracking.uri import sqlite_path
 
 JOB_FILE = "job.json"
 # the sections whose overrides are worth a place in the run's name
@@ -146,13 +147,13 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
         ConfigError: a rule is broken, or the checkpoint is of another experiment.
         CheckpointError: the checkpoint is missing or damaged.
     """
-    checkpoint, started_from, changed = None, None, []
+    checkpoint, started_from, before = None, None, None
     history: tuple[str, ...] | None = tuple(overrides)
     if composed.init_from is not None:
         composed, started_from = _with_weights_of(composed, overrides)
     elif compose.takes_checkpoint(composed):
         checkpoint = _located(composed.resume or "last", composed)
-        composed, changed, saved_command = _on_top_of(checkpoint, composed, overrides)
+        composed, before, saved_command = _on_top_of(checkpoint, composed, overrides)
         if composed.do is Do.train:
             history, size = _history(saved_command, overrides), saved_command["size"] if saved_command else size
     sweep = json.loads((sweep_dir.parent / SWEEP_FILE).read_text(encoding="utf-8")) if sweep_dir is not None else None
@@ -160,10 +161,15 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
         composed.tracking.parent_run_id, composed.tracking.run_name = sweep["run_id"], None
     cfg = _laid_out(composed)
     continues = None
-    if cfg.do is Do.train and checkpoint is not None:
+    if cfg.do is Do.train and checkpoint is not None and before is not None:
         _check_steps_left(cfg, checkpoint)
-        if changed or cfg.tracking.new_run:
+        fixed = validate.resume_problems(before, cfg)  # parallel=auto has chosen the micro batch only now
+        if fixed:
+            raise ConfigError(*fixed)
+        if cfg.tracking.new_run or validate.differing(before, cfg, NOT_TRAINING):
             continues = _origin(checkpoint)
+        elif not _is_own(checkpoint, cfg.output_dir):
+            _check_where_recorded(checkpoint, cfg.output_dir, overrides)
     named_by = overrides if history is None else history
     name = redact(cfg.tracking.run_name or _name(cfg, named_by, size, checkpoint, sweep["keys"] if sweep else None))
     if cfg.do is Do.train and checkpoint is not None and continues is None:
@@ -227,9 +233,14 @@ def _laid_out(composed: DictConfig) -> ExperimentConfig:
     return cfg
 
 
+def _is_own(checkpoint: Path, output_dir: str) -> bool:
+    """Return whether a checkpoint lies in the command's output_dir."""
+    return checkpoint.resolve().is_relative_to(Path(output_dir).resolve())
+
+
 def _on_top_of(
     checkpoint: Path, composed: DictConfig, overrides: Sequence[str]
-) -> tuple[DictConfig, list[str], dict[str, Any] | None]:
+) -> tuple[DictConfig, ExperimentConfig, dict[str, Any] | None]:
     """Return a checkpoint's configuration under what the command line asks for.
 
     Args:
@@ -238,10 +249,10 @@ def _on_top_of(
         overrides: of the command line.
 
     Returns:
-        The merged tree, the keys of the training that it changes, and what the checkpoint knows of its command line.
+        The merged tree, the checkpoint's configuration, and what the checkpoint knows of its command line.
     """
     saved = saved_config.read(checkpoint)
-    is_own = checkpoint.resolve().is_relative_to(Path(composed.output_dir).resolve())
+    is_own = _is_own(checkpoint, composed.output_dir)
     if is_own:
         saved = _moved_along(saved, composed.output_dir, checkpoint.resolve().parent.parent)
     merged = compose.merge_saved(saved, overrides, is_own=is_own)
@@ -256,10 +267,7 @@ def _on_top_of(
         for key in ("parent_run_id", "run_name"):
             if f"tracking.{key}" not in named:
                 merged.tracking[key] = None
-    changed = validate.differing(before, now, NOT_TRAINING)
-    if now.do is Do.train and not (is_own or changed or now.tracking.new_run):
-        _check_where_recorded(checkpoint, composed, overrides)
-    return merged, changed, _read_command(checkpoint, is_own=is_own)
+    return merged, before, _read_command(checkpoint, is_own=is_own)
 
 
 def _needs_saved_tokenizer(merged: DictConfig, overrides: Sequence[str]) -> bool:
@@ -278,7 +286,8 @@ def _needs_saved_tokenizer(merged: DictConfig, overrides: Sequence[str]) -> bool
 def _moved_along(saved: dict[str, Any], output_dir: str, run_dir: Path) -> dict[str, Any]:
     """Return the values of a run of this output_dir with what lay in its own output_dir where it lies now.
 
-    The store's address is that of the run's folder if the checkpoint has it without its password.
+    The store's address is that of the run's folder if the checkpoint has it without its password, or as a relative path
+    that began in another working directory.
     """
     before, tracking, data = saved.get("output_dir"), saved.get("tracking"), saved.get("data")
     if not (isinstance(before, str) and isinstance(tracking, dict) and isinstance(data, dict)):
@@ -289,20 +298,29 @@ def _moved_along(saved: dict[str, Any], output_dir: str, run_dir: Path) -> dict[
     if cache_dir.startswith(f"{before}/"):
         cache_dir = f"{output_dir}/" + cache_dir.removeprefix(f"{before}/")
     tracking = {**tracking, "uri": uri}
-    if "***" in str(tracking):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            spec = Spec.load(run_dir)
-            tracking |= {"uri": spec.tracking.uri, "tags": dict(spec.tracking.tags)}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        recorded = Spec.load(run_dir).tracking
+        if "***" in str(tracking):
+            tracking |= {"uri": recorded.uri, "tags": dict(recorded.tags)}
+        elif sqlite_path(uri) is not None and not _has_database(uri) and _has_database(recorded.uri):
+            tracking["uri"] = recorded.uri
     return {**saved, "output_dir": output_dir, "tracking": tracking, "data": {**data, "cache_dir": cache_dir}}
 
 
-def _check_where_recorded(checkpoint: Path, composed: DictConfig, overrides: Sequence[str]) -> None:
+def _has_database(uri: str) -> bool:
+    """Return whether an address is that of a database file that exists."""
+    path = sqlite_path(uri)
+    return path is not None and path.is_file()
+
+
+def _check_where_recorded(checkpoint: Path, output_dir: str, overrides: Sequence[str]) -> None:
     """Refuse to continue the MLflow run of a checkpoint from elsewhere unless the command says where it is recorded."""
     if any(o.lstrip("+").startswith(("tracking.uri=", "tracking=")) for o in overrides):
         return
     run_dir = checkpoint.resolve().parent.parent
-    rule = f"lies outside of output_dir={composed.output_dir}, so where it is recorded is not taken from it"
-    fix = f"set output_dir={run_dir.parent.parent} if that is yours, or tracking.uri to the store that has its run"
+    theirs = run_dir.parent.parent.parent if run_dir.parent.parent.name == "multiruns" else run_dir.parent.parent
+    rule = f"lies outside of output_dir={output_dir}, so where it is recorded is not taken from it"
+    fix = f"set output_dir={theirs} if that is yours, or tracking.uri to the store that has its run"
     fix += ", or tracking.new_run=true to record it as a new run"
     raise ConfigError(Problem("resume", str(checkpoint), rule, fix))
 

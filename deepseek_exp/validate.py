@@ -486,7 +486,7 @@ def _leaf_pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any,
 
 def _without_paths(data: DataConfig) -> DataConfig:
     """Return a data section whose mixture is the weight of each part."""
-    weights = {name: float(part.weight) for name, part in data.mixture.items()}
+    weights = {name: getattr(part, "weight", part) for name, part in data.mixture.items()}
     return dataclasses.replace(data, mixture=weights)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from deepseek_exp import compose, config, saved_config
 from deepseek_exp.errors import CheckpointError, ConfigError
 from deepseek_exp.job import COMMAND_FILE, Job, make_job
 from deepseek_exp.parallel import manifest
+from deepseek_exp.tracking.rundir import Spec
 
 QUICK = ("size=tiny", "data=synthetic", "optim.warmup_steps=0")
 
@@ -121,6 +123,22 @@ class TestSavedValues:
         cfg = job("resume=last", "output_dir=moved").cfg
         assert (cfg.tracking.uri, cfg.data.cache_dir) == ("sqlite:///moved/mlflow.db", "moved/cache")
 
+    def test_a_store_of_another_working_directory_is_found(self, tmp_path, monkeypatch):
+        here, there = tmp_path / "here", tmp_path / "there"
+        for folder in (here, there):
+            folder.mkdir()
+        monkeypatch.chdir(here)
+        saved = checkpoint(Path("out"), "tracking.uri=sqlite:///custom.db")
+        recorded = dataclasses.replace(job(*QUICK).cfg.tracking, uri=f"sqlite:///{here}/custom.db")
+        Spec(recorded, "a", {}, "", {}, "", "", "", "a" * 32, 0).save(manifest.run_dir_of(saved))
+        Path("custom.db").touch()
+        assert job("resume=last", "output_dir=out").cfg.tracking.uri == "sqlite:///custom.db"
+        monkeypatch.chdir(there)
+        where = f"output_dir={here / 'out'}"
+        assert job("resume=last", where).cfg.tracking.uri == recorded.uri
+        (here / "custom.db").unlink()  # a store that is lost is that of the command's directory
+        assert job("resume=last", where).cfg.tracking.uri == "sqlite:///custom.db"
+
     def test_what_is_asked_for_refers_to_saved_values(self, tmp_path):
         checkpoint(tmp_path, "trainer.global_batch_seqs=512")
         assert job("resume=last", f"output_dir={tmp_path}", "optim=adamw_scaled").cfg.optim.lr == pytest.approx(1e-3)
@@ -165,6 +183,24 @@ class TestWhichRunRecordsIt:
         assert (found.continues.run_id, found.continues.step) == ("a" * 32, 2)
         assert found.continues.run_dir == manifest.run_dir_of(saved)
 
+    def test_a_layout_that_is_chosen_again_is_no_change(self, tmp_path):
+        saved = checkpoint(
+            tmp_path, "parallel.dp=2", "parallel.zero_stage=1", "device=cpu", "trainer.micro_batch_seqs=1"
+        )
+        words = ("resume=last", f"output_dir={tmp_path}", "parallel=auto", "cluster.gpus_per_node=2")
+        found = job(*words)
+        assert (found.cfg.parallel.dp, found.cfg.parallel.zero_stage) == (2, 1)
+        assert found.run_dir == manifest.run_dir_of(saved) and found.continues is None
+        assert job(*words[:3], "cluster.gpus_per_node=4").continues is not None
+
+    def test_a_chosen_micro_batch_does_not_cut_memories(self, tmp_path):
+        lanes = ("model.window=8", "model.memory_len=4", "data.order=contiguous", "trainer.micro_batch_seqs=8")
+        checkpoint(tmp_path, *lanes, "device=cpu")
+        words = ("resume=last", f"output_dir={tmp_path}")
+        assert job(*words).continues is None
+        with pytest.raises(ConfigError, match=r"trainer.micro_batch_seqs=1 differs from the checkpoint's 8"):
+            job(*words, "parallel=auto", "cluster.gpus_per_node=1", "cluster.memory_bytes=1e7")
+
     def test_the_next_resume_is_of_the_new_run(self, tmp_path):
         checkpoint(tmp_path)
         later = checkpoint(tmp_path, "trainer.max_steps=900", run="b", step=4)
@@ -208,6 +244,12 @@ class TestForeign:
         assert cfg.tracking.uri == f"sqlite:///{tmp_path / 'mine'}/mlflow.db" and cfg.tracking.tags == {}
         assert (cfg.launch.launcher, cfg.data.cache_dir) == ("local", str(tmp_path / "mine" / "cache"))
 
+    def test_what_is_not_used_of_it_may_be_anything(self, tmp_path):
+        checkpoint(tmp_path, edit=lambda text: text.replace("mixture: {}", "mixture: {a: 1}"))
+        assert job("do=sample", f"output_dir={tmp_path}").cfg.data.mixture == {}
+        with pytest.raises(ConfigError, match=r"data.mixture='a' has parts"):
+            job("resume=last", f"output_dir={tmp_path}")
+
     def test_its_references_are_not_evaluated(self, tmp_path, monkeypatch):
         monkeypatch.setenv("FUZZ_SECRET", "hunter2")
         saved = checkpoint(
@@ -229,6 +271,10 @@ class TestForeign:
         found = job(*words, "tracking.new_run=true")
         assert found.run_dir.parent == tmp_path / "mine" / "runs" and found.continues.run_id == "a" * 32
         assert job(*words, "tracking.uri=sqlite:///x.db").run_dir == manifest.run_dir_of(saved)
+        swept = (tmp_path / "theirs" / "runs").rename(tmp_path / "theirs" / "sweep")
+        swept = swept.rename((tmp_path / "theirs" / "multiruns").mkdir() or tmp_path / "theirs" / "multiruns" / "s")
+        with pytest.raises(ConfigError, match=rf"Fix: set output_dir={tmp_path / 'theirs'} if"):
+            job(f"resume={swept / 'a'}", words[1])
 
     def test_its_overrides_are_no_part_of_a_command_to_paste(self, tmp_path):
         theirs = ["size=tiny", "tracking.uri=http://attacker/", "+tracking.tags.a=b", "launch=slurm"]

@@ -232,7 +232,7 @@ def _cannot_save(folder: Path, step: int, n_bytes: int, error: Exception) -> Use
     with suppress(OSError):
         free = shutil.disk_usage(folder).free
         rule += f": a process writes about {n_bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
-    fix = "make room there or make it writable, and go on with resume=last; the checkpoints before it are whole"
+    fix = "make room there or make it writable, and continue with resume=last; the checkpoints before it are whole"
     return CheckpointError(Problem("output_dir", str(folder), rule, fix))
 
 

@@ -174,7 +174,7 @@ def _argument_problems(path: str, target: str, given: dict[str, Any], takes: dic
         key = f"{path}.{name}"
         if name in SET_ELSEWHERE and path == "optim.optimizer":
             fix = f"leave it out, and set {SET_ELSEWHERE[name]}={value}"
-            yield Problem(key, value, f"would be without effect beside {SET_ELSEWHERE[name]}", fix)
+            yield Problem(key, value, f"has no effect next to {SET_ELSEWHERE[name]}", fix)
         elif name not in takes:
             rule = f"is not an argument of {target} that may be set ({', '.join(takes) or 'it has none'})"
             yield Problem(key, value, rule, f"remove it: ~{key}")

@@ -54,7 +54,7 @@ def check_command_line(argv: Sequence[str]) -> None:
         argv: the arguments after the program's name, as Hydra takes them; a sweep is expanded into its jobs.
 
     Raises:
-        ConfigError: with all problems of all jobs, each told once.
+        ConfigError: with all problems of all jobs, each reported once.
     """
     _check_encoding(argv)
     args = get_args_parser().parse_args(list(argv))
@@ -328,7 +328,7 @@ FREE = {f"model.{name}" for name in ("version", "max_seq_len", "mtp_loss_weight"
 def _model_overrides(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[Problem]:
     """Refuse what is set of the model beside `init_from`."""
     source = "config.json" if is_release(cfg.init_from) else "checkpoint"
-    rule = f"cannot be used with init_from={cfg.init_from}, whose {source} gives the model"
+    rule = f"cannot be used with init_from={cfg.init_from}, whose {source} defines the model"
     groups = [o for o in _parsed(overrides) if SECTION_OF.get(str(o.key_or_group), str(o.key_or_group)) == "model"]
     for o in groups:
         yield Problem(str(o.key_or_group), o.value(), rule, f"leave {o.key_or_group} out")
@@ -393,12 +393,12 @@ SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def _check(cfg: DictConfig, known: list[Problem], rules: bool = True) -> list[Problem]:
-    """Problems of a composed tree that composing itself lets pass; `known` keys are not told twice."""
+    """Problems of a composed tree that composing itself lets pass; `known` keys are not reported twice."""
     problems = _structure_problems(cfg)
     if problems:
         return problems
-    exp, told = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg)), {p.key for p in known}
-    return [p for p in (validate.problems(exp) if rules else text_problems(exp)) if p.key not in told]
+    exp, reported = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg)), {p.key for p in known}
+    return [p for p in (validate.problems(exp) if rules else text_problems(exp)) if p.key not in reported]
 
 
 def _structure_problems(cfg: DictConfig) -> list[Problem]:
@@ -408,9 +408,7 @@ def _structure_problems(cfg: DictConfig) -> list[Problem]:
         raw = OmegaConf.to_container(cfg, resolve=False)
         missing = sorted(OmegaConf.missing_keys(cfg) | {k for k in schema_keys() if not _has(raw, k)})
         missing = [k for k in missing if not any(k.startswith(f"{other}.") for other in missing)]
-        problems += [
-            Problem(k, "???", "has no value", f"give it one, or take the option that sets {k}") for k in missing
-        ]
+        problems += [Problem(k, "???", "has no value", f"set it, or take the option that sets {k}") for k in missing]
         if problems:
             return problems
         exp = OmegaConf.to_object(cfg)
@@ -453,7 +451,7 @@ def _jobs(overrides: list[str]) -> tuple[list[list[str]], list[Problem]]:
     try:
         master = GlobalHydra.instance().hydra.compose_config("config", good, RunMode.MULTIRUN, from_shell=False)
     except Exception:
-        return [_without_sweeps(good)], problems  # told by _compose_all
+        return [_without_sweeps(good)], problems  # reported by _compose_all
     problems += _section_problems(master, good)
     if problems:
         return [_without_sweeps(good)], problems

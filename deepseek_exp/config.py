@@ -219,7 +219,7 @@ class MoEConfig:
     aux_loss_weight: float = key("balance=aux_loss: weight of the batch-wise balance loss", gt=0, le=1000)
     sequence_loss_weight: float = key("weight of the balance loss within each sequence; 0: none", ge=0, le=1000)
     domains: list[str] = key("names that share the experts evenly, the first is open to every token; []: no domains")
-    domain_loss_weight: float = key("weight of the loss that teaches the router to tell the domain", ge=0, le=1000)
+    domain_loss_weight: float = key("weight of the loss that teaches the router to recognize the domain", ge=0, le=1000)
 
 
 @dataclass
@@ -366,7 +366,9 @@ class TrainerConfig:
         le=10**12,
     )
     checkpoint_every_steps: int = key("steps between checkpoints; the last step always saves", ge=1, le=10**12)
-    keep_checkpoints: int = key("newest checkpoints that stay, beside the best one; 0: none is saved", ge=0, le=10**6)
+    keep_checkpoints: int = key(
+        "newest checkpoints that stay, in addition to the best one; 0: none is saved", ge=0, le=10**6
+    )
     on_nonfinite: OnNonfinite = key(
         "a step whose gradient is infinite or NaN: stop ends the run, skip leaves weights and optimizer as they were "
         "and counts it (on a GPU the host then waits for each step's gradient norm)"
@@ -407,9 +409,7 @@ class ParallelConfig:
     dp: int = key("data parallel: copies of the model, each with its share of the sequences; 0: auto", ge=0, le=10**6)
     tp: int = key("tensor parallel: ways each matrix is cut; 0: auto", ge=0, le=65_536)
     pp: int = key("pipeline parallel: stages the layers are cut into; 0: auto", ge=0, le=10_000)
-    ep: int = key(
-        "expert parallel: ways the experts are shared out within dp; 0: as many as divide both", ge=0, le=8192
-    )
+    ep: int = key("expert parallel: ways the experts are divided within dp; 0: as many as divide both", ge=0, le=8192)
     zero_stage: int = key(
         "what dp / ep ranks share instead of copy: 1 optimizer state, 2 and gradients, 3 and weights; 0: nothing",
         ge=0,

@@ -37,7 +37,7 @@ def unparsed(override: str, error: Exception) -> Problem:
     """Word a part of the command line that is not key=value."""
     key, _, value = override.partition("=")
     if isinstance(error, ValueError):
-        fix = f"give a number of fewer than {MOST_DIGITS:,} digits"
+        fix = f"use a number of fewer than {MOST_DIGITS:,} digits"
         return Problem(key.lstrip("+~"), value, f"cannot be read ({_first_line(error)})", fix)
     fix = "write key=value; quote a value with special characters, as in 'sample.prompt=\"a, b\"'"
     info = schema_keys().get(key.lstrip("+"))
@@ -57,7 +57,7 @@ def override_words(parsed: Override, error: Exception, default: DictConfig, opti
     """
     override, path, value = str(parsed.input_line), str(parsed.key_or_group), parsed.value()
     if parsed.is_sweep_override():
-        return Problem(path, parsed.get_value_string(), "gives several values without -m", "add -m for a sweep")
+        return Problem(path, parsed.get_value_string(), "has several values without -m", "add -m for a sweep")
     known = schema_keys()
     if options:
         return _option_words(path, value, options, error)
@@ -98,8 +98,8 @@ def _entry_words(parsed: Override, path: str, value: Any, info: KeyInfo, error: 
     if not override.startswith("+"):
         return Problem(path, value, "adds an entry, which needs a plus sign", f"write +{override}")
     if info.type == dict[str, str]:
-        return Problem(path, value, "is not a text", f"give a text, for example +{path}=x")
-    return Problem(path, value, f"cannot be added ({_first_line(error)})", "give it another value, or leave it out")
+        return Problem(path, value, "is not a text", f"use a text, for example +{path}=x")
+    return Problem(path, value, f"cannot be added ({_first_line(error)})", "set another value, or leave it out")
 
 
 def value_words(override: str, path: str, value: Any, info: KeyInfo, default: Any) -> Problem:
@@ -114,15 +114,15 @@ def value_words(override: str, path: str, value: Any, info: KeyInfo, default: An
         return Problem(path, value, "adds entries, which need a plus sign", f"write +{override.lstrip('+')}")
     wanted = TYPE_WORDS.get(info.type, "a mapping" if is_mapping(info.type) else "a list")
     if info.type is float and isinstance(value, int) and not isinstance(value, bool):
-        return Problem(path, value, "is beyond the largest number, 1.8e308", "give a smaller number")
+        return Problem(path, value, "is beyond the largest number, 1.8e308", "use a smaller number")
     if info.type is str and isinstance(value, list):
         fix = "name one file or folder, a glob such as texts/**/*.txt, or several texts with data=mixture"
-        return Problem(path, value, "is a list and not a text", fix if path.startswith("data.") else "give one text")
+        return Problem(path, value, "is a list and not a text", fix if path.startswith("data.") else "use one text")
     example = default.value if isinstance(default, Enum) else default
     if example is None and info.type is str:
         example = "x"
     shown = Problem(path, example, "", "").shown()
-    return Problem(path, value, f"is not {wanted}", f"give {wanted}, for example {path}={shown}")
+    return Problem(path, value, f"is not {wanted}", f"use {wanted}, for example {path}={shown}")
 
 
 def file_words(error: Exception) -> Problem:

@@ -114,7 +114,7 @@ def _option_problem(override: Override, group: str, options: list[str]) -> Probl
         rule = "is what an experiment takes one option from"
         fix = f"use one of {', '.join(options)}" if options else "leave it out"
         return Problem(group, None, f"cannot be deleted: it {rule}", fix) if group != "recipes" else None
-    if override.is_sweep_override() or isinstance(value, dict):  # told by what composes
+    if override.is_sweep_override() or isinstance(value, dict):  # reported by what composes
         return None
     names = value if isinstance(value, list) else [value]
     for name in names:
@@ -245,7 +245,7 @@ def sweep_problems(parsed: Sequence[Override]) -> Iterator[Problem]:
             yield Problem(path, override.get_value_string(), str(error), fix)
             return
         if n == 0:
-            fix = "give two values or more, as in seed=1,2"
+            fix = "use two values or more, as in seed=1,2"
             yield Problem(path, override.get_value_string(), "makes a sweep of no jobs", fix)
             return
         n_jobs, longest = n_jobs * n, max(longest, (override.get_value_string(), n), key=lambda x: x[1])

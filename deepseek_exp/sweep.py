@@ -140,7 +140,7 @@ def _leaving_on_error(output_dir: str) -> Iterator[None]:
 
 
 def _next_words(config: DictConfig, rows: list[tracking.SweepRow]) -> str:
-    """Say how to go on with the best job of a sweep that trained."""
+    """Say how to continue the best job of a sweep that trained."""
     best = tracking.best_row(rows)
     if best is None or str(config.do) != "train" or not config.trainer.keep_checkpoints:
         return ""

@@ -207,7 +207,7 @@ def _part(key: str, part: Any) -> Iterator[Problem]:
         yield Problem(key, part, rule, fix)
         return
     if isinstance(part.weight, bool) or not isinstance(part.weight, int | float):
-        yield Problem(f"{key}.weight", part.weight, "is not a number", f"give a number, for example {key}.weight=1")
+        yield Problem(f"{key}.weight", part.weight, "is not a number", f"use a number, for example {key}.weight=1")
     else:
         yield from _ranges(dataclasses.replace(part, path="", valid_path=""), f"{key}.")
     for name in ("path", "valid_path"):

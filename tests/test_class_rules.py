@@ -29,9 +29,9 @@ MESSAGES = {
     "Fix: remove it: ~optim.optimizer.betas.\n"
     "optim.optimizer.eps=1e-08 is not an argument of torch.optim.SGD that may be set (momentum, dampening, nesterov, "
     "foreach, fused). Fix: remove it: ~optim.optimizer.eps.",
-    "+optim.optimizer.lr=1": "optim.optimizer.lr=1 would be without effect beside optim.lr. "
+    "+optim.optimizer.lr=1": "optim.optimizer.lr=1 has no effect next to optim.lr. "
     "Fix: leave it out, and set optim.lr=1.",
-    "+optim.optimizer.weight_decay=5": "optim.optimizer.weight_decay=5 would be without effect beside "
+    "+optim.optimizer.weight_decay=5": "optim.optimizer.weight_decay=5 has no effect next to "
     "optim.weight_decay. Fix: leave it out, and set optim.weight_decay=5.",
     "+optim.optimizer._args_=[1]": "optim.optimizer._args_=[1] is not an argument of torch.optim.AdamW that may be set "
     f"({ADAMW}). Fix: remove it: ~optim.optimizer._args_.",

@@ -42,7 +42,7 @@ MESSAGES = {
     "Fix: add --cfg job, or leave --package out.",
     "-m seed=interval(0,1)": "seed='interval(0,1)' is an interval, and the sweeper runs listed values. "
     "Fix: list the values, as in seed=a,b or seed=range(1,5).",
-    "-m model=glob(zz*)": "model='glob(zz*)' makes a sweep of no jobs. Fix: give two values or more, as in seed=1,2.",
+    "-m model=glob(zz*)": "model='glob(zz*)' makes a sweep of no jobs. Fix: use two values or more, as in seed=1,2.",
     "-m seed=range(0,100000000)": "sweep='seed=range(0,100000000)' makes 100,000,000 jobs, and a sweep has 1,000 at "
     "most. Fix: sweep over fewer values at a time.",
     "size=7": "size=7 is not an option of the group size. "

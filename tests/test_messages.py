@@ -40,20 +40,20 @@ MESSAGES = {
     "Fix: use hydra/launcher=basic.",
     "do=trian": "do='trian' is not one of train, eval, sample, export, plan, verify. Fix: use do=train.",
     "device=tpu": "device='tpu' is not one of auto, cpu, cuda. Fix: use device=cpu.",
-    "optim.lr=abc": "optim.lr='abc' is not a number. Fix: give a number, for example optim.lr=0.003.",
-    "seed=x": "seed='x' is not a whole number. Fix: give a whole number, for example seed=1234.",
+    "optim.lr=abc": "optim.lr='abc' is not a number. Fix: use a number, for example optim.lr=0.003.",
+    "seed=x": "seed='x' is not a whole number. Fix: use a whole number, for example seed=1234.",
     "trainer.compile=maybe": "trainer.compile='maybe' is not true or false. "
-    "Fix: give true or false, for example trainer.compile=false.",
-    "tracking.tags=x": "tracking.tags='x' is not a mapping. Fix: give a mapping, for example tracking.tags={}.",
+    "Fix: use true or false, for example trainer.compile=false.",
+    "tracking.tags=x": "tracking.tags='x' is not a mapping. Fix: use a mapping, for example tracking.tags={}.",
     "model.rope_theta=null": "model.rope_theta=null is not a number. "
-    "Fix: give a number, for example model.rope_theta=10000.0.",
+    "Fix: use a number, for example model.rope_theta=10000.0.",
     "~optim": "optim=null cannot be deleted: it is what an experiment takes one option from. "
     "Fix: use one of adafactor, adamw, adamw_scaled.",
     "output_dir=${nope}": "output_dir='${nope}' cannot be resolved (Interpolation key 'nope' not found). "
     "Fix: correct the reference.",
     "optim.lr=[1": "command line='optim.lr=[1' cannot be parsed. "
     "Fix: write key=value; quote a value with special characters, as in 'sample.prompt=\"a, b\"'.",
-    "model.n_heads=2,4": "model.n_heads='2,4' gives several values without -m. Fix: add -m for a sweep.",
+    "model.n_heads=2,4": "model.n_heads='2,4' has several values without -m. Fix: add -m for a sweep.",
     "trainer.callbacks.stop={a:1}": "trainer.callbacks.stop={'a': 1} adds an entry, which needs a plus sign. "
     "Fix: write +trainer.callbacks.stop={a:1}.",
     "+trainer.callbacks.stop={_target_:os.system}": "trainer.callbacks.stop._target_='os.system' is not a class "
@@ -228,9 +228,9 @@ MESSAGES = {
     "Fix: add +data.mixture.a.path=<file, folder or glob>.",
     "data=mixture +data.mixture.a.path=7": "data.mixture.a.path=7 is not a text. Fix: name a file, folder or glob.",
     "data=mixture +data.mixture.a.path=/ +data.mixture.a.weight=x": "data.mixture.a.weight='x' is not a number. "
-    "Fix: give a number, for example data.mixture.a.weight=1.",
+    "Fix: use a number, for example data.mixture.a.weight=1.",
     "data=mixture +data.mixture.a.path=/ +data.mixture.a.weight=true": "data.mixture.a.weight=true is not a number. "
-    "Fix: give a number, for example data.mixture.a.weight=1.",
+    "Fix: use a number, for example data.mixture.a.weight=1.",
     "data=mixture +data.mixture.a.path=/ +data.mixture.a.weight=0": "data.mixture.a.weight=0 must be greater than 0. "
     "Fix: use more than 0.",
     "data=mixture +data.mixture.a.path=/ +data.mixture.a.weight=inf": "data.mixture.a.weight=inf is not a finite "
@@ -253,7 +253,7 @@ MESSAGES = {
     "data.path=~/x": "command line='data.path=~/x' cannot be parsed. Fix: quote the value: 'data.path=\"~/x\"'.",
     "trainer.callbacks={a:{_target_:x}}": "trainer.callbacks={'a': {'_target_': 'x'}} adds entries, which need a plus "
     "sign. Fix: write +trainer.callbacks={a:{_target_:x}}.",
-    "+tracking.tags.x=null": "tracking.tags.x=null is not a text. Fix: give a text, for example +tracking.tags.x=x.",
+    "+tracking.tags.x=null": "tracking.tags.x=null is not a text. Fix: use a text, for example +tracking.tags.x=x.",
     "+tracking.tags={../x:1}": "tracking.tags='../x' is not a name of letters, digits and _-./: within 250 characters, "
     "which MLflow asks for. Fix: rename the tag.",
     "optim.optimizer=${seed}": "optim.optimizer=1234 is not a mapping. "
@@ -268,7 +268,7 @@ MESSAGES = {
     "export.path=" + "x" * 256: "export.path='" + "x" * 180 + "... (256 characters)' has a name of 256 bytes, and file "
     "systems take 255. Fix: use shorter names.",
     "optim.lr=1" + "0" * 400: "optim.lr=a number of 401 digits is beyond the largest number, 1.8e308. "
-    "Fix: give a smaller number.",
+    "Fix: use a smaller number.",
     "tracking.uri='http://['": "tracking.uri='http://[' is no address. Fix: use the form http://host:port.",
     "tracking.uri='http://a:p[w]@h'": "tracking.uri='http://a:***@h' is no address. Fix: use the form http://host:port.",
     "tracking.uri='http:/a:pw@h'": "tracking.uri='***@h' has no scheme of sqlite, http, https, postgresql, mysql, "
@@ -486,7 +486,7 @@ class TestInitFrom:
     def test_nothing_else_does(self, folder, override, value):
         key = override.split("=")[0]
         assert problems_of(f"init_from={folder}", override) == (
-            f"{key}={value} cannot be used with init_from={folder}, whose config.json gives the model. "
+            f"{key}={value} cannot be used with init_from={folder}, whose config.json defines the model. "
             f"Fix: leave {key} out."
         )
 

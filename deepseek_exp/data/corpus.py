@@ -34,7 +34,7 @@ from deepseek_exp.disk import expand
 from deepseek_exp.errors import DataError, Problem
 from deepseek_exp.text_files import find_files, shown, unreadable_error
 
-FORMAT = 2  # to be raised when the same text and settings give other tokens, or meta.json other keys
+FORMAT = 2  # to be raised when the same text and settings make other tokens, or meta.json other keys
 FEW = 100
 MIN_TAIL_CHARS = 400
 FOR_VALIDATION = re.compile(r"(?i)(?<![a-z])(valid|validation|val|dev|test|eval)(?![a-z])")

@@ -112,7 +112,7 @@ class TokenDataModule(LightningDataModule):
 
         Which sequences these are depends neither on the micro batch nor on the layout. Fewer than all are taken at
         even distances, so that they stand for the whole text and not for its first documents; a last batch may be
-        smaller. Read in the training process: validation needs no order of its own to be prefetched.
+        smaller. Read in the training process: validation has no separate order to prefetch.
 
         The parts of a mixture follow one another, no batch holds two of them, and each part has an equal number of
         sequences whatever its weight: at least one, and the first parts one more if the numbers do not divide.
@@ -246,4 +246,4 @@ def _check_lanes(n_sequences: int, n_lanes: int) -> None:
     if n_sequences < n_lanes:
         key = "trainer.global_batch_seqs"
         rule = f"needs as many sequences of train text with data.order=contiguous and there are {n_sequences}"
-        raise DataError(Problem(key, n_lanes, rule, f"lower {key} or data.seq_len, or give more train text"))
+        raise DataError(Problem(key, n_lanes, rule, f"lower {key} or data.seq_len, or add more train text"))

@@ -330,9 +330,7 @@ def _check_lengths(plan: _Plan, packed: list[Shards]) -> None:
                 rule = f"needs {least} tokens of {text} and there are {shard.n_tokens}"
                 is_held_out = split == "valid" and not corpus.valid_files
                 more = ", raise data.valid_fraction" * is_held_out
-                problems.append(
-                    Problem("data.seq_len", seq_len, rule, f"lower data.seq_len{more}, or give more {text}")
-                )
+                problems.append(Problem("data.seq_len", seq_len, rule, f"lower data.seq_len{more}, or add more {text}"))
     if problems:
         raise DataError(*problems)
 

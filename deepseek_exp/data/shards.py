@@ -1,7 +1,7 @@
 """Tokens of a corpus, packed into one memory-mapped file per split, built once.
 
 A folder `<fingerprint>` holds train.bin and valid.bin (flat token ids, <|endoftext|> after each document),
-unigram_bits.npy and meta.json. It is built beside its place, synced and renamed, so it is whole or not there.
+unigram_bits.npy and meta.json. It is built next to its place, synced and renamed, so it is whole or not there.
 
 meta.json has the sha256 of the other files and one of itself. Token files may be large, so they are read for their
 digest only if they are not those that were read the last time, by size, times and inode (verified.json).

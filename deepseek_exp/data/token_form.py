@@ -2,7 +2,7 @@
 
 Byte level (GPT-2, section 2.2): each character of a token stands for one byte. SentencePiece (Kudo and Richardson 2018;
 Llama 2, Mistral): a token is text in which U+2581 stands for a space, one of these is put before the text, and a
-character without a token of its own becomes one token `<0xE9>` for each of its bytes.
+character that has no token becomes one token `<0xE9>` for each of its bytes.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Form:
                 raise ValueError(f"{rule}; the Unicode normal forms {', '.join(UNICODE_FORMS)} are understood")
 
     def normalize(self, text: str) -> str:
-        """Return what decoding the tokens of a text gives back."""
+        """Return what the tokens of a text decode to."""
         if self._bpe.normalizer is not None:
             text = self._bpe.normalizer.normalize_str(text)
         if not self.sentencepiece:

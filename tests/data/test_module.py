@@ -168,7 +168,7 @@ def test_fewer_training_sequences_than_lanes(cfg) -> None:
         module(cfg, global_batch_seqs=n + 1)
     assert str(error.value) == (
         f"trainer.global_batch_seqs={n + 1} needs as many sequences of train text with data.order=contiguous and there "
-        f"are {n}. Fix: lower trainer.global_batch_seqs or data.seq_len, or give more train text."
+        f"are {n}. Fix: lower trainer.global_batch_seqs or data.seq_len, or add more train text."
     )
 
 

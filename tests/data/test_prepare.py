@@ -404,7 +404,7 @@ def test_fewer_tokens_than_a_sequence(cfg) -> None:
         prepare(dataclasses.replace(cfg, seq_len=n_valid))
     assert str(error.value) == (
         f"data.seq_len={n_valid} needs {n_valid + 1} tokens of valid text and there are {n_valid}. "
-        "Fix: lower data.seq_len, raise data.valid_fraction, or give more valid text."
+        "Fix: lower data.seq_len, raise data.valid_fraction, or add more valid text."
     )
     with pytest.raises(DataError) as error:
         prepare(dataclasses.replace(cfg, seq_len=n_train))

@@ -59,6 +59,15 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder, 
 Recorded = tuple[Path, Recorder, str]
 
 
+@pytest.mark.parametrize("flags", [("--cfg", "job"), ("-c=all", "--resolve"), ("--info", "config")])
+def test_a_configuration_is_printed_without_secrets(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    store, tag = "tracking.uri='http://alice:S3cretURI@h'", "+tracking.tags.db_password=S3cretTAG"
+    done = forks.run(tmp_path, *flags, store, tag)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout + done.stderr
+    assert "uri: http://alice:***@h" in shown and not any(secret in shown for secret in SECRETS)
+
+
 def test_nothing_that_is_printed_has_a_secret(recorded: Recorded) -> None:
     assert "in http://alice:***@127.0.0.1:" in recorded[2]
     assert not [secret for secret in SECRETS if secret in recorded[2]]

@@ -86,7 +86,20 @@ def load_optimizer(part: Part, optimizer: Any, state: State) -> None:
                 values = whole[fragment.start : fragment.start + fragment.weight.numel()]
                 target = fragment.weight if kind == WEIGHT else _moment(base, fragment, kind)
                 target.copy_(values)
-            base.state[fragment.owner] |= {kind: torch.tensor(value) for kind, value in state.scalars.items()}
+            scalars = {kind: scalar_state(base, fragment.owner, value) for kind, value in state.scalars.items()}
+            base.state[fragment.owner] |= scalars
+
+
+def scalar_state(base: torch.optim.Optimizer, owner: Tensor, value: float) -> Tensor:
+    """Return a state that is one number on the device that it is read on, which is where PyTorch's own loading puts it.
+
+    Args:
+        base: the optimizer.
+        owner: the tensor that it keeps the state for.
+        value: the number.
+    """
+    read_by_kernel = any(group.get("fused") or group.get("capturable") for group in base.param_groups)
+    return torch.tensor(value, device=owner.device if read_by_kernel else "cpu")
 
 
 def _load_other(

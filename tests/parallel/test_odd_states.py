@@ -10,6 +10,7 @@ import torch
 
 from deepseek_exp.errors import UserError
 from deepseek_exp.parallel import manifest
+from deepseek_exp.parallel.rank_state import scalar_state
 from deepseek_exp.parallel.shards import open_state
 from tests.parallel.layouts import SHORT, layout
 from tests.test_config import composed
@@ -80,3 +81,18 @@ def test_expert_parallelism_is_refused_without_zero():
     words = [w for w in ADAFACTOR if w != "model=v1_dense"]
     with pytest.raises(UserError, match=r"cannot be used with parallel\.ep=2 on 2 ranks \(a rank has a part"):
         composed(*SHORT, "model=v3_moe", *words, *layout(dp=2, ep=2, zero_stage=0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device"), [({}, "cpu"), ({"capturable": True}, "meta"), ({"fused": True}, "meta")]
+)
+def test_a_count_lies_where_the_optimizer_reads_it(arguments, device):
+    weight = torch.nn.Parameter(torch.ones(2, device="meta"))  # stands for a GPU
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.param_groups[0].update(arguments)
+    count = scalar_state(optimizer, weight, 3.0)
+    assert (count.device.type, count.dtype, count.shape) == (device, torch.float32, ())
+    by_pytorch = optimizer.state_dict()
+    by_pytorch["state"] = {0: {"step": torch.tensor(3.0)}}
+    optimizer.load_state_dict(by_pytorch)
+    assert optimizer.state[weight]["step"].device == count.device

@@ -87,7 +87,9 @@ def override_problem(override: Override, groups: dict[str, list[str]]) -> Proble
             return problem
     if not override.is_hydra_override() and path != "hydra":
         return None
-    shown = None if override.is_delete() else value
+    shown = override.get_value_string() if override.is_sweep_override() else value
+    if override.is_delete():
+        shown = None
     if override.is_delete() or not (path in GROUPS or _below(path, KEYS)):
         rule = "is not a key of Hydra that may be set"
         return Problem(path, shown, rule, f"leave it out; those that may be: {', '.join((*GROUPS, *KEYS))}")

@@ -18,6 +18,7 @@ MESSAGES = {
     "hydra.sweep.subdir=../../x": f"hydra.sweep.subdir='../../x' {REFUSED}",
     "hydra.job.env_copy=[NOPE]": f"hydra.job.env_copy=['NOPE'] {REFUSED}",
     "hydra.mode=MULTIRUN": f"hydra.mode='MULTIRUN' {REFUSED}",
+    "-m hydra.job.name=a,b": f"hydra.job.name='a,b' {REFUSED}",
     "hydra.launcher._target_=os.system": "hydra.launcher._target_='os.system' is not a launcher or sweeper of "
     "Hydra's. Fix: leave it out; hydra/launcher and hydra/sweeper choose one.",
     "+hydra.launcher.x=1": "hydra.launcher.x=1 is not a key of Hydra's basic launcher. "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import re
 import signal
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -57,16 +54,6 @@ def end(error: UserError) -> NoReturn:
     sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
-def show_configuration() -> None:
-    """Let Hydra print what --cfg or --info asks for, without secrets: that is often kept in a file or shared."""
-    text = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(text):
-            run_job()
-    finally:
-        streams.write(sys.stdout, text.getvalue())
-
-
 def main() -> None:
     """Answer a mistake in the command line or the configuration before anything else is loaded."""
     streams.protect()
@@ -76,10 +63,7 @@ def main() -> None:
     sys.argv[1:] = [re.sub(r"^resume=([0-9a-f]+)$", r"resume='\1'", arg) for arg in sys.argv[1:]]  # 12e4 is a run id
     try:
         compose.check_command_line(sys.argv[1:])
-        args = get_args_parser().parse_args()
-        if args.cfg or args.info:
-            show_configuration()
-        else:
+        with streams.redacted(compose.prints_configuration(sys.argv[1:])):
             run_job()
     except KeyboardInterrupt:
         streams.write(sys.stderr, "\nstopped by SIGINT before there was anything to save\n")

@@ -36,6 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deepseek_exp import huggingface, hydra_rules, saved_config, validate
 from deepseek_exp.config import ROOT, Do, ExperimentConfig
+from deepseek_exp.disk import expand
 from deepseek_exp.errors import ConfigError, Problem, UserError
 from deepseek_exp.explain import file_words, meant, override_words, parse_one, unparsed
 from deepseek_exp.huggingface.files import CONFIG, TOKENIZER
@@ -74,6 +75,12 @@ def check_command_line(argv: Sequence[str]) -> None:
         problems["resume"] = Problem("resume", "a sweep", "cannot be combined with -m", fix)
     if problems:
         raise ConfigError(*problems.values())
+
+
+def prints_configuration(argv: Sequence[str]) -> bool:
+    """Say whether a command line asks Hydra to print the configuration, which people keep in files and share."""
+    args = get_args_parser().parse_args(list(argv))
+    return bool(args.cfg or args.info)
 
 
 def _check_encoding(argv: Sequence[str]) -> None:
@@ -256,14 +263,14 @@ def _changed(kept: Any, now: Any, path: str, named: Sequence[str]) -> Any:
 
 def is_release(path: str) -> bool:
     """Return whether a path is the folder of a Hugging Face checkpoint, as far as its config.json goes."""
-    return (Path(path).expanduser() / CONFIG).is_file()
+    return (expand(path) / CONFIG).is_file()
 
 
 def names_a_run(init_from: str) -> bool:
     """Return whether `init_from` means a run of ours: `last`, the beginning of a run id, or a folder without config."""
     if init_from == "last" or re.fullmatch("[0-9a-f]{4,32}", init_from):
         return True
-    return Path(init_from).expanduser().is_dir() and not is_release(init_from)
+    return expand(init_from).is_dir() and not is_release(init_from)
 
 
 def start_from(

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from deepseek_exp import compose, planner, saved_config, validate
 from deepseek_exp.config import Do, ExperimentConfig
+from deepseek_exp.disk import expand
 from deepseek_exp.errors import CheckpointError, ConfigError, Problem
 from deepseek_exp.huggingface.files import TOKENIZER
 from deepseek_exp.layout import degrees
@@ -280,7 +281,7 @@ def _needs_saved_tokenizer(merged: DictConfig, overrides: Sequence[str]) -> bool
     if merged.do is Do.eval and any(key == "data" or key.startswith("data.") for key in named):
         return True
     given = merged.data.tokenizer
-    return given is not None and not Path(given).expanduser().is_file()
+    return given is not None and not expand(given).is_file()
 
 
 def _moved_along(saved: dict[str, Any], output_dir: str, run_dir: Path) -> dict[str, Any]:

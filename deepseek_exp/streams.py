@@ -7,12 +7,14 @@ are hidden (`redact`), those in tracebacks too.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
 import select
 import sys
 import traceback
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -73,6 +75,20 @@ def write(stream: TextIO, text: str) -> None:
         write(stream, text.encode(error.encoding, "backslashreplace").decode(error.encoding))
     except (OSError, ValueError, AttributeError):  # gone, full, closed, or None
         pass
+
+
+@contextlib.contextmanager
+def redacted(wanted: bool) -> Iterator[None]:
+    """Hold standard output back, and print it at the end with its secrets hidden; if not `wanted`, do nothing."""
+    if not wanted:
+        yield
+        return
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:
+        write(sys.stdout, text.getvalue())
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

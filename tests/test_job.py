@@ -99,6 +99,10 @@ class TestWhatAVerbNeeds:
         given.unlink()
         assert job(*words).cfg.data.tokenizer == str(saved / "tokenizer.json")
 
+    def test_a_tokenizer_in_a_home_that_is_not_here_is_gone(self, tmp_path, text):
+        saved = checkpoint(tmp_path, "data=text", f"data.path={text}", "data.tokenizer='~not-here/tokenizer.json'")
+        assert job("resume=last", f"output_dir={tmp_path}").cfg.data.tokenizer == str(saved / "tokenizer.json")
+
     def test_eval_of_other_text_takes_the_checkpoints_tokenizer(self, tmp_path, text):
         saved = checkpoint(tmp_path)
         found = job("do=eval", "resume=last", f"output_dir={tmp_path}", "data=text", f"data.path={text}")

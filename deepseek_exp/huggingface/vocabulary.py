@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from deepseek_exp.disk import expand
 from deepseek_exp.errors import Problem
 
 
@@ -19,7 +20,7 @@ def other_tokenizer(own: Path, named: str) -> Problem | None:
         The problem; None if all of the weights' entries have the same ids there, or if a file cannot be read, which is
         reported where it is used.
     """
-    wanted, found = _entries(own), _entries(Path(named).expanduser())
+    wanted, found = _entries(own), _entries(expand(named))
     if not wanted or not found:
         return None
     differ = sum(found.get(token) != token_id for token, token_id in wanted.items())

@@ -456,3 +456,4 @@ def test_a_tokenizer_with_other_entries_than_the_weights_know(folders, tmp_path)
     assert f"has other ids for {n - 251} of the {n} entries of {own}" in other_tokenizer(own, str(other)).rule
     other.write_text("[" * 100_000)
     assert other_tokenizer(own, str(other)) is None  # worded where it is read
+    assert other_tokenizer(own, "~nobody-of-this-name/tokenizer.json") is None

@@ -1,12 +1,12 @@
 """Measure what it costs to check the loss and the gradient norm of every step.
 
-    python tests/bench/finite_check.py [--rounds 5] [--steps 100] [--device cuda] [overrides ...]
+    python tests/bench/finite_check.py [--rounds 20] [--steps 20] [--device cuda] [--size base] [overrides ...]
 
-Trainings that differ in the check alone take turns in one process: without it, with trainer.on_nonfinite=stop (both
+One training takes turns, block by block of `--steps` steps: without the check, with trainer.on_nonfinite=stop (both
 numbers are copied to the host behind the step and looked at two steps later), and with skip (the host waits for each
-step's norm before it starts the optimizer). Of each round and way the mean step time over the last 80% of the steps is
-taken, the device idle before and after; printed are medians over the rounds, their spread, and the difference to no
-check. Results: README.md in this folder.
+step's norm before it starts the optimizer). The device is idle before and after each block. Printed are the medians of
+the step times, and the median over the rounds of the ratio to the block without the check in the same round, with the
+standard error of the mean ratio. Results: README.md in this folder.
 """
 
 from __future__ import annotations
@@ -25,27 +25,39 @@ from pytorch_lightning.callbacks import Callback
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek_exp import build
+from deepseek_exp.config import OnNonfinite
 from tests.test_config import composed
 
-WAYS = {"no check": (), "stop": ("trainer.on_nonfinite=stop",), "skip": ("trainer.on_nonfinite=skip",)}
+WAYS = ("no check", "stop", "skip")
+WARM_UP = 30  # steps before the first block
 
 
-class Clock(Callback):
-    """Takes the time of the steps after the first fifth."""
+class Turns(Callback):
+    """Lets the ways take turns, and takes the time of each block."""
 
-    def __init__(self, steps: int, device: str) -> None:
-        self.first, self.last, self.device = steps // 5, steps, device
-        self.seconds = 0.0
+    def __init__(self, cfg: Any, check: Any, steps: int) -> None:
+        self.cfg, self.check, self.steps = cfg, check, steps
+        self.seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        self.way, self.started = WAYS[0], 0.0
+        self.look = check.on_train_batch_end
+        check.on_train_batch_end = self.look_or_not
+
+    def look_or_not(self, *args: Any) -> None:
+        if self.way != "no check":
+            self.look(*args)
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step in (self.first, self.last):
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-            self.seconds = time.perf_counter() - self.seconds
-
-    @property
-    def step_seconds(self) -> float:
-        return self.seconds / (self.last - self.first)
+        block, left = divmod(trainer.global_step - WARM_UP, self.steps)
+        if left or block < 0:
+            return
+        self.check.check_all()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        if block:
+            self.seconds[self.way].append((time.perf_counter() - self.started) / self.steps)
+        self.way = WAYS[block % len(WAYS)]
+        self.cfg.trainer.on_nonfinite = OnNonfinite.skip if self.way == "skip" else OnNonfinite.stop
+        self.started = time.perf_counter()
 
 
 class NoLog:
@@ -60,51 +72,50 @@ class NoLog:
     log_foreign_metrics = log_metrics
 
 
-def step_seconds(args: argparse.Namespace, way: str, top: Path) -> float:
-    """Train once in one of the WAYS; returns the mean time of a step."""
+def measure(args: argparse.Namespace, top: Path) -> dict[str, list[float]]:
+    """Train once; returns the step time of each block of each way."""
+    n_steps = WARM_UP + args.rounds * len(WAYS) * args.steps
     cfg = composed(
-        *(["size=base", "trainer.precision=bf16"] if args.device == "cuda" else ["size=tiny"]),
+        f"size={args.size or ('base' if args.device == 'cuda' else 'tiny')}",
+        *(["trainer.precision=bf16"] if args.device == "cuda" else []),
         "data=synthetic",
         f"device={args.device}",
         f"output_dir={top}",
         f"data.cache_dir={top / 'cache'}",
-        f"trainer.max_steps={args.steps}",
-        "trainer.log_every_steps=1000",
-        "trainer.eval_every_steps=100000",
+        f"trainer.max_steps={n_steps}",
+        "trainer.log_every_steps=1000000",
+        "trainer.eval_every_steps=1000000",
         "trainer.keep_checkpoints=0",
         "optim.warmup_steps=0",
-        *WAYS[way],
         *args.overrides,
     )
     parts = build.build_parts(cfg)
     trainer, _, _ = build.build_trainer(cfg, parts, NoLog(top), "run", {})
-    clock = Clock(args.steps, args.device)
-    dropped = ("Progress", *(["FiniteSteps"] if way == "no check" else []))
-    trainer.callbacks = [*(c for c in trainer.callbacks if type(c).__name__ not in dropped), clock]
+    check = next(c for c in trainer.callbacks if type(c).__name__ == "FiniteSteps")
+    turns = Turns(cfg, check, args.steps)
+    trainer.callbacks = [*(c for c in trainer.callbacks if type(c).__name__ != "Progress"), turns]
     trainer.limit_val_batches = 0
     trainer.fit(parts.lit, datamodule=parts.datamodule)
-    return clock.step_seconds
+    return turns.seconds
 
 
 def main() -> None:
     """Print the step time of each way, and what the checks add."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--size", help="option of the group size; by default base, on a CPU tiny")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as top:
-        step_seconds(args, "no check", Path(top))  # compiles kernels and packs the data
-        for _ in range(args.rounds):
-            for way in WAYS:
-                found[way].append(step_seconds(args, way, Path(top)))
-    base = statistics.median(found["no check"])
+        found = measure(args, Path(top))
     for way, seconds in found.items():
-        median = statistics.median(seconds)
-        spread = f"{min(seconds) * 1e3:.3f} to {max(seconds) * 1e3:.3f}"
-        sys.stdout.write(f"{way:9} {median * 1e3:9.3f} ms a step ({spread})  {100 * (median / base - 1):+.3f}%\n")
+        ratios = [100 * (a / b - 1) for a, b in zip(seconds, found["no check"], strict=False)]
+        error = statistics.stdev(ratios) / len(ratios) ** 0.5
+        median = statistics.median(seconds) * 1e3
+        line = f"{way:9} {median:9.3f} ms a step  {statistics.median(ratios):+.3f}% +- {error:.3f}%\n"
+        sys.stdout.write(line)
     where = torch.cuda.get_device_name(0) if args.device == "cuda" else "CPU"
     sys.stdout.write(f"{args.rounds} rounds of {args.steps} steps on {where}, PyTorch {torch.__version__}\n")
 

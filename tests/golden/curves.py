@@ -22,8 +22,14 @@ HERE = Path(__file__).parent
 STEPS = 50
 
 
-def curve(version: str, cache_dir: Path) -> str:
-    """Train a version from its seed; gives a line `step loss` a step under a line on the machine."""
+def curve(version: str, cache_dir: Path, nudge: int | None = None) -> str:
+    """Train a version from its seed, and return a line `step loss` per step under a line on the machine.
+
+    Args:
+        version: option of the group `model`.
+        cache_dir: for the data.
+        nudge: seed that decides which initial weights are moved by a unit in the last place; None: none is.
+    """
     threads = torch.get_num_threads()
     cfg = composed(
         f"model={version}",
@@ -38,7 +44,7 @@ def curve(version: str, cache_dir: Path) -> str:
         "optim.warmup_steps=10",
     )
     try:
-        losses = list(_losses(cfg))
+        losses = list(_losses(cfg, nudge))
     finally:
         torch.set_num_threads(threads)
     lines = [f"{step} {loss:.9g}" for step, loss in enumerate(losses, start=1)]
@@ -52,9 +58,19 @@ def _cpu() -> str:
     return names[0].split(":")[1].strip() if names else platform.processor()
 
 
-def _losses(cfg: ExperimentConfig):
+def _nudge(model: torch.nn.Module, seed: int) -> None:
+    """Move each weight by a unit in the last place up, down or not at all."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + torch.randint(-1, 2, p.shape, generator=generator) * torch.finfo(p.dtype).eps)
+
+
+def _losses(cfg: ExperimentConfig, nudge: int | None):
     parts = build.build_parts(cfg)
     model = parts.lit.model
+    if nudge is not None:
+        _nudge(model, nudge)
     optimizer = build_optimizer(cfg.optim, model)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: lr_factor(s, cfg.optim.warmup_steps, STEPS, cfg.optim.min_lr_ratio)

@@ -226,7 +226,7 @@ class Progress(Callback):
 
 
 def _cannot_save(folder: Path, step: int, n_bytes: int, error: Exception) -> UserError:
-    """Word why a checkpoint could not be written: a disk that is full, read-only or forbidden."""
+    """Describe why a checkpoint could not be written: a disk that is full, read-only or forbidden."""
     why = getattr(error, "strerror", None) or error
     rule = f"cannot take the checkpoint of step {step} ({why})"
     with suppress(OSError):

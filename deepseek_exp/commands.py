@@ -61,7 +61,7 @@ def ui_command(uri: str, experiment_id: str | None = None) -> str:
 
 
 def _where_runs_are(uri: str, experiment_id: str | None) -> str:
-    """Say what the command of `ui_command` is for, and where a server that it starts shows the runs."""
+    """Return what the command of `ui_command` is for, and where a server that it starts shows the runs."""
     what = "look at it and compare runs in the MLflow UI"
     if experiment_id is None or uri.startswith(("http://", "https://")):
         return what

@@ -78,7 +78,7 @@ def check_command_line(argv: Sequence[str]) -> None:
 
 
 def prints_configuration(argv: Sequence[str]) -> bool:
-    """Say whether a command line asks Hydra to print the configuration, which people keep in files and share."""
+    """Return whether a command line asks Hydra to print the configuration, which people keep in files and share."""
     args = get_args_parser().parse_args(list(argv))
     return bool(args.cfg or args.info)
 

@@ -49,7 +49,7 @@ def fsync_path(path: Path) -> None:
 
 
 def disk_error(error: BaseException, key: str, value: str) -> DiskError | None:
-    """Word a failure of the disk, the permissions or the locale.
+    """Describe a failure of the disk, the permissions or the locale.
 
     Args:
         error: any error.

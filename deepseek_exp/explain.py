@@ -34,7 +34,7 @@ MOST_DIGITS = 4300  # of a whole number that Python reads from text
 
 
 def unparsed(override: str, error: Exception) -> Problem:
-    """Word a part of the command line that is not key=value."""
+    """Describe a part of the command line that is not key=value."""
     key, _, value = override.partition("=")
     if isinstance(error, ValueError):
         fix = f"use a number of fewer than {MOST_DIGITS:,} digits"
@@ -47,7 +47,7 @@ def unparsed(override: str, error: Exception) -> Problem:
 
 
 def override_words(parsed: Override, error: Exception, default: DictConfig, options: list[str]) -> Problem:
-    """Word what is wrong with one override of the command line.
+    """Describe what is wrong with one override of the command line.
 
     Args:
         parsed: the override.
@@ -91,7 +91,7 @@ def _option_words(path: str, value: Any, options: list[str], error: Exception) -
 
 
 def _entry_words(parsed: Override, path: str, value: Any, info: KeyInfo, error: Exception) -> Problem:
-    """Word what is wrong with an entry of a mapping."""
+    """Describe what is wrong with an entry of a mapping."""
     override = str(parsed.input_line)
     if parsed.is_delete():
         return Problem(path, None, "is not there to be deleted", f"leave {override} out")
@@ -103,7 +103,7 @@ def _entry_words(parsed: Override, path: str, value: Any, info: KeyInfo, error: 
 
 
 def value_words(override: str, path: str, value: Any, info: KeyInfo, default: Any) -> Problem:
-    """Word a value that its key cannot have."""
+    """Describe a value that its key cannot have."""
     if is_enum(info.type):
         names = [m.value for m in info.type]
         near = [VALUE_SYNONYMS.get(str(value), ""), *difflib.get_close_matches(str(value), names, n=1)]
@@ -126,7 +126,7 @@ def value_words(override: str, path: str, value: Any, info: KeyInfo, default: An
 
 
 def file_words(error: Exception) -> Problem:
-    """Word an error that lies in the YAML files themselves."""
+    """Describe an error that lies in the YAML files themselves."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     place = lines[0].split(":")[0] if lines else "conf"
     path = getattr(error.__cause__, "full_key", None)
@@ -135,7 +135,7 @@ def file_words(error: Exception) -> Problem:
 
 
 def meant(path: str, otherwise: str) -> str:
-    """Say which key a misspelt one may have meant."""
+    """Return which key a misspelt one may have meant."""
     if path in RENAMED:
         return RENAMED[path]
     known, leaf = list(schema_keys()), path.rsplit(".", 1)[-1]

@@ -133,7 +133,7 @@ def _option_problem(override: Override, group: str, options: list[str]) -> Probl
 
 
 def is_inside(path: str) -> bool:
-    """Say whether a path of a configuration file stays below the folders that are searched."""
+    """Return whether a path of a configuration file stays below the folders that are searched."""
     parts = PurePosixPath(path.replace("\\", "/"))
     return ".." not in parts.parts and not parts.is_absolute() and "://" not in path
 

@@ -40,10 +40,10 @@ def schema_keys(cls: type = ExperimentConfig, prefix: str = "") -> dict[str, Key
 
 
 def is_enum(kind: Any) -> bool:
-    """Say whether a type is a list of words."""
+    """Return whether a type is a list of words."""
     return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 def is_mapping(kind: Any) -> bool:
-    """Say whether a type is a mapping with keys of the user's."""
+    """Return whether a type is a mapping with keys of the user's."""
     return typing.get_origin(kind) is dict

@@ -112,7 +112,7 @@ class SweepRun(Callback):
         say(self._interrupted(config))
 
     def _interrupted(self, config: DictConfig) -> str:
-        """Say in which job a sweep was interrupted, and how the others are run."""
+        """Describe in which job a sweep was interrupted, and how the others are run."""
         overrides = list(config.hydra.overrides.task)
         n_jobs, n_done = sweep_rest.n_jobs(overrides), self.n_started
         saved = (Path(config.hydra.sweep.dir) / str(n_done - 1)).glob("checkpoints/step-*")
@@ -140,7 +140,7 @@ def _leaving_on_error(output_dir: str) -> Iterator[None]:
 
 
 def _next_words(config: DictConfig, rows: list[tracking.SweepRow]) -> str:
-    """Say how to continue the best job of a sweep that trained."""
+    """Describe how to continue the best job of a sweep that trained."""
     best = tracking.best_row(rows)
     if best is None or str(config.do) != "train" or not config.trainer.keep_checkpoints:
         return ""

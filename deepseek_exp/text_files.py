@@ -66,7 +66,7 @@ def find_files(key: str, path: str, unreadable: list[str] | None = None) -> list
 
 
 def exists(path: str) -> bool:
-    """Say whether a path names any file or folder; what may not be read counts, so that it is worded when it is read.
+    """Return whether a path names any file or folder; what may not be read counts, and is reported when it is read.
 
     Raises:
         OSError: the path is in a folder that may not be entered.
@@ -84,7 +84,7 @@ def shown(path: Path | str) -> str:
 
 
 def unreadable_error(key: str, place: str | Path, error: OSError) -> DataError:
-    """Word that a file, link or folder cannot be read."""
+    """Describe that a file, link or folder cannot be read."""
     reason = f"{error.strerror or error}"
     if error.filename is not None and os.fspath(error.filename) != os.fspath(place):
         reason += f": {shown(error.filename)}"
@@ -177,7 +177,7 @@ class _Walk:
             yield Path(entry.path)
 
     def _is(self, entry: os.DirEntry[str], kind: str) -> bool:
-        """Say whether an entry, or what it links to, is of a kind; a text file's link that leads nowhere is noted."""
+        """Return whether an entry, or what it links to, is of a kind; a text file's dangling link is noted."""
         try:
             if entry.is_symlink():
                 entry.stat()

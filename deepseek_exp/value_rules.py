@@ -53,7 +53,7 @@ def _texts(section: Any, prefix: str) -> Iterator[tuple[str, bool, str]]:
 
 
 def is_file(path: str | Path) -> bool:
-    """Say whether a path is a file; one that cannot be looked at is none."""
+    """Return whether a path is a file; one that cannot be looked at is none."""
     try:
         return Path(path).is_file()
     except OSError:
@@ -61,7 +61,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Say whether a path is a folder; one that cannot be looked at is none."""
+    """Return whether a path is a folder; one that cannot be looked at is none."""
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):

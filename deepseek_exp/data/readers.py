@@ -157,7 +157,7 @@ def _file_text(raw: bytes) -> str:
 
 
 def _not_utf_8(raw: bytes, rule: str, lines_before: int) -> _BadRow:
-    """Word what a file seems to be, if it is not UTF-8 as `rule` says."""
+    """Describe what a file seems to be, if it is not UTF-8 as `rule` says."""
     if raw.startswith(UTF_16):
         return _BadRow("is UTF-16, not UTF-8", CONVERT.format("iconv -f utf-16 -t utf-8"), lines_before)
     if b"\0" in raw:

@@ -126,7 +126,7 @@ def damaged(folder: Path, rule: str) -> CheckpointError:
 
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """Word whatever reading a checkpoint raises: its files may be whole and yet hold what no version writes.
+    """Describe whatever reading a checkpoint raises: its files may be whole and yet hold what no version writes.
 
     Raises:
         CheckpointError: in place of what a parser, a look-up or a copy raised.

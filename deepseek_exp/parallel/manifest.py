@@ -150,7 +150,7 @@ def _read_text(path: Path) -> str:
 
 
 def _what_is_wrong(fields: Any) -> str | None:
-    """Say what in the content of a manifest no version writes; None: nothing."""
+    """Return what is wrong with the content of a manifest; None: nothing is."""
     if not isinstance(fields, dict):
         return "it is not a JSON object"
     is_old = fields.get("format", 1) in (1, 2)
@@ -208,7 +208,7 @@ def verify(folder: Path) -> Manifest:
 
 
 def _missing_or_unnamed(folder: Path, files: Mapping[str, Any]) -> str | None:
-    """Say which file every checkpoint has this one lacks, or which one the manifest says nothing of; None: neither."""
+    """Return what is wrong if a file that every checkpoint has is missing or not in the manifest; None: nothing is."""
     weights = MODEL in files or any(fnmatch(name, SHARDS) for name in files)
     for name in [*(n for n in (STATE, TREE) if n not in files), *([] if weights else [MODEL])]:
         return f"{name} is missing"

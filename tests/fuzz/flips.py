@@ -99,7 +99,7 @@ def campaign(top: Path, n: int, seed: int) -> Found:
 
 
 def _missed(folder: Path) -> str | None:
-    """Say how a damaged checkpoint was not found; None: it was."""
+    """Describe how a damaged checkpoint was not found; None: it was."""
     run_dir = manifest.run_dir_of(folder)
     try:
         manifest.verify(folder)

@@ -86,7 +86,7 @@ def recording(folder: Path) -> Iterator[Recorder]:
         do_GET = do_POST = _handle
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing."""
+            """Print nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     recorder.port = server.server_address[1]

@@ -211,6 +211,11 @@ class TestWhichRunRecordsIt:
         found = job("resume=last", f"output_dir={tmp_path}", "trainer.max_steps=900")
         assert found.run_dir == manifest.run_dir_of(later) and found.continues is None
 
+    def test_a_new_run_is_asked_for_once(self, tmp_path):
+        saved = checkpoint(tmp_path, "tracking.new_run=true")
+        found = job("resume=last", f"output_dir={tmp_path}")
+        assert found.run_dir == manifest.run_dir_of(saved) and found.continues is None
+
     def test_the_history_names_what_made_it(self, tmp_path):
         checkpoint(tmp_path)
         found = job("resume=last", f"output_dir={tmp_path}", "optim.lr=1", "size=tiny")

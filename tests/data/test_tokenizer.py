@@ -382,9 +382,13 @@ class Slow:
 
 def test_a_signal_ends_the_training_of_a_tokenizer_at_once(monkeypatch) -> None:
     monkeypatch.setattr(tokenizer_module.tokenizers, "Tokenizer", Slow)
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        Tokenizer.train(iter(TEXTS), 300)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            Tokenizer.train(iter(TEXTS), 300)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not Slow.finished
 
 

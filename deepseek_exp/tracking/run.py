@@ -120,7 +120,7 @@ class RunLog:
 
 
 class TrackedRun(RunLog):
-    """A run that is recorded, from its start to its end: a process of its own takes the journal to MLflow.
+    """A run that is recorded, from its start to its end: a separate process takes the journal to MLflow.
 
     Attributes:
         notes: what there is to say of the store once `wait_ready` has returned, one sentence each.

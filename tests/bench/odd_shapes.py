@@ -131,7 +131,7 @@ def results(operation: str, function: Callable[..., Any], inputs: Inputs, above:
 
 
 def rounded_delta(inputs: Inputs, above: Tensor) -> Tensor:
-    """Compute the gate's gradient in fp32, but for delta, which comes from a result that was rounded."""
+    """Compute the gate's gradient in fp32, except that delta comes from a result that was rounded."""
     q, k, v, gate, scale, n_memory, window, n_global = inputs
     n_rep = q.shape[1] // k.shape[1]
     q, k, v = q.float(), *(t.float().repeat_interleave(n_rep, dim=1) for t in (k, v))

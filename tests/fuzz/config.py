@@ -268,7 +268,7 @@ def run(n: int, seed: int, *, show: bool = False) -> Counts:
 
     Args:
         n: how many.
-        seed: of the generator; each case has a generator of its own, so that one can be repeated.
+        seed: of the generator; each case has a separate generator, so that one can be repeated.
         show: print each defect when it is found.
     """
     counts = Counts()

@@ -257,7 +257,10 @@ def _changed(kept: Any, now: Any, path: str, named: Sequence[str]) -> Any:
         for name in parents:
             source = source.get(name, {}) if isinstance(source, dict) else {}
             target = target.setdefault(name, {})
-        target[last] = source[last]
+        if last in source:
+            target[last] = source[last]
+        else:  # deleted, as in ~optim.optimizer.fused
+            target.pop(last, None)
     return kept
 
 

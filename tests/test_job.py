@@ -155,6 +155,11 @@ class TestSavedValues:
         assert list(cfg.trainer.callbacks) == ["stop", "lr"] and cfg.tracking.tags == {"a": "1", "b": "2"}
         assert cfg.trainer.callbacks["stop"]["monitor"] == "val/loss"
 
+    def test_an_entry_of_a_mapping_is_deleted(self, tmp_path):
+        checkpoint(tmp_path)
+        with pytest.raises(ConfigError, match=r"optim.optimizer=.* differs from the checkpoint's"):
+            job("resume=last", f"output_dir={tmp_path}", "~optim.optimizer.fused")
+
     def test_a_text_that_looks_like_a_reference_is_a_text(self, tmp_path):
         checkpoint(tmp_path, r'sample.prompt="echo \${HOME} "')
         found = job("do=sample", f"output_dir={tmp_path}")

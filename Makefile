@@ -37,6 +37,7 @@ bench: $(READY)  ## measure; tests/bench/README.md says what and keeps the resul
 	$(PY) tests/bench/kill.py 20
 	$(PY) -m tests.fuzz.flips 400
 	$(PY) -m tests.fuzz.config 1000 1
+	$(PY) -m tests.fuzz.training 200 1
 	@! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(MAKE) bench-gpu
 
 bench-gpu: $(READY)  ## measure on one GPU: kernels, whole steps beside the peers, where their time goes, loss curves

@@ -142,7 +142,7 @@ def _vocabulary(exp: ExperimentConfig) -> Iterator[Problem]:
 
 def _batches(exp: ExperimentConfig) -> Iterator[Problem]:
     t = exp.trainer
-    if t.micro_batch_seqs >= 1 and t.global_batch_seqs % t.micro_batch_seqs:
+    if min(t.micro_batch_seqs, t.global_batch_seqs) >= 1 and t.global_batch_seqs % t.micro_batch_seqs:
         near = min(divisors(t.global_batch_seqs), key=lambda d: abs(d - t.micro_batch_seqs))
         rule = f"does not divide trainer.global_batch_seqs={t.global_batch_seqs}"
         yield Problem("trainer.micro_batch_seqs", t.micro_batch_seqs, rule, f"use trainer.micro_batch_seqs={near}")

@@ -191,6 +191,7 @@ MESSAGES = {
     "the memory would be the whole past. Fix: set model.window to a length, or model.memory_len=0.",
     "data.vocab_size=9999": "data.vocab_size=9999 is more than model.vocab_size=4096. "
     "Fix: set data.vocab_size=4096 or less.",
+    "trainer.global_batch_seqs=-1": "trainer.global_batch_seqs=-1 must be at least 1. Fix: use 1 or more.",
     "trainer.micro_batch_seqs=5": "trainer.micro_batch_seqs=5 does not divide trainer.global_batch_seqs=8. "
     "Fix: use trainer.micro_batch_seqs=4.",
     "optim.warmup_steps=100 trainer.max_steps=100": "optim.warmup_steps=100 leaves no step of trainer.max_steps=100 at "

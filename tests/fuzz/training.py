@@ -96,7 +96,9 @@ def outcome(argv: list[str], log: Path) -> str:
     if status == 0:
         return "ran"
     said = log.read_text(encoding="utf-8", errors="replace")
-    in_words = os.WIFEXITED(status) and os.WEXITSTATUS(status) in (1, 2) and "Traceback" not in said
+    if os.WIFSIGNALED(status):
+        return f"killed by signal {os.WTERMSIG(status)}"
+    in_words = os.WEXITSTATUS(status) in (1, 2) and "Traceback" not in said
     return "refused while it ran" if in_words and ". Fix: " in said else "failed"
 
 
@@ -147,7 +149,7 @@ def run(n: int, seed: int, folder: Path, *, show: bool = False) -> Counts:
         with _inside(case):
             what = outcome(argv, case / "log")
         counts.outcomes[what] += 1
-        if what in ("failed", "hang"):
+        if what not in ("ran", "refused while it ran"):
             said = (case / "log").read_text(encoding="utf-8", errors="replace")
             counts.defects.append((argv, f"{what} in case {i} of seed {seed}, in {case}\n{said[-1500:]}"))
             if show:
@@ -155,7 +157,7 @@ def run(n: int, seed: int, folder: Path, *, show: bool = False) -> Counts:
         elif what == "refused while it ran" and show:
             said = (case / "log").read_text(encoding="utf-8", errors="replace")
             sys.stdout.write(f"case {i}: {[w[:100] for w in argv]}\n    {said.strip().splitlines()[-1][:400]}\n")
-        if what not in ("failed", "hang"):
+        if what in ("ran", "refused while it ran"):
             shutil.rmtree(case)
         sys.stdout.flush()
     return counts

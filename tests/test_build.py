@@ -106,6 +106,22 @@ def test_a_pytorch_that_leaves_rubbish_for_an_expert_without_tokens_is_refused(m
     build.check_grouped_products(composed("model=v3_moe", "size=tiny"), CPU)
 
 
+@pytest.mark.parametrize("dp", [1, 2])
+def test_grouped_products_are_checked_before_a_model_is_built(monkeypatch, dp):
+    class Checked(Exception):
+        pass
+
+    def check(cfg, device):
+        raise Checked
+
+    for name in ("connect", "check_memory"):
+        monkeypatch.setattr(build, name, lambda *_: None)
+    monkeypatch.setattr(build, "degrees", lambda _: Degrees(dp=dp, tp=1, pp=1, ep=1))
+    monkeypatch.setattr(build, "check_grouped_products", check)
+    with pytest.raises(Checked):
+        build.build_parts(composed("model=v3_moe", "size=tiny", "device=cpu"))
+
+
 def test_memory_that_an_earlier_job_left_counts_as_free(monkeypatch):
     called = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("empty_cache"))

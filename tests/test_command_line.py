@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 
+import run
 from deepseek_exp import compose, config
 from deepseek_exp.compose import check_command_line
 from deepseek_exp.errors import ConfigError
@@ -153,3 +157,10 @@ def test_a_recipe_may_list_the_values_of_a_sweep(mine):
 def test_the_project_itself_sets_what_it_sets():
     with compose._hydra():
         assert compose._compose_all([])[1] == []
+
+
+def test_a_disk_error_of_a_run_is_put_into_words():
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    want = "output_dir='o' cannot be written (No space left on device). Fix: free space on that disk"
+    assert str(run.in_words(error, "o")).startswith(want)
+    assert run.in_words(KeyError("a defect"), "o") is None

@@ -88,10 +88,25 @@ class TestRules:
         compose.check_command_line(["model=v1_dense", *argv])
         rule = "needs a GPU of compute capability 9.0, and this one has 8.9. Fix: set kernels.fp8_experts=false."
         assert problems_of("model=v2_moe", *argv) == f"kernels.fp8_experts=true {rule}"
+        monkeypatch.setattr(validate, "_capability", lambda: (10, 0))
+        assert problems_of("model=v2_moe", *argv) == f"kernels.fp8_experts=true {rule.replace('8.9', '10.0')}"
         monkeypatch.setattr(validate, "_capability", lambda: (9, 0))
         compose.check_command_line(["model=v2_moe", *argv])
         rule = "needs trainer.precision='fp8'. Fix: set trainer.precision=fp8, or kernels.fp8_experts=false."
         assert problems_of(*argv, "trainer.precision=bf16") == f"kernels.fp8_experts=true {rule}"
+
+
+def test_the_driver_is_asked_for_the_capability(monkeypatch):
+    """With a driver that answers as that of an H100 does, in the numbers of cuda.h."""
+
+    class Driver:
+        @staticmethod
+        def cuDeviceGetAttribute(value, attribute, device):
+            value._obj.value = {75: 9, 76: 0}[attribute]
+            return 0
+
+    monkeypatch.setattr(validate.ctypes, "CDLL", lambda name: Driver)
+    assert validate._capability() == (9, 0)
 
 
 def test_the_plan_is_faster_by_the_products_alone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from deepseek_exp import compose, config, validate
+from deepseek_exp import compose, config, validate, value_rules
 from deepseek_exp.config import Device, Do
 from deepseek_exp.errors import ConfigError
 from deepseek_exp.job import make_job
@@ -297,6 +298,17 @@ MESSAGES = {
     "model.qk_rope_head_dim=8": "model.qk_rope_head_dim=8 does nothing while model.attention='gqa'. "
     "Fix: leave model.qk_rope_head_dim out.",
     "optim.lr=inf": "optim.lr=inf is not a finite number. Fix: use a number.",
+    "model.norm_eps=1": "model.norm_eps=1.0 must be less than 1. Fix: use less than 1.",
+    "resume='~nobody-of-this-name/x'": "resume='~nobody-of-this-name/x' begins with ~, which a shell replaces and this "
+    "key does not. Fix: use resume=~nobody-of-this-name/x.",
+    "data=mixture +data.mixture.a.path=" + "x" * 256: "data.mixture.a.path='"
+    + "x" * 180
+    + "... (256 characters)' has a name of 256 bytes, and file systems take 255. Fix: use shorter names.",
+    "tracking.uri=sqlite:///" + "x" * 256: "tracking.uri='" + "x" * 180 + "... (256 characters)' has a name of 256 "
+    "bytes, and file systems take 255. Fix: use shorter names.",
+    "resume=" + "a/" * 2001: "resume='"
+    + "a/" * 90
+    + "... (4,002 characters)' has 4,002 bytes, and a path has 4,000 at most. Fix: use a shorter path.",
     "model.memory_len=64 data.order=contiguous": "model.memory_len=64 is more than a query of model.window=64 "
     "sees of it. Fix: set model.memory_len=63 or less.",
     "model.memory_len=9 data.order=contiguous trainer.compile=true": "trainer.compile=true does not reach the "
@@ -435,6 +447,34 @@ def problems_of(*argv: str) -> str:
 @pytest.mark.parametrize("command_line", MESSAGES)
 def test_message(command_line):
     assert problems_of(*command_line.split(" ")) == MESSAGES[command_line]
+
+
+@pytest.mark.parametrize(
+    ("bound", "inside", "outside"),
+    [({"ge": 1}, (1, 2), 0), ({"gt": 1}, (2,), 1), ({"le": 1}, (1, 0), 2), ({"lt": 1}, (0,), 1)],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_a_bound_is_inclusive_or_exclusive(bound, inside, outside):
+    section = dataclasses.make_dataclass("Section", [("n", int, dataclasses.field(metadata={"bounds": bound}))])
+    assert [p for n in inside for p in validate._ranges(section(n), "")] == []
+    (problem,) = validate._ranges(section(outside), "a.")
+    assert (problem.key, problem.value) == ("a.n", outside)
+
+
+def test_no_rule_counts_up_to_a_huge_number(monkeypatch):
+    exp = composed("do=plan")
+    exp.model.n_heads = 10**9 + 1
+    monkeypatch.setattr(validate, "RULES", [lambda _: pytest.fail("a rule is asked")])
+    assert [p.key for p in validate.problems(exp)] == ["model.n_heads"]
+
+
+def test_a_null_character_is_no_part_of_a_path():
+    (problem,) = value_rules.path_problems("data.mixture.a.path", "a\0b")
+    assert problem.rule == "holds a null character, which ends a text"
+
+
+def test_a_tilde_is_taken_where_it_is_expanded():
+    assert [*value_rules.path_problems("data.path", "~/x")] == []
 
 
 def test_missing_path_names_the_folder_it_looked_in(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from deepseek_exp import compose, config, do
+from deepseek_exp.errors import DiskError
 from deepseek_exp.job import Job, make_job
 from deepseek_exp.parallel import launch, member
 from tests import forks, runs
@@ -147,3 +149,28 @@ def test_stopped_ranks_are_a_killed_run(tmp_path, monkeypatch, capsys):
     )
     (run,) = all_runs(tmp_path)
     assert run.info.status == "KILLED" and run.data.tags["error"] == "stopped by SIGTERM after step 3"
+
+
+def test_the_disk_is_tested_before_a_run(tmp_path, monkeypatch):
+    def full(**_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    asked, found = [], job(tmp_path, "launch=torchrun", "parallel=3d")
+    with monkeypatch.context() as patch:
+        patch.setattr(do, "check_writable", lambda *words: asked.append(words))
+        do.run(found)
+    assert asked == [("output_dir", tmp_path), ("run_dir", found.run_dir)]
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(DiskError, match=r"output_dir='.*' cannot be written \(No space left on device\)\. Fix: free"):
+        do.run(found)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_what_starts_ranks_elsewhere_is_private(tmp_path, launcher):
+    found, mask = job(tmp_path, f"launch={launcher}", "parallel=3d"), os.umask(0)
+    try:
+        do.hand_out(found)
+    finally:
+        os.umask(mask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (found.run_dir / "ranks").iterdir()}
+    assert modes == dict.fromkeys(["job.json", "job.sbatch"][: 1 + (launcher == "slurm")], 0o600)

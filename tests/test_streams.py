@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
+import resource
+import signal
 import subprocess
 import sys
 
@@ -82,6 +84,34 @@ class TestDisk:
     def test_a_folder_that_can_is_left_as_it_was(self, tmp_path):
         disk.check_writable("output_dir", tmp_path / "a/b")
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_folder_on_a_full_disk(self, tmp_path):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            with pytest.raises(DiskError) as raised:
+                disk.check_writable("output_dir", tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
+        want = f"output_dir='{tmp_path}' cannot be written (File too large). Fix: raise the largest file size"
+        assert str(raised.value).startswith(want)
+
+    @pytest.mark.parametrize("number", disk.REMEDIES, ids=errno.errorcode.get)
+    def test_a_remedy_for_each_error_of_a_disk(self, tmp_path, monkeypatch, number):
+        def fails(**_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(disk.tempfile, "TemporaryFile", fails)
+        with pytest.raises(DiskError) as raised:
+            disk.check_writable("output_dir", tmp_path)
+        reason = f"cannot be written ({os.strerror(number)}). Fix: {disk.REMEDIES[number]}."
+        assert str(raised.value) == f"output_dir='{tmp_path}' {reason}"
+        assert str(disk.disk_error(raised.value.__cause__, "run_dir", "r")) == f"run_dir='r' {reason}"
+
+    def test_the_errors_of_a_full_read_only_or_forbidden_disk_have_a_remedy(self):
+        assert {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM} <= set(disk.REMEDIES)
 
     def test_an_error_names_its_file(self):
         error = OSError(errno.EROFS, "Read-only file system", "/x/y")

@@ -60,18 +60,45 @@ def test_plans_are_no_runs(tmp_path):
     assert not (tmp_path / "outputs/mlflow.db").exists()
 
 
-def test_no_two_sweeps_share_a_folder(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Start a sweep of a folder in this process, without a store."""
     monkeypatch.setattr(sweep.tracking, "start_sweep", lambda *_, **__: "run")
     monkeypatch.setattr(sweep.atexit, "register", lambda *_: None)
-    hydra = {"overrides": {"task": ["seed=1,2"]}, "sweep": {"dir": str(tmp_path / "sweep")}}
     monkeypatch.setattr(sweep, "_tracking", lambda _: SimpleNamespace(run_name=None))
-    tree = OmegaConf.create({"hydra": hydra, "output_dir": str(tmp_path)})
-    sweep.SweepRun().on_multirun_start(tree)
+
+    def start_in(folder: Path) -> None:
+        hydra = {"overrides": {"task": ["seed=1,2"]}, "sweep": {"dir": str(folder)}}
+        sweep.SweepRun().on_multirun_start(OmegaConf.create({"hydra": hydra, "output_dir": str(tmp_path)}))
+
+    return start_in
+
+
+def test_no_two_sweeps_share_a_folder(tmp_path, start, capsys):
+    start(tmp_path / "sweep")
     with pytest.raises(SystemExit):
-        sweep.SweepRun().on_multirun_start(tree)
+        start(tmp_path / "sweep")
     assert "sweep.json' cannot be used (File exists). Fix: " in capsys.readouterr().err
     conf = OmegaConf.load(runs.ROOT / "conf/config.yaml").hydra.sweep
     assert "${pid:}" in OmegaConf.to_container(conf, resolve=False)["dir"]
+
+
+def test_the_folder_of_a_sweep_is_tested_before_its_run_is_made(tmp_path, start, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.tracking, "start_sweep", lambda *_, **__: pytest.fail("a run is made"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        start(tmp_path / "file" / "sweep")
+    want = f"hydra.sweep.dir='{tmp_path}/file/sweep' cannot be written (Not a directory). Fix: "
+    assert capsys.readouterr().err.startswith(want)
+
+
+def test_what_hydra_records_of_a_sweep_is_private(tmp_path, start):
+    mask = os.umask(0)
+    try:
+        start(tmp_path / "sweep")
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "sweep" / sweep.HYDRA_FILE).stat().st_mode & 0o777 == 0o600
 
 
 def test_the_jobs_of_a_sweep_share_its_folder_in_whatever_process():

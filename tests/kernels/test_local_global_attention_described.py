@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -125,3 +126,30 @@ def test_addresses_where_descriptors_will_not_do(lay, answers):
     inputs = [torch.randn(2, 19, 2, 16) for _ in range(3)]
     assert_equals_definition(of(tokens_first), of(definition), inputs, BOUND)
     assert answers == [False] * 4
+
+
+class OnGpu:
+    """A tensor that says that it lies on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, t: Tensor) -> None:
+        self.t = t
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.t, name)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "will_do"),
+    [
+        ((8, 9), torch.bfloat16, False),
+        ((9, 0), torch.bfloat16, True),
+        ((10, 0), torch.bfloat16, True),
+        ((9, 0), torch.float32, False),
+    ],
+)
+def test_descriptors_need_a_gpu_that_has_them(monkeypatch, capability, dtype, will_do):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    heads = torch.zeros(2, 19, 2, 16, dtype=dtype).transpose(1, 2)
+    assert module._described(OnGpu(heads)) is will_do

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import random
 import re
@@ -199,6 +201,30 @@ def test_other_machines_cannot_reach_the_store():
     assert {c.laddr.ip for c in listening if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
     store.set("a", "b")
     assert store.get("a") == b"b"
+
+
+def test_what_a_rank_leaves_after_a_disk_error_is_worded_and_private(tmp_path, monkeypatch):
+    class Left(Exception):
+        pass
+
+    def leave(code):
+        raise Left
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setenv(member.PARENT, "1")
+    monkeypatch.setenv("RANK", "0")
+    mask = os.umask(0)
+    try:
+        rank = launch._start([sys.executable, "-c", "pass"], 0, tmp_path, {})
+        rank.process.wait()
+        with pytest.raises(Left):
+            member._leave(tmp_path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    finally:
+        os.umask(mask)
+    outcome = json.loads(member.outcome_path(tmp_path, 0).read_text())
+    assert outcome["error"].startswith(f"DiskError: output_dir='{tmp_path.parent}' cannot be written (No space left")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"rank_0.json": 0o600, "rank_0.log": 0o600}
 
 
 def test_a_signal_while_the_ranks_start_is_not_lost(tmp_path):

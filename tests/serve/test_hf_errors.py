@@ -182,6 +182,15 @@ HEADERS = {
     "another size": {"a": {"shape": [1], "dtype": "F64", "data_offsets": [0, 4]}},
     "negative shape": {"a": {"shape": [-1, -1], "dtype": "F32", "data_offsets": [0, 4]}},
     "huge shape": {"a": {"shape": [10**400, 0], "dtype": "F32", "data_offsets": [0, 0]}},
+    "true for a length": {"a": {"shape": [True], "dtype": "F32", "data_offsets": [0, 4]}},
+    "a number for a type": {"a": {"shape": [1], "dtype": 7, "data_offsets": [0, 4]}},
+    "offsets past the end": {"a": {"shape": [2], "dtype": "F32", "data_offsets": [0, 8]}},
+    "offsets that end before the file": {"a": {"shape": [1], "dtype": "I8", "data_offsets": [0, 1]}},
+    "offsets of 2**63 bytes": {"a": {"shape": [2**61], "dtype": "F32", "data_offsets": [0, 2**63]}},
+    "reversed offsets of an unknown type": {
+        "a": {"shape": [1], "dtype": "F32", "data_offsets": [0, 4]},
+        "b": {"shape": [1], "dtype": "F4", "data_offsets": [4, 0]},
+    },
     "a list": [],
 }
 
@@ -254,9 +263,17 @@ class TestWeights:
     @pytest.mark.parametrize("name", HEADERS)
     def test_a_header_that_does_not_describe_the_file(self, name, tmp_path):
         text = json.dumps(HEADERS[name]).encode()
-        size = 8 if name in ("overlap", "hole") else 0 if name in ("a list", "huge shape") else 4
+        sizes = {"overlap": 8, "hole": 8, "a list": 0, "huge shape": 0, "reversed offsets of an unknown type": 0}
+        size = sizes.get(name, 4)
         (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * size)
         with pytest.raises(CheckpointError, match=r"has a file model.safetensors that is missing or damaged"):
+            stored_weights(tmp_path)
+
+    def test_a_header_longer_than_the_library_reads(self, tmp_path):
+        with (tmp_path / "model.safetensors").open("wb") as file:
+            file.write((10**8 + 1).to_bytes(8, "little"))
+            file.truncate(10**8 + 9)  # sparse
+        with pytest.raises(CheckpointError, match=r"\(ValueError: a header of 100000001 bytes in a file of"):
             stored_weights(tmp_path)
 
     def test_nested_headers_and_indices(self, copied):

@@ -101,6 +101,15 @@ def test_what_hydra_records_of_a_sweep_is_private(tmp_path, start):
     assert (tmp_path / "sweep" / sweep.HYDRA_FILE).stat().st_mode & 0o777 == 0o600
 
 
+def test_a_job_that_fails_before_it_has_a_run_is_counted(tmp_path, capsys):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / sweep.FAILED_FILE).touch()
+    hydra = {"overrides": {"task": ["seed=1,2"]}, "sweep": {"dir": str(tmp_path)}}
+    with pytest.raises(SystemExit) as left:
+        sweep.SweepRun().on_multirun_end(OmegaConf.create({"hydra": hydra, "output_dir": str(tmp_path)}))
+    assert left.value.code == 1 and "1 of 2 jobs failed" in capsys.readouterr().out
+
+
 def test_the_jobs_of_a_sweep_share_its_folder_in_whatever_process():
     config.register()
     with compose._hydra():

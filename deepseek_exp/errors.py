@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,3 +106,17 @@ class RankError(UserError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Survive the trip between processes whole."""
         return type(self), (self.problems[0], self.log_end)
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; its state is saved.
+
+    Attributes:
+        signum: the signal.
+        step: optimizer steps done.
+    """
+
+    def __init__(self, signum: int, step: int) -> None:
+        self.signum, self.step = signum, step
+        after = f" after step {step}" if step else ""
+        super().__init__(f"stopped by {signal.Signals(signum).name}{after}")

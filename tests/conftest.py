@@ -8,3 +8,27 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 # Triton's interpreter, which runs kernels on a CPU; it must be chosen before anything imports Triton
 os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory):
+    """Return the process that forks the ranks of all tests."""
+    from tests.parallel.layouts import Layouts
+
+    with Layouts(tmp_path_factory.mktemp("layouts")) as layouts:
+        yield layouts
+
+
+@pytest.fixture(scope="session")
+def alone(layouts):
+    """Train in one process; the same overrides train once."""
+    done = {}
+
+    def run(*overrides):
+        if overrides not in done:
+            done[overrides] = layouts.run(1, *overrides)
+        return done[overrides]
+
+    return run

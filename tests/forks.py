@@ -28,11 +28,11 @@ from tests import runs
 
 RUN = str(runs.ROOT / "run.py")
 IMPORTED = (
-    "deepseek_exp.build",
-    "deepseek_exp.certificate",
-    "deepseek_exp.job",
-    "deepseek_exp.serve",
-    "deepseek_exp.sweep",
+    "deepseek_exp.train.build",
+    "deepseek_exp.commands.certificate",
+    "deepseek_exp.experiment.job",
+    "deepseek_exp.inference",
+    "deepseek_exp.commands.sweep",
     "deepseek_exp.tracking",
     "hydra.main",
     "torch._dynamo",

@@ -1,133 +1,127 @@
-"""Who may import whom: arrows point down only, and never sideways inside the layers 1 and 3.
-
-One exception: serve/ reads the checkpoints of runs through `READERS`, those files of parallel/ that do no more than
-read and write folders. They communicate with nobody and import nothing of what spreads a run over processes.
-"""
+"""Who may import whom: imports point down only, and there are no cycles."""
 
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 
 from tests.runs import ROOT
 
 PACKAGE = "deepseek_exp"
+# a room is a package or file at the top; a module that is listed by itself has a layer of its own
 LAYER = {
-    "errors": 0, "disk": 0, "redact": 0, "streams": 0, "text_files": 0, "topology": 0, "config": 0,
-    "layout": 0, "model_rules": 0,
-    "validate": 0, "compose": 0, "huggingface": 0,
-    "schema": 0, "hydra_rules": 0, "explain": 0, "value_rules": 0, "class_rules": 0,
-    "saved_config": 0,
-    "kernels": 1, "planner": 1, "data": 1, "tracking": 1,
-    "models": 2, "moe": 2,
-    "parallel": 3, "compress": 3, "finetune": 3, "serve": 3,
-    "finite": 4, "optim": 4, "lit": 4, "lit_stage": 4, "callbacks": 4,
-    "commands": 5, "job": 5, "telling": 5, "build": 5, "certificate": 5, "estimate": 5, "do": 5, "sweep": 5,
-    "sweep_rest": 5,
-    "run": 6, "rank": 6,
+    "errors": 0, "redact": 0, "disk": 0, "console": 0, "config": 0,
+    "huggingface": 1, "kernels": 1, "planner": 1, "data": 1, "tracking": 1, "checkpoint": 1, "launch": 1,
+    "experiment": 2, "models": 2,
+    "huggingface.weights": 3, "huggingface.export": 3,
+    "inference": 4,
+    "parallel": 5,
+    "train": 6,
+    "commands": 7,
+    "run": 8,
 }  # fmt: skip
-NOT_SIDEWAYS = {1, 3}
-READERS = {f"deepseek_exp.parallel.{name}" for name in ("manifest", "files", "shards")}
-BELOW = {"config", "disk", "errors", "redact", "text_files", "topology", "layout"}  # what layer 1 knows
+# layers whose rooms never import each other
+APART = {1, 3, 5}
+# rooms that answer at once: they import neither torch nor MLflow, nor anything that does
 LIGHT = {
-    "errors",
-    "disk",
-    "redact",
-    "streams",
-    "text_files",
-    "topology",
-    "config",
-    "layout",
-    "model_rules",
-    "validate",
-    "compose",
-    "schema",
-    "hydra_rules",
-    "explain",
-    "value_rules",
-    "class_rules",
-    "saved_config",
-    "huggingface",
-    "planner",
+    *("errors", "redact", "disk", "console", "config", "planner", "experiment", "launch", "huggingface"),
+    *("checkpoint.manifest", "checkpoint.saved_config", "tracking.rundir", "tracking.uri"),
 }
 HEAVY = {"torch", "pytorch_lightning", "mlflow", "deepspeed", "transformers", "tokenizers", "numpy"}
 
 
-def room(path) -> str:
-    return (
-        "run"
-        if path.name == "run.py" and path.parent == ROOT
-        else path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
-    )
+def module_of(path: Path) -> str:
+    """Return a file's dotted name within the package."""
+    if path == ROOT / "run.py":
+        return "run"
+    return ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path) -> list[str]:
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+MODULES = {
+    module_of(path): path
+    for path in [ROOT / "run.py", *(ROOT / PACKAGE).rglob("*.py")]
+    if path != ROOT / PACKAGE / "__init__.py"
+}
+
+
+def imports(module: str, *, lazy: bool = True) -> set[str]:
+    """Return the modules that one imports: ours within the package, others by their full name.
+
+    Args:
+        module: dotted name within the package.
+        lazy: include imports inside of functions and those for type checkers.
+    """
+    tree = ast.parse(MODULES[module].read_text())
+    found = set()
+    for node in ast.walk(tree) if lazy else tree.body:
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
-            whole = base in (PACKAGE, f"{PACKAGE}.parallel")  # the names are modules
-            found += [f"{base}.{alias.name}" for alias in node.names] if whole else [base]
-    return found
+            names = {f"{base}.{alias.name}".removeprefix(f"{PACKAGE}.") for alias in node.names}
+            found |= {name if name in MODULES else base for name in names}
+    return {name.removeprefix(f"{PACKAGE}.") for name in found}
 
 
-FILES = [
-    ROOT / "run.py",
-    *(p for p in (ROOT / PACKAGE).rglob("*.py") if p.parent != ROOT / PACKAGE or p.name != "__init__.py"),
-]
+def room(module: str) -> str:
+    """Return what of `LAYER` a module belongs to."""
+    return module if module in LAYER else module.split(".")[0]
 
 
-def test_arrows_point_down():
+def test_imports_point_down():
     wrong = []
-    for path in FILES:
-        here = room(path)
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] != PACKAGE or len(parts) < 2 or parts[1] == here:
-                continue
-            there = parts[1]
-            if here == "serve" and name in READERS:
-                continue
-            sideways = LAYER[here] == LAYER[there] and LAYER[here] in NOT_SIDEWAYS
-            if LAYER[there] > LAYER[here] or sideways:
-                wrong.append(f"{path.relative_to(ROOT)} (layer {LAYER[here]}) imports {name} (layer {LAYER[there]})")
+    for module in MODULES:
+        here = room(module)
+        for name in sorted(imports(module) & set(MODULES)):
+            there = room(name)
+            level = LAYER[there] - LAYER[here]
+            if here.split(".")[0] != there.split(".")[0] and (level > 0 or (level == 0 and LAYER[here] in APART)):
+                wrong.append(f"{module} (layer {LAYER[here]}) imports {name} (layer {LAYER[there]})")
+            if here != there and here.split(".")[0] == there.split(".")[0] and level > 0:
+                wrong.append(f"{module} imports {name}, which is above it")
     assert wrong == []
 
 
-def test_what_serve_reads_checkpoints_with_is_no_more_than_a_reader():
-    for name in READERS:
-        wrong = [
-            other
-            for other in imports(ROOT / f"{name.replace('.', '/')}.py")
-            if (other.startswith(PACKAGE) and other not in READERS and LAYER[other.split(".")[1]] > 0)
-            or other.split(".")[0] in HEAVY - {"torch"}
-            or other.startswith("torch.distributed")
-        ]
-        assert wrong == [], name
+def cycles(graph: dict[str, set[str]]) -> list[str]:
+    """Return what lies on a cycle, after all that does not was taken away."""
+    graph = {node: others & set(graph) - {node} for node, others in graph.items()}
+    while True:
+        ends = {node for node, others in graph.items() if not others}
+        if not ends:
+            break
+        graph = {node: others - ends for node, others in graph.items() if node not in ends}
+    reached = set().union(*graph.values())
+    while True:  # and from the other side
+        graph = {node: others for node, others in graph.items() if node in reached}
+        if (rest := set().union(*graph.values())) == reached:
+            return sorted(f"{node} -> {', '.join(sorted(others & reached))}" for node, others in graph.items())
+        reached = rest
 
 
-def test_layer_1_knows_only_the_configuration():
-    wrong = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in FILES
-        if LAYER[room(path)] == 1
-        for name in imports(path)
-        if name.startswith(f"{PACKAGE}.") and name.split(".")[1] not in BELOW | {room(path)}
-    ]
+def test_no_cycle_of_modules():
+    # a package's door imports its rooms, which may import the package by name
+    assert cycles({module: imports(module) for module in MODULES}) == []
+
+
+def test_no_cycle_of_rooms():
+    graph: dict[str, set[str]] = {}
+    for module in MODULES:
+        graph.setdefault(room(module), set()).update(room(name) for name in imports(module) & set(MODULES))
+    assert cycles(graph) == []
+
+
+def test_a_cycle_is_seen():
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"b"}, "d": set(), "e": {"a"}}
+    assert cycles(graph) == ["b -> c", "c -> b"]
+
+
+def test_light_rooms_import_nothing_heavy():
+    wrong = []
+    for module in MODULES:
+        if module in LIGHT or (room(module) in LIGHT and room(module) == module.split(".")[0]):
+            for name in sorted(imports(module, lazy=False)):
+                heavy = name.split(".")[0] in HEAVY
+                ours = name in MODULES and name not in LIGHT and room(name) not in LIGHT
+                if heavy or ours:
+                    wrong.append(f"{module} imports {name}")
     assert wrong == []
-
-
-def test_the_light_rooms_import_nothing_heavy():
-    wrong = [
-        f"{path.name} imports {name}"
-        for path in FILES
-        if room(path) in LIGHT
-        for name in imports(path)
-        if name.split(".")[0] in HEAVY
-    ]
-    assert wrong == []
-
-
-def test_run_py_is_short():
-    assert len((ROOT / "run.py").read_text().splitlines()) < 80

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek_exp.serve import from_pretrained
+from deepseek_exp.inference import from_pretrained
 from tests import forks, runs
 
 pytestmark = pytest.mark.long

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from deepseek_exp import compose
+from deepseek_exp.config import compose
 from tests import forks, runs
 from tests.bench import kill
 

@@ -29,10 +29,10 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from deepseek_exp.config import DataConfig, OnBadLine, Source
+from deepseek_exp.config.text_files import find_files, shown, unreadable_error
 from deepseek_exp.data.readers import Reader
 from deepseek_exp.disk import expand
 from deepseek_exp.errors import DataError, Problem
-from deepseek_exp.text_files import find_files, shown, unreadable_error
 
 FORMAT = 2  # to be raised when the same text and settings make other tokens, or meta.json other keys
 FEW = 100

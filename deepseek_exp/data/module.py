@@ -14,9 +14,9 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deepseek_exp.config import DataConfig, Order
+from deepseek_exp.data.order import Contiguous, Mixed, Shuffled
 from deepseek_exp.data.prepare import PreparedData
 from deepseek_exp.data.shards import Shard
-from deepseek_exp.data.stream import Contiguous, Mixed, Shuffled
 from deepseek_exp.errors import DataError, Problem
 
 FILLER = -1  # in place of a sequence's number: a row that only fills up

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_exp.config import OnBadLine
+from deepseek_exp.config.text_files import shown
 from deepseek_exp.errors import DataError, Problem
-from deepseek_exp.text_files import shown
 
 BOM = b"\xef\xbb\xbf"
 OTHER_KEY = "set data.text_key to the key of the text, or data.on_bad_line=skip"

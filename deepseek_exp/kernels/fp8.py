@@ -58,7 +58,7 @@ def padded(n: int) -> int:
 def largest(tensors: Sequence[Tensor], fused: bool) -> Tensor:
     """Give magnitudes, fp32, of which the largest is that of the tensors; NaN where one of them has a NaN."""
     if fused:
-        from deepseek_exp.kernels import fp8_quantize
+        from deepseek_exp.kernels.triton import fp8_quantize
 
         return fp8_quantize.largest(tensors)
     return torch.stack([x.abs().amax().float() for x in tensors])
@@ -91,7 +91,7 @@ def cast(
     first, n = tensors[0], sum(x.shape[dim - 2] for x in tensors)
     n_rows, n_cols = (n, first.shape[-1]) if dim == 0 else (first.shape[-2], n)
     if fused:
-        from deepseek_exp.kernels import fp8_quantize
+        from deepseek_exp.kernels.triton import fp8_quantize
 
         stack = first.shape[:-2]
         q = first.new_empty(*stack, n_rows, n_cols, dtype=dtype) if as_is else None
@@ -154,7 +154,7 @@ def n_parts(tensors: Sequence[Tensor], fused: bool) -> int:
     """Give how many magnitudes `largest` gives."""
     if not fused:
         return len(tensors)
-    from deepseek_exp.kernels.tiles import n_programs
+    from deepseek_exp.kernels.triton.tiles import n_programs
 
     return len(tensors) * n_programs(tensors[0].device)
 

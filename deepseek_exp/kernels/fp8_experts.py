@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_exp.kernels import experts, fp8
-from deepseek_exp.kernels.experts import rows_of
+from deepseek_exp.kernels import fp8
 from deepseek_exp.kernels.fp8_grouped import cast_rows, matrices, product
+from deepseek_exp.kernels.triton import experts
+from deepseek_exp.kernels.triton.experts import rows_of
 
 
 def routed_experts(*tensors: Tensor, fused: bool) -> Tensor:

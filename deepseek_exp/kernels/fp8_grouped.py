@@ -51,7 +51,7 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, *, fused: bool) -> Tenso
 def cast_rows(x_RN: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
     """Round rows to e4m3, each with a scale of its own."""
     if fused:
-        from deepseek_exp.kernels import fp8_quantize
+        from deepseek_exp.kernels.triton import fp8_quantize
 
         return fp8_quantize.cast_rows(x_RN, INPUT)
     return reference.quantize_fp8(x_RN, INPUT, by_row=True)

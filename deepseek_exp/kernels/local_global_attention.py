@@ -42,8 +42,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_exp.kernels import attention
-from deepseek_exp.kernels.local_global_triton import backward_keys, backward_queries, forward
 from deepseek_exp.kernels.operation import operation
+from deepseek_exp.kernels.triton.local_global_attention import backward_keys, backward_queries, forward
 
 # the widest head: above, a tile of queries and one of keys leave no room to load the next
 WIDEST = 256

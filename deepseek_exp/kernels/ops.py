@@ -61,29 +61,29 @@ def resolve(cfg: KernelsConfig, *, fp8: bool = False) -> Ops:
     """
     chosen: dict[str, Callable[..., Any]] = {}
     if cfg.rms_norm is Kernel.triton:
-        from deepseek_exp.kernels.rms_norm import add_rms_norm, rms_norm
+        from deepseek_exp.kernels.triton.rms_norm import add_rms_norm, rms_norm
 
         chosen |= {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
     if cfg.rope is Kernel.triton:
-        from deepseek_exp.kernels.rope import rope
+        from deepseek_exp.kernels.triton.rope import rope
 
         chosen |= {"rope": rope}
     if cfg.swiglu is Kernel.triton:
-        from deepseek_exp.kernels.swiglu import swiglu
+        from deepseek_exp.kernels.triton.swiglu import swiglu
 
         chosen |= {"swiglu": swiglu}
     if cfg.router is Kernel.triton:
-        from deepseek_exp.kernels.router import route
+        from deepseek_exp.kernels.triton.router import route
 
         chosen |= {"route": route}
     if cfg.experts is Kernel.triton:
-        from deepseek_exp.kernels.experts import collect, routed_experts, spread
-        from deepseek_exp.kernels.sorting import sort_by_expert
+        from deepseek_exp.kernels.triton.experts import collect, routed_experts, spread
+        from deepseek_exp.kernels.triton.sorting import sort_by_expert
 
         chosen |= {"sort_by_expert": sort_by_expert, "routed_experts": routed_experts}
         chosen |= {"spread": spread, "collect": collect}
     if cfg.linear_cross_entropy is Kernel.triton:
-        from deepseek_exp.kernels.linear_cross_entropy import linear_cross_entropy
+        from deepseek_exp.kernels.triton.linear_cross_entropy import linear_cross_entropy
 
         chosen |= {"linear_cross_entropy": linear_cross_entropy}
     if cfg.local_global_attention is Kernel.triton:

@@ -5,62 +5,14 @@ Shapes: batch, seq (queries), keys (memory or cache, then the sequence), heads, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from deepseek_exp.config import ModelConfig
 from deepseek_exp.kernels import Ops
+from deepseek_exp.models.cache import KVCache
+from deepseek_exp.models.norm import RMSNorm
 from deepseek_exp.models.rope import rope_table
-
-
-@dataclass
-class KVCache:
-    """What one block keeps of the tokens so far.
-
-    Attributes:
-        k: keys, turned by their positions: (batch, n_kv_heads, max_len, head_dim) for GQA; for MLA the part that all
-            heads share, (batch, 1, max_len, qk_rope_head_dim).
-        v: values: (batch, n_kv_heads, max_len, head_dim) for GQA; for MLA the latent that keys and values are made
-            from, (batch, 1, max_len, kv_lora_rank).
-        length: tokens stored.
-    """
-
-    k: Tensor
-    v: Tensor
-    length: int = 0
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of new tokens and give all so far."""
-        end = self.length + k.shape[2]
-        if end > self.k.shape[2]:
-            raise ValueError(f"cache of {self.k.shape[2]} tokens is too short for {end}")
-        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]  # (batch, n_kv_heads, keys, ...)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Memory of one token of one sequence."""
-        return sum(t[0, :, 0].numel() * t.element_size() for t in (self.k, self.v))
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a learned scale."""
-
-    def __init__(self, width: int, eps: float, ops: Ops) -> None:
-        super().__init__()
-        self.ops, self.eps = ops, eps
-        self.weight = nn.Parameter(torch.empty(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of x."""
-        return self.ops.rms_norm(x, self.weight, self.eps)
-
-    def after_adding(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Give x + y, and that normalised."""
-        return self.ops.add_rms_norm(x, y, self.weight, self.eps)
 
 
 class Attention(nn.Module):

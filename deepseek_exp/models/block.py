@@ -10,9 +10,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from deepseek_exp.config import ActivationCheckpointing, AttentionKind, ModelConfig
 from deepseek_exp.kernels import Ops
-from deepseek_exp.models.attention import Attention, KVCache, RMSNorm
+from deepseek_exp.models.attention import Attention
+from deepseek_exp.models.cache import KVCache
 from deepseek_exp.models.mla import LatentAttention
-from deepseek_exp.moe import FeedForward, MoE
+from deepseek_exp.models.moe import FeedForward, MoE
+from deepseek_exp.models.norm import RMSNorm
 
 # operations whose results selective checkpointing keeps, by their names without the overload: they cost by far the most
 KEPT = {

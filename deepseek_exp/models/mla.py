@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from deepseek_exp.config import ModelConfig
 from deepseek_exp.kernels import Ops
-from deepseek_exp.models.attention import KVCache, RMSNorm, new_gate
+from deepseek_exp.models.attention import new_gate
+from deepseek_exp.models.cache import KVCache
+from deepseek_exp.models.norm import RMSNorm
 from deepseek_exp.models.rope import rope_table, softmax_scale
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from deepseek_exp.config import ActivationCheckpointing, ModelConfig
 from deepseek_exp.kernels import Ops
-from deepseek_exp.models.attention import RMSNorm
 from deepseek_exp.models.block import Block
+from deepseek_exp.models.norm import RMSNorm
 
 
 class MTPModule(nn.Module):

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from deepseek_exp.config import ActivationCheckpointing, ModelConfig
 from deepseek_exp.kernels import Ops
-from deepseek_exp.models.attention import KVCache, RMSNorm
 from deepseek_exp.models.block import Block
+from deepseek_exp.models.cache import KVCache
+from deepseek_exp.models.moe import MoE
 from deepseek_exp.models.mtp import MTPModule
-from deepseek_exp.moe import MoE
+from deepseek_exp.models.norm import RMSNorm
 
 # the mean nll in nats, and each token's without gradient
 Loss = tuple[Tensor, Tensor]

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from deepseek_exp.config import ExperimentConfig, OnNonfinite
+from deepseek_exp.config.topology import Axis
 from deepseek_exp.data import Batch
 from deepseek_exp.parallel.groups import Groups
-from deepseek_exp.parallel.stage import Part, Stage, gradient_sums
-from deepseek_exp.topology import Axis
+from deepseek_exp.parallel.partition import Part, Stage, gradient_sums
 
 BUCKET = 1 << 27  # elements that are exchanged at once
 

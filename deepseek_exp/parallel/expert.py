@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepseek_exp.kernels import Ops
-from deepseek_exp.moe.dispatch import Dispatched, LocalDispatcher, reorder
+from deepseek_exp.models.moe.dispatch import Dispatched, LocalDispatcher, reorder
 
 
 class Exchanged(NamedTuple):

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepseek_exp.parallel.member import DATA_TIMEOUT
-from deepseek_exp.topology import Axis, Coordinates, Degrees
+from deepseek_exp.config.topology import Axis, Coordinates, Degrees
+from deepseek_exp.launch.worker import DATA_TIMEOUT
 
 # All ranks reach every other exchange within minutes, a first compilation and a checkpoint included. A rank that hangs
 # without dying stalls the job for no longer than this.

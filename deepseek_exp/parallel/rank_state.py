@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deepseek_exp.checkpoint.shards import WEIGHT, Piece, State, Whole
+from deepseek_exp.checkpoint.tensors import readable
 from deepseek_exp.errors import CheckpointError, Problem
-from deepseek_exp.parallel.files import readable
 from deepseek_exp.parallel.groups import Groups
-from deepseek_exp.parallel.shards import WEIGHT, Piece, State, Whole
-from deepseek_exp.parallel.stage import Part, Placement
+from deepseek_exp.parallel.partition import Part, Placement
 
 
 class Fragment(NamedTuple):

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
 
+from deepseek_exp.checkpoint.lightning_io import FolderCheckpointIO, begin, part_folder
+from deepseek_exp.checkpoint.shards import open_state, save_shard
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.data import Batch
-from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, begin, part_folder
 from deepseek_exp.parallel.engines import DataParallelEngine, Engine, PipelineEngine, StepResult, ZeroEngine
 from deepseek_exp.parallel.groups import Groups
+from deepseek_exp.parallel.partition import Part, Stage
 from deepseek_exp.parallel.rank_state import buffers, load_optimizer, load_part, pieces, whole
-from deepseek_exp.parallel.shards import open_state, save_shard
-from deepseek_exp.parallel.stage import Part, Stage
 
 
 class DeepSpeed3DStrategy(DDPStrategy):

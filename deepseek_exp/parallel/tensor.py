@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from deepseek_exp.config import AttentionKind, Kernel, KernelsConfig, ModelConfig
+from deepseek_exp.config.topology import Axis
 from deepseek_exp.kernels import Ops
 from deepseek_exp.kernels.operation import operation
 from deepseek_exp.models import Transformer
 from deepseek_exp.parallel.groups import Groups
-from deepseek_exp.topology import Axis
 
 SEQ = 1  # the dimension that sequence parallelism cuts
 INSIDE = r"\.(attention|feed_forward)\."
@@ -169,7 +169,7 @@ def parallel_ops(ops: Ops, kernels: KernelsConfig, group: Any, index: int) -> Op
         return nll.mean(), nll.detach()
 
     def fused(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        from deepseek_exp.kernels.linear_cross_entropy import linear_cross_entropy
+        from deepseek_exp.kernels.triton.linear_cross_entropy import linear_cross_entropy
 
         def share(figures: Tensor) -> Tensor:
             return _all_gather(figures[None], 0, group)  # (ranks, tokens, 3)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from deepseek_exp.config import Device, ExperimentConfig, Precision
+from deepseek_exp.config.rules.parallel import largest
+from deepseek_exp.config.topology import n_gpus
 from deepseek_exp.errors import ConfigError, Problem
-from deepseek_exp.layout import largest, n_gpus
 from deepseek_exp.planner.layers import layers_of
 from deepseek_exp.planner.memory import USABLE
 from deepseek_exp.planner.report import GB, describe, duration, keys_of, overrides

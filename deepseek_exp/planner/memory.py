@@ -14,8 +14,8 @@ from deepseek_exp.config import (
     ModelConfig,
     Precision,
 )
+from deepseek_exp.config.topology import Degrees
 from deepseek_exp.planner.layers import Layers, largest_gathered
-from deepseek_exp.topology import Degrees
 
 # assumption: what a GPU's memory holds of ours; the rest is the driver's, the links' buffers and gaps between tensors
 USABLE = 0.92

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from deepseek_exp.config import ActivationCheckpointing, ExperimentConfig, Precision
-from deepseek_exp.layout import n_gpus
+from deepseek_exp.config.topology import n_gpus
 from deepseek_exp.planner import cost
 from deepseek_exp.planner.layers import Layers, layers_of
 from deepseek_exp.planner.memory import USABLE, Layout, Memory

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from deepseek_exp.config import ActivationCheckpointing, ExperimentConfig
-from deepseek_exp.layout import degrees, illegal, is_elementwise, n_gpus
+from deepseek_exp.config.rules.parallel import illegal, is_elementwise
+from deepseek_exp.config.topology import Degrees, degrees, divisors, n_gpus
 from deepseek_exp.planner.layers import Layers, layers_of, stages_of
 from deepseek_exp.planner.memory import USABLE, Layout, Memory, stage_memory
 from deepseek_exp.planner.speed import Seconds, Speed, speed
-from deepseek_exp.topology import Degrees, divisors
 
 
 @dataclass(frozen=True)

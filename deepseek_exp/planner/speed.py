@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from deepseek_exp.config import ActivationCheckpointing, AttentionKind, ExperimentConfig, Kernel, Precision
+from deepseek_exp.config.topology import Axis
 from deepseek_exp.planner import cost
 from deepseek_exp.planner.layers import Layers
 from deepseek_exp.planner.memory import Layout, element_bytes, optimizer_bytes
 from deepseek_exp.planner.traffic import axis_seconds, stage_traffic
-from deepseek_exp.topology import Axis
 
 SECONDS_PER_DAY = 86400
 # of the routed experts' products, those that are in 8 bits with precision=fp8; gradients of weights are in bf16

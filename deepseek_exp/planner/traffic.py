@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deepseek_exp.config import ActivationCheckpointing, ClusterConfig, ExperimentConfig, Kernel
+from deepseek_exp.config.topology import Axis
 from deepseek_exp.planner.layers import Layers
 from deepseek_exp.planner.memory import Layout, element_bytes
-from deepseek_exp.topology import Axis
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ JOURNAL = "journal.jsonl"
 LOG = "sender.log"
 SENDER_LOCK = "sender.lock"
 FACTS = "facts.json"
+# in the folder of a sweep: its run id, and the keys that it sweeps over
+SWEEP_FILE = "sweep.json"
 _SPEC = "tracking.json"
 _PROGRESS = "journal.offset"
 # What a resume will be, until it is certain that it starts: one that fails leaves the folder as it was.

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.planner.layers import layers_of
 from deepseek_exp.planner.search import Plan, asked_layout, make_plan
-from tests.test_config import composed
+from tests.config.test_config import composed
 
 HEADER = """\
 | run | step, s: planned | measured | difference | fullest rank, GB: planned | measured | difference |

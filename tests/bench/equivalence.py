@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek_exp.errors import UserError
+from tests.config.test_config import composed
 from tests.parallel.layouts import (
     SHORT,
     Difference,
@@ -33,7 +34,6 @@ from tests.parallel.layouts import (
     layout,
     n_ranks,
 )
-from tests.test_config import composed
 
 FP32 = Difference(loss=2e-6, grad_norm=1e-5, weight=1e-5, routing=1e-9)
 BF16 = Difference(loss=2e-3, grad_norm=1e-2, weight=3e-3, routing=1.0)

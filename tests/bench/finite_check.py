@@ -24,9 +24,9 @@ from pytorch_lightning.callbacks import Callback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek_exp import build
 from deepseek_exp.config import OnNonfinite
-from tests.test_config import composed
+from deepseek_exp.train import build
+from tests.config.test_config import composed
 
 WAYS = ("no check", "stop", "skip")
 WARM_UP = 30  # steps before the first block

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek_exp.kernels import experts, fp8, fp8_experts, fp8_quantize, reference
+from deepseek_exp.kernels import fp8, fp8_experts, reference
+from deepseek_exp.kernels.triton import experts, fp8_quantize
 
 TOKENS, SHAPES = 16384, [(3072, 8192), (8192, 3072), (2048, 5632)]
 EXPERTS_TOKENS = [16384, 65536]

@@ -19,9 +19,9 @@ from pytorch_lightning.callbacks import Callback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek_exp import build
+from deepseek_exp.train import build
 from tests.bench.platform_tax import MoreMetrics, track
-from tests.test_config import composed
+from tests.config.test_config import composed
 
 FIRST, LAST = 10, 60
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek_exp.kernels import reference
-from deepseek_exp.kernels.adamw import FusedAdamW
-from deepseek_exp.kernels.weight_only import quantize_weight, weight_only_linear
+from deepseek_exp.kernels.triton.adamw import FusedAdamW
+from deepseek_exp.kernels.triton.weight_only import quantize_weight, weight_only_linear
 from tests.bench.kernel_cases import DEVICE, Call, Function, Inputs, rand, repeats, worst_ratio
 
 CLIP_NORM = 1.0

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from deepseek_exp.config import GroupScore, Score
 from deepseek_exp.kernels import attention, grouped, reference
-from deepseek_exp.kernels.experts import routed_experts
-from deepseek_exp.kernels.linear_cross_entropy import linear_cross_entropy
 from deepseek_exp.kernels.local_global_attention import local_global_attention
-from deepseek_exp.kernels.rms_norm import add_rms_norm, rms_norm
-from deepseek_exp.kernels.rope import rope
-from deepseek_exp.kernels.router import route
-from deepseek_exp.kernels.swiglu import swiglu
+from deepseek_exp.kernels.triton.experts import routed_experts
+from deepseek_exp.kernels.triton.linear_cross_entropy import linear_cross_entropy
+from deepseek_exp.kernels.triton.rms_norm import add_rms_norm, rms_norm
+from deepseek_exp.kernels.triton.rope import rope
+from deepseek_exp.kernels.triton.router import route
+from deepseek_exp.kernels.triton.swiglu import swiglu
 from tests.bench.turns import one_line
 
 Inputs = tuple[Any, ...]

@@ -29,9 +29,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from deepseek_exp.checkpoint import manifest
+from deepseek_exp.checkpoint.shards import State, open_state
 from deepseek_exp.errors import CheckpointError
-from deepseek_exp.parallel import manifest
-from deepseek_exp.parallel.shards import State, open_state
 from tests import runs
 
 STEPS, SAVES_EVERY = 24, 4
@@ -92,7 +92,7 @@ def ranks_of(parent: int) -> dict[int, int]:
     """Give the process id of each rank."""
     found = {}
     for child in psutil.Process(parent).children():
-        if "deepseek_exp.rank" in child.cmdline():
+        if "deepseek_exp.commands.rank" in child.cmdline():
             found[int(child.environ()["RANK"])] = child.pid
     return found
 

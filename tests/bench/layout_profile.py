@@ -24,17 +24,18 @@ sys.path.insert(0, str(ROOT))
 
 def start_all() -> None:
     """Do what run.py does, with this script in the place of a rank's module."""
-    from deepseek_exp.parallel import launch
+    from deepseek_exp.launch import local
 
-    start = launch._start
-    launch._start = lambda command, *rest: start([command[0], __file__, *command[3:]], *rest)
+    start = local._start
+    local._start = lambda command, *rest: start([command[0], __file__, *command[3:]], *rest)
     sys.argv[0] = str(ROOT / "run.py")
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def be_a_rank() -> int:
     """Do a rank's part of the job, and watch some steps of it."""
-    from deepseek_exp import build, rank
+    from deepseek_exp.commands import rank
+    from deepseek_exp.train import build
     from tests.bench.step_profile import Profiler, kernels_of, table
     from tests.bench.training import say
 

@@ -39,8 +39,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from deepseek_exp.kernels import attention, reference
-from deepseek_exp.kernels.experts import routed_experts
 from deepseek_exp.kernels.local_global_attention import local_global_attention
+from deepseek_exp.kernels.triton.experts import routed_experts
 from tests.bench.kernel_cases import DEVICE, DTYPE, Inputs, attended, grouped_experts, mixture
 
 ATTENTION, EXPERTS = "attention", "experts"

@@ -22,11 +22,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek_exp import build
+from deepseek_exp.train import build
 from tests import runs
 from tests.bench.platform_tax import track
 from tests.bench.training import say
-from tests.test_config import composed
+from tests.config.test_config import composed
 
 REFERENCE = "torch, fp32"
 SETTINGS = {

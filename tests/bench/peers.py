@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from deepseek_exp.config import ExperimentConfig, ModelConfig
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
-from deepseek_exp.optim import MasterWeights, build_optimizer
+from deepseek_exp.train.optim import MasterWeights, build_optimizer
 from tests.bench.plain import Decoder
 
 FASTEST_FIRST = [

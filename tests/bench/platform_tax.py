@@ -20,11 +20,11 @@ from pytorch_lightning.callbacks import Callback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek_exp import build
 from deepseek_exp.config import ROOT
-from deepseek_exp.optim import build_optimizer, clip_gradients, lr_factor
 from deepseek_exp.tracking import TrackedRun
-from tests.test_config import composed
+from deepseek_exp.train import build
+from deepseek_exp.train.optim import build_optimizer, clip_gradients, lr_factor
+from tests.config.test_config import composed
 
 WARM_UP = 20
 N_METRICS = 20

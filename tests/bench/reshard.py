@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek_exp.parallel import manifest
+from deepseek_exp.checkpoint import manifest
 from tests import runs
 from tests.parallel.layouts import Layouts, Ran, layout
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests import runs
 from tests.bench import calibrate
-from tests.test_config import composed
+from tests.config.test_config import composed
 
 STEPS, WARM = 16, 6
 COMMON = (

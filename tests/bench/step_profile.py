@@ -23,13 +23,13 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek_exp import build
 from deepseek_exp.planner import flops_per_token
+from deepseek_exp.train import build
 from tests.bench.kernels import ceilings
 from tests.bench.peers import synchronize
 from tests.bench.platform_tax import track
 from tests.bench.training import BASE, KINDS, say
-from tests.test_config import composed
+from tests.config.test_config import composed
 
 BEFORE, STEPS = 6, 3
 # the first kind with a part in a kernel's name takes it

@@ -33,14 +33,14 @@ from pytorch_lightning.callbacks import Callback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek_exp import build
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.planner import flops_per_token
+from deepseek_exp.train import build
 from tests.bench.kernels import ceilings
 from tests.bench.peers import PEERS, attention_order, peer, synchronize
 from tests.bench.platform_tax import track
 from tests.bench.turns import Child, Failure, Turns
-from tests.test_config import composed
+from tests.config.test_config import composed
 
 PEAK = 989e12
 WARM, STEPS = 5, 8

@@ -15,7 +15,7 @@ import torch
 from deepseek_exp.config import MixturePart, Source
 from deepseek_exp.data import Tokenizer, prepare, shards
 from deepseek_exp.data.corpus import Corpus
-from deepseek_exp.data.stream import Mixed
+from deepseek_exp.data.order import Mixed
 from deepseek_exp.errors import DataError
 from tests.data.test_module import fit, module, row
 

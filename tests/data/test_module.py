@@ -11,7 +11,7 @@ from pytorch_lightning import LightningModule, Trainer
 
 from deepseek_exp.config import Order
 from deepseek_exp.data import Batch, TokenDataModule, prepare
-from deepseek_exp.data.stream import Shuffled
+from deepseek_exp.data.order import Shuffled
 from deepseek_exp.errors import DataError
 
 

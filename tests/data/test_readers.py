@@ -12,9 +12,9 @@ import pytest
 from pyarrow import parquet
 
 from deepseek_exp.config import OnBadLine
+from deepseek_exp.config.text_files import exists, find_files, shown
 from deepseek_exp.data.readers import Reader
 from deepseek_exp.errors import DataError
-from deepseek_exp.text_files import exists, find_files, shown
 from tests.runs import ROOT
 
 OTHER_KEY = "Fix: set data.text_key to the key of the text, or data.on_bad_line=skip."
@@ -258,7 +258,7 @@ def as_nobody(folder: Path, *patterns: str) -> list[list[str]]:
     script = """if True:
         import json, os, sys
         from deepseek_exp.errors import DataError
-        from deepseek_exp.text_files import exists, find_files
+        from deepseek_exp.config.text_files import exists, find_files
         if os.getuid() == 0:
             os.setgid(65534), os.setuid(65534)
         answers = []

@@ -22,11 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from deepseek_exp import compose, config, planner
-from deepseek_exp.config import Do
+from hydra._internal.utils import get_args_parser
+
+from deepseek_exp import config, planner
+from deepseek_exp.config import Do, compose
+from deepseek_exp.config.keys import is_enum, schema_keys
 from deepseek_exp.errors import UserError
-from deepseek_exp.job import make_job
-from deepseek_exp.schema import is_enum, schema_keys
+from deepseek_exp.experiment.command_line import check_command_line
+from deepseek_exp.experiment.job import make_job
 
 SECONDS = 20  # of this process alone: other work of the machine does not count
 WALL_SECONDS = 600  # for what waits without computing
@@ -80,7 +83,7 @@ CLASSES = [
     "builtins.open",
     "pytorch_lightning.callbacks.EarlyStopping", "pytorch_lightning.callbacks.ModelCheckpoint",
     "pytorch_lightning.callbacks.Timer", "pytorch_lightning.callbacks.LearningRateMonitor",
-    "deepseek_exp.callbacks.Path",
+    "deepseek_exp.train.callbacks.Path",
     "pytorch_lightning.callbacks.Nope", "",
 ]  # fmt: skip
 ARGUMENTS = ["lr", "betas", "eps", "weight_decay", "foo", "fused", "amsgrad", "momentum", "_args_", "_recursive_",
@@ -245,11 +248,11 @@ def outcome(argv: list[str]) -> str:
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.alarm(WALL_SECONDS)
     try:
-        compose.check_command_line(argv)
-        args = compose.get_args_parser().parse_args(argv)
+        check_command_line(argv)
+        args = get_args_parser().parse_args(argv)
         if args.multirun or args.cfg or args.info or args.help or args.hydra_help or args.shell_completion:
             return "accepted"
-        cfg, _ = compose._compose_all(args.overrides)
+        cfg, _ = compose.compose_tree(args.overrides)
         job = make_job(cfg, args.overrides, "tiny", None)
         if job.cfg.do is Do.plan:
             planner.report(job.cfg)
@@ -296,7 +299,7 @@ def _place_to_work() -> Iterator[None]:
     here, clocks = Path.cwd(), (signal.SIGALRM, signal.SIGPROF)
     before = [signal.signal(clock, _too_long) for clock in clocks]
     quiet = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, compose._hydra(), warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, compose.hydra_ready(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         os.chdir(folder)
         (Path(folder) / "README.md").write_text("some text\n", encoding="utf-8")

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepseek_exp.checkpoint import manifest
+from deepseek_exp.checkpoint.lightning_io import FolderCheckpointIO, begin
+from deepseek_exp.checkpoint.shards import Cut, Piece, Whole, save_shard
 from deepseek_exp.errors import CheckpointError
-from deepseek_exp.parallel import manifest
-from deepseek_exp.parallel.checkpoint import FolderCheckpointIO, begin
-from deepseek_exp.parallel.shards import Cut, Piece, Whole, save_shard
 
 SHAPES = {"a.weight": (16, 8), "b.weight": (32, 4)}
 TEXTS = {

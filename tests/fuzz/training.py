@@ -19,15 +19,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deepseek_exp import (
-    build,  # noqa: F401  # torch and Lightning are loaded once, before the first fork
-    compose,
-    planner,
-)
-from deepseek_exp.config import ROOT, Do, ExperimentConfig
+from hydra._internal.utils import get_args_parser
+
+from deepseek_exp import planner
+from deepseek_exp.config import ROOT, Do, ExperimentConfig, compose
+from deepseek_exp.config.topology import degrees
 from deepseek_exp.errors import UserError
-from deepseek_exp.job import Job, make_job
-from deepseek_exp.layout import degrees
+from deepseek_exp.experiment.command_line import check_command_line
+from deepseek_exp.experiment.job import Job, make_job
 from tests.fuzz import config
 from tests.fuzz.config import Counts
 
@@ -69,11 +68,11 @@ def is_small(exp: ExperimentConfig) -> bool:
 def accepted(argv: list[str]) -> Job | None:
     """Return the job of a command line, None if it is refused or asks for something other than a job."""
     try:
-        compose.check_command_line(argv)
-        args = compose.get_args_parser().parse_args(argv)
+        check_command_line(argv)
+        args = get_args_parser().parse_args(argv)
         if args.multirun or args.cfg or args.info or args.help or args.hydra_help or args.shell_completion:
             return None
-        return make_job(compose._compose_all(args.overrides)[0], args.overrides, "tiny", None)
+        return make_job(compose.compose_tree(args.overrides)[0], args.overrides, "tiny", None)
     except (UserError, SystemExit):
         return None
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from deepseek_exp import build
 from deepseek_exp.config import ExperimentConfig
-from deepseek_exp.optim import build_optimizer, clip_gradients, lr_factor
-from tests.test_config import MODELS, composed
+from deepseek_exp.train import build
+from deepseek_exp.train.optim import build_optimizer, clip_gradients, lr_factor
+from tests.config.test_config import MODELS, composed
 
 HERE = Path(__file__).parent
 STEPS = 50

@@ -6,8 +6,8 @@ from itertools import accumulate
 
 import pytest
 
+from tests.config.test_config import MODELS
 from tests.golden.curves import HERE, STEPS, curve
-from tests.test_config import MODELS
 
 # Processors round differently, by 3e-6 of a loss in all steps, until a token takes another expert or keeps another
 # hidden unit. When that happens depends on rounding alone: initial weights that are moved by a unit in the last place

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
-from deepseek_exp.kernels.adamw import FusedAdamW
-from deepseek_exp.kernels.multi_tensor import gradient_norm
 from deepseek_exp.kernels.reference import dequantize_blocks, quantize_blocks
-from deepseek_exp.optim import MasterWeights, clip_gradients
-from deepseek_exp.optim import gradient_norm as norm_by_definition
+from deepseek_exp.kernels.triton.adamw import FusedAdamW
+from deepseek_exp.kernels.triton.multi_tensor import gradient_norm
+from deepseek_exp.train.optim import MasterWeights, clip_gradients
+from deepseek_exp.train.optim import gradient_norm as norm_by_definition
 from tests.kernels.fused import BOUND
 
 SHAPES = [(5,), (30, 41), (), (1024,), (3, 1025), (0, 3), (2, 512)]

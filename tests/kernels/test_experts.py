@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepseek_exp.kernels import experts, reference
-from deepseek_exp.kernels.experts import collect, routed_experts, rows_of, spread
+from deepseek_exp.kernels import reference
+from deepseek_exp.kernels.triton import experts
+from deepseek_exp.kernels.triton.experts import collect, routed_experts, rows_of, spread
 from tests.kernels.fused import assert_equals_definition, outputs_and_gradients
 
 # tokens, experts, experts of a token, d_model, d_expert: one tile, several of rows, several of columns

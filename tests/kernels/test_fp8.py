@@ -14,16 +14,17 @@ import torch
 from torch import nn
 from triton.runtime import interpreter
 
-from deepseek_exp.build import DTYPES, build_model
 from deepseek_exp.config import ActivationCheckpointing, Precision
-from deepseek_exp.kernels import TORCH, experts, fp8, fp8_grouped, fp8_quantize, reference, resolve
+from deepseek_exp.kernels import TORCH, fp8, fp8_grouped, reference, resolve
 from deepseek_exp.kernels.fp8_experts import routed_experts
+from deepseek_exp.kernels.triton import experts, fp8_quantize
 from deepseek_exp.models import Transformer, init_weights
-from deepseek_exp.optim import build_optimizer
 from deepseek_exp.planner.memory import block_activation_bytes, product_bytes
+from deepseek_exp.train.build import DTYPES, build_model
+from deepseek_exp.train.optim import build_optimizer
+from tests.config.test_config import composed
 from tests.kernels.fused import outputs_and_gradients
 from tests.planner.plan_parts import Products, blocks, experiment, saved_bytes
-from tests.test_config import composed
 
 TYPES = [torch.float8_e4m3fn, torch.float8_e5m2]
 TORCH_TYPE = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}

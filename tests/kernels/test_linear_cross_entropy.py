@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepseek_exp.kernels import linear_cross_entropy as module
 from deepseek_exp.kernels import reference
-from deepseek_exp.kernels.linear_cross_entropy import linear_cross_entropy
+from deepseek_exp.kernels.triton import linear_cross_entropy as module
+from deepseek_exp.kernels.triton.linear_cross_entropy import linear_cross_entropy
 from tests.kernels.fused import BOUND, assert_equals_definition
 
 # tokens, width, entries: one chunk and one step a row, three chunks and steps, exactly two and four, a single token

@@ -7,9 +7,9 @@ import torch
 
 from deepseek_exp.kernels.linears import _linears
 from deepseek_exp.kernels.local_global_attention import _attention
-from deepseek_exp.kernels.rms_norm import _add_rms_norm
-from deepseek_exp.kernels.sorting import _sort_by_expert
-from deepseek_exp.kernels.swiglu import _swiglu
+from deepseek_exp.kernels.triton.rms_norm import _add_rms_norm
+from deepseek_exp.kernels.triton.sorting import _sort_by_expert
+from deepseek_exp.kernels.triton.swiglu import _swiglu
 from tests.kernels.fused import outputs_and_gradients
 from tests.operators import Called
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deepseek_exp.inference import generate, quantize_matrices
+from deepseek_exp.inference.weight_only import WeightOnlyLinear
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer, init_weights
-from deepseek_exp.serve import generate, quantize_matrices
-from deepseek_exp.serve.weight_only import WeightOnlyLinear
-from tests.test_config import composed
+from tests.config.test_config import composed
 
 
 def build(version):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from deepseek_exp.kernels import TORCH, attention, reference
 from deepseek_exp.kernels.reference import attention_mask
 from deepseek_exp.models.rope import rope_table
-from tests.test_config import composed
+from tests.config.test_config import composed
 
 CPU = torch.device("cpu")
 TINY = composed("size=tiny").model

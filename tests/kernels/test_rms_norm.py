@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_exp.kernels import reference
-from deepseek_exp.kernels.rms_norm import add_rms_norm, rms_norm
+from deepseek_exp.kernels.triton.rms_norm import add_rms_norm, rms_norm
 from tests.kernels.fused import assert_equals_definition
 
 SHAPES = [(5, 7), (2, 3, 64), (1, 3), (3, 4097), (67, 96), (40, 200)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_exp.kernels import reference
-from deepseek_exp.kernels.rope import rope
+from deepseek_exp.kernels.triton.rope import rope
 from tests.kernels.fused import assert_equals_definition
 
 # batch, heads, tokens, width of a head, columns of it that turn; the last three have more tiles than programs

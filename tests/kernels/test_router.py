@@ -7,7 +7,7 @@ import torch
 
 from deepseek_exp.config import GroupScore, Score
 from deepseek_exp.kernels import reference
-from deepseek_exp.kernels.router import TILE, route
+from deepseek_exp.kernels.triton.router import TILE, route
 from tests.kernels.fused import assert_equals_definition
 
 # experts, then what differs from two experts a token, softmax, one group, weights as they are

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepseek_exp.kernels import attention, linear_cross_entropy, resolve
-from deepseek_exp.moe import MoE
+from deepseek_exp.kernels import attention, resolve
+from deepseek_exp.kernels.triton import linear_cross_entropy
+from deepseek_exp.models.moe import MoE
 from deepseek_exp.planner import memory
 from deepseek_exp.planner.memory import block_activation_bytes, product_bytes
 from tests.planner.plan_parts import Products, blocks, exchange, experiment, saved_bytes

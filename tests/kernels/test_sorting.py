@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_exp.kernels import reference
-from deepseek_exp.kernels.sorting import BLOCK, sort_by_expert
+from deepseek_exp.kernels.triton.sorting import BLOCK, sort_by_expert
 
 # tokens, experts of a token, experts: one block, its border, several; a power of two of experts and one more
 SHAPES = [(1, 1, 1), (7, 3, 5), (BLOCK, 1, 7), (BLOCK // 2 + 1, 2, 31), (300, 6, 64), (130, 4, 33), (70, 8, 160)]

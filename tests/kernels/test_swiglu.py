@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_exp.kernels import reference
-from deepseek_exp.kernels.swiglu import swiglu
+from deepseek_exp.kernels.triton.swiglu import swiglu
 from tests.kernels.fused import assert_equals_definition
 
 

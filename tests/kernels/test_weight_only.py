@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_exp.kernels import reference
-from deepseek_exp.kernels.weight_only import quantize_weight, weight_only_linear
+from deepseek_exp.kernels.triton.weight_only import quantize_weight, weight_only_linear
 from tests.kernels.fused import BOUND
 
 # d_out, d_in, group_size: groups that are no power of two, one row alone, more steps than one part takes, a long row

@@ -10,7 +10,7 @@ import torch
 from deepseek_exp.config import ActivationCheckpointing
 from deepseek_exp.kernels import TORCH, resolve
 from deepseek_exp.models import Transformer, init_weights
-from tests.test_config import composed
+from tests.config.test_config import composed
 
 MODELS = ("v1_dense", "v2_moe", "v2_5_sparse", "v3_moe", "v4_distill", "v5_domain_moe", "deepseek_v3")
 

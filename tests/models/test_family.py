@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from deepseek_exp.config import ActivationCheckpointing
+from deepseek_exp.inference import generate
 from deepseek_exp.kernels import TORCH, reference
 from deepseek_exp.models import Transformer, init_weights
-from deepseek_exp.moe import MoE
-from deepseek_exp.moe.layer import COUNTS
-from deepseek_exp.serve import generate
-from tests.test_config import MODELS, composed
+from deepseek_exp.models.moe import MoE
+from deepseek_exp.models.moe.layer import COUNTS
+from tests.config.test_config import MODELS, composed
 
 DEFINITION = dataclasses.replace(TORCH, grouped_mm=reference.grouped_mm)
 

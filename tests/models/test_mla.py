@@ -12,7 +12,7 @@ from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.models.mla import LatentAttention
 from deepseek_exp.planner.cost import cache_bytes_per_token
-from tests.test_config import composed
+from tests.config.test_config import composed
 
 TINY = composed("model=v3_moe", "size=tiny").model
 GATED = {"window": 5, "n_global_tokens": 2}

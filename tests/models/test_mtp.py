@@ -9,8 +9,8 @@ import torch
 
 from deepseek_exp.kernels import TORCH, reference
 from deepseek_exp.models import Transformer, init_weights
+from tests.config.test_config import composed
 from tests.models.looking import logits_ahead, segment_logits
-from tests.test_config import composed
 
 TINY = composed("model=v3_moe", "size=tiny").model
 SEQ = 12

@@ -10,7 +10,7 @@ import torch
 
 from deepseek_exp.config import RopeScalingConfig, RopeScalingKind
 from deepseek_exp.models.rope import rope_table, softmax_scale
-from tests.test_config import composed
+from tests.config.test_config import composed
 
 CPU = torch.device("cpu")
 BASE = composed("size=tiny").model

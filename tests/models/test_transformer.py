@@ -11,8 +11,8 @@ import torch
 from deepseek_exp.config import ActivationCheckpointing
 from deepseek_exp.kernels import TORCH, reference
 from deepseek_exp.models import Transformer, init_weights
+from tests.config.test_config import composed
 from tests.models.looking import segment_logits
-from tests.test_config import composed
 
 TINY = composed("size=tiny").model
 

@@ -48,8 +48,8 @@ APART = ("perf/step_seconds", "perf/tokens_per_second", "perf/peak_memory_bytes"
 HANG_SECONDS = 120.0
 # what a rank needs, some of it late: DeepSpeed imports half of torch when it makes an engine
 IMPORTED = (
-    "deepseek_exp.build",
-    "tests.test_config",
+    "deepseek_exp.train.build",
+    "tests.config.test_config",
     "tests.parallel.layouts",
     "deepspeed.pipe",
     "deepspeed.ops.op_builder.all_ops",
@@ -83,7 +83,7 @@ class Nudged(Watch):
     def before_fit(self, parts: Any, trainer: Any) -> None:
         import torch
 
-        from deepseek_exp import lit
+        from deepseek_exp.train import lit
 
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
@@ -119,8 +119,8 @@ class Ran:
 
     def weights(self) -> dict[str, Any]:
         """Give the whole weights that the last step left, in fp32 where there are masters."""
-        from deepseek_exp.parallel import manifest
-        from deepseek_exp.parallel.shards import open_state
+        from deepseek_exp.checkpoint import manifest
+        from deepseek_exp.checkpoint.shards import open_state
 
         state = open_state(manifest.list_checkpoints(self.folder)[-1])
         return {name: state.read(name, "weight") for name in state.names} | {
@@ -274,9 +274,9 @@ class Log:
 
 def train(job: Mapping[str, Any]) -> dict[str, Any]:
     """Do one rank's part of a job; gives its report."""
-    from deepseek_exp import build
-    from deepseek_exp.parallel import manifest
-    from tests.test_config import composed
+    from deepseek_exp.checkpoint import manifest
+    from deepseek_exp.train import build
+    from tests.config.test_config import composed
 
     module, _, name = job["watch"].partition(":")
     watch: Watch = getattr(importlib.import_module(module), name)(*job["watch_args"])

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from deepseek_exp.huggingface import read_release
+from tests.huggingface.releases import model_config, some_tokenizer, their_model
 from tests.parallel.layouts import RankDied, Watch, difference, labelled_texts, layout, n_ranks
-from tests.serve.releases import model_config, some_tokenizer, their_model
 
 STEPS = 8
 FEW = (f"trainer.max_steps={STEPS}", "trainer.eval_every_steps=4", "model.n_layers=4")
@@ -83,7 +83,7 @@ class OnlyFused(Watch):
     """Stops where experts are reached by single operations."""
 
     def before_build(self, cfg):
-        from deepseek_exp.moe.layer import Experts
+        from deepseek_exp.models.moe.layer import Experts
 
         del Experts.forward
         return cfg

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from deepseek_exp.parallel import manifest
-from deepseek_exp.parallel.shards import open_state
+from deepseek_exp.checkpoint import manifest
+from deepseek_exp.checkpoint.shards import open_state
 from tests.parallel.layouts import RankDied, layout, n_ranks
 from tests.parallel.nonfinite import Poison
 from tests.parallel.test_equivalence import assert_same

@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 
+from deepseek_exp.checkpoint import manifest
+from deepseek_exp.checkpoint.shards import open_state
 from deepseek_exp.errors import UserError
-from deepseek_exp.parallel import manifest
 from deepseek_exp.parallel.rank_state import scalar_state
-from deepseek_exp.parallel.shards import open_state
+from tests.config.test_config import composed
 from tests.parallel.layouts import SHORT, layout
-from tests.test_config import composed
 
 ADAFACTOR = (
     "model=v1_dense",

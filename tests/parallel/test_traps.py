@@ -18,9 +18,9 @@ from torch._ops import OpOverload
 
 from deepseek_exp.errors import UserError
 from deepseek_exp.parallel.tensor import Region, Rule, match_plan, tensor_plan
+from tests.config.test_config import composed
 from tests.operators import Called
 from tests.parallel.layouts import SHORT, Watch, difference, labelled_texts, layout, n_ranks
-from tests.test_config import composed
 
 FEW = ("trainer.max_steps=4", "trainer.eval_every_steps=4", "trainer.checkpoint_every_steps=4", "model.n_layers=4")
 
@@ -141,7 +141,7 @@ class Gradient(Watch):
             self.watch_one()
 
     def watch_one(self):
-        from deepseek_exp import lit
+        from deepseek_exp.train import lit
 
         narrow, clip = torch.zeros_like(self.p), lit.clip_gradients
 

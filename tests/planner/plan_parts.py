@@ -11,16 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from deepseek_exp.config import ActivationCheckpointing, ExperimentConfig, ModelConfig
+from deepseek_exp.config.topology import Degrees
 from deepseek_exp.kernels import Ops
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.models.block import KEPT, Block
-from deepseek_exp.moe import MoE
+from deepseek_exp.models.moe import MoE
 from deepseek_exp.parallel.expert import AllToAllDispatcher
 from deepseek_exp.planner.layers import layers_of
 from deepseek_exp.planner.memory import Layout
 from deepseek_exp.planner.search import Plan, make_plan
-from deepseek_exp.topology import Degrees
-from tests.test_config import composed
+from tests.config.test_config import composed
 
 
 def experiment(*overrides: str) -> ExperimentConfig:

@@ -7,9 +7,12 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from deepseek_exp import compose, config, do, planner, validate
-from deepseek_exp.job import Job, make_job
-from deepseek_exp.layout import illegal, layout_problems
+from deepseek_exp import config, planner
+from deepseek_exp.checkpoint import manifest
+from deepseek_exp.config import compose
+from deepseek_exp.config.rules import validate
+from deepseek_exp.config.rules.parallel import illegal, layout_problems
+from deepseek_exp.experiment.job import Job, make_job
 from deepseek_exp.planner.search import asked_layout, best_plans
 from tests.planner.plan_parts import experiment
 from tests.runs import run
@@ -76,8 +79,8 @@ def test_what_is_told_to_fit_does():
 def test_what_starts_no_ranks_needs_no_room(what, monkeypatch, tmp_path):
     monkeypatch.setattr(validate, "RULES", [rule for rule in validate.RULES if rule is not layout_problems])
     big = ("model=v4_distill", "size=70b", "parallel=3d", f"do={what}")
-    monkeypatch.setattr(do.manifest, "locate", lambda *_: (tmp_path, []))
-    monkeypatch.setattr(do.manifest, "run_dir_of", lambda *_: tmp_path)
+    monkeypatch.setattr(manifest, "locate", lambda *_: (tmp_path, []))
+    monkeypatch.setattr(manifest, "run_dir_of", lambda *_: tmp_path)
     with initialize_config_dir(compose.CONF, version_base="1.3"):
         (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(hydra_compose("config", list(big)), resolve=True))
     assert job(*big).cfg.do == what

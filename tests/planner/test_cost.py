@@ -14,8 +14,8 @@ from deepseek_exp.config import AttentionKind, ModelConfig
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
 from deepseek_exp.planner.cost import Parameters, cache_bytes_per_token, flops_per_token, parameters
+from tests.config.test_config import MODELS, SIZES, composed
 from tests.runs import ROOT
-from tests.test_config import MODELS, SIZES, composed
 
 
 @functools.cache

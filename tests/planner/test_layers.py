@@ -8,8 +8,8 @@ import pytest
 
 from deepseek_exp.planner import flops_per_token, parameters
 from deepseek_exp.planner.layers import balance, largest_gathered, layers_of, stage_bounds, stages_of
+from tests.config.test_config import composed
 from tests.planner.test_cost import MLA, MODELS, MOE, SIZES, hand, model
-from tests.test_config import composed
 
 CLUSTER = composed("cluster=h100_8").cluster
 EVERY = list(itertools.product(MODELS, SIZES))

@@ -10,8 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deepseek_exp.kernels import TORCH, experts
-from deepseek_exp.moe import MoE
+from deepseek_exp.kernels import TORCH
+from deepseek_exp.kernels.triton import experts
+from deepseek_exp.models.moe import MoE
 from deepseek_exp.planner import parameters
 from deepseek_exp.planner.layers import largest_gathered, layers_of
 from deepseek_exp.planner.memory import block_activation_bytes, experts_at_work_bytes, product_bytes

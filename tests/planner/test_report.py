@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from deepseek_exp.layout import illegal
+from deepseek_exp.config.rules.parallel import illegal
+from deepseek_exp.config.topology import Degrees
 from deepseek_exp.planner import report
 from deepseek_exp.planner.memory import USABLE
 from deepseek_exp.planner.search import asked_layout, best_plans
-from deepseek_exp.topology import Degrees
 from tests.planner.plan_parts import experiment, layout, planned
 from tests.runs import ROOT, run
 

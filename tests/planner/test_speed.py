@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 
 from deepseek_exp.config import Kernel
+from deepseek_exp.config.topology import Axis
 from deepseek_exp.planner import flops_per_token, parameters
 from deepseek_exp.planner.layers import layers_of
 from deepseek_exp.planner.speed import bubble_fraction, expert_product_bytes, exposed, undivided_bytes
 from deepseek_exp.planner.traffic import Load, axis_seconds, ring_all_reduce, stage_traffic
-from deepseek_exp.topology import Axis
 from tests.planner.plan_parts import experiment, layout, planned
 
 DENSE = experiment("model=v4_distill", "size=small", "trainer.global_batch_seqs=8", "cluster=h100_8")

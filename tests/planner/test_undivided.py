@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from deepseek_exp.config import ModelConfig
-from deepseek_exp.kernels import experts, resolve
+from deepseek_exp.kernels import resolve
+from deepseek_exp.kernels.triton import experts
 from deepseek_exp.models import Transformer
-from deepseek_exp.moe import MoE
+from deepseek_exp.models.moe import MoE
 from deepseek_exp.planner.layers import layers_of
 from deepseek_exp.planner.speed import exchanged_bytes, expert_product_bytes, undivided_bytes
 from tests.planner.plan_parts import exchange, experiment

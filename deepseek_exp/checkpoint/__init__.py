@@ -1,0 +1,1 @@
+"""Checkpoints: folders of safetensors and JSON with digests, for any layout of ranks."""

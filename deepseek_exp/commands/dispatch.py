@@ -1,0 +1,99 @@
+"""From a command line to what it asks for: compose, check, make the job, and do its verb."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from deepseek_exp import config, console, planner
+from deepseek_exp.commands.export import export
+from deepseek_exp.commands.recorded import record
+from deepseek_exp.commands.sample import sample
+from deepseek_exp.commands.spawn import ACTIONS, hand_out, in_ranks
+from deepseek_exp.commands.sweep import FAILED_FILE
+from deepseek_exp.commands.verify import verify
+from deepseek_exp.config import ROOT, Do, Launcher
+from deepseek_exp.config.help import register_help
+from deepseek_exp.console import say
+from deepseek_exp.disk import check_writable, disk_error
+from deepseek_exp.errors import ConfigError, UserError
+from deepseek_exp.experiment import command_line
+from deepseek_exp.experiment.job import Job, make_job
+from deepseek_exp.redact import redact
+
+
+def run(job: Job) -> float | None:
+    """Do what the job says; gives the validation loss where there is one."""
+    if job.cfg.do is Do.plan:
+        return say(planner.report(job.cfg))
+    if job.cfg.do in (Do.sample, Do.export):
+        return sample(job) if job.cfg.do is Do.sample else export(job)
+    check_writable("output_dir", Path(job.cfg.output_dir))
+    check_writable("run_dir", job.run_dir)
+    if job.cfg.launch.launcher is not Launcher.local:
+        return say(hand_out(job))
+    if job.cfg.do is Do.verify:
+        return record(job, verify)
+    return record(job, in_ranks if job.n_ranks > 1 else ACTIONS[job.cfg.do])
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+def run_job(cfg: DictConfig) -> float | None:
+    """Run one job; if a job of a sweep fails, its error is printed and the others go on."""
+    context = HydraConfig.get()
+    sweep_dir = Path(context.runtime.output_dir) if context.mode.name == "MULTIRUN" else None
+    try:
+        return run(make_job(cfg, context.overrides.task, context.runtime.choices["size"], sweep_dir))
+    except Exception as error:
+        worded = in_words(error, str(cfg.output_dir))
+        if sweep_dir is not None:
+            if worded is None:
+                console.write(sys.stderr, traceback.format_exc())
+            console.write(sys.stderr, f"job {context.job.num} failed: {worded or error}\n")
+            text = f"{type(worded or error).__name__}: {worded or error}\n"
+            (sweep_dir / FAILED_FILE).write_text(redact(text), encoding="utf-8", errors="backslashreplace")
+            return float("nan")
+        if worded is not None:
+            end(worded)
+        raise
+
+
+def in_words(error: Exception, output_dir: str) -> UserError | None:
+    """Return an error in words, or None for a defect of this program, which needs its traceback."""
+    return error if isinstance(error, UserError) else disk_error(error, "output_dir", output_dir)
+
+
+def end(error: UserError) -> NoReturn:
+    """Print what is wrong and exit with status 2 for the configuration, 1 for the rest."""
+    console.write(sys.stderr, f"{error}\n")
+    sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def main() -> None:
+    """Answer a mistake in the command line or the configuration before anything else is loaded."""
+    console.protect()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then hands errors on instead of printing them itself
+    config.register()
+    register_help()
+    sys.argv[1:] = [re.sub(r"^resume=([0-9a-f]+)$", r"resume='\1'", arg) for arg in sys.argv[1:]]  # 12e4 is a run id
+    try:
+        command_line.check_command_line(sys.argv[1:])
+        with console.redacted(command_line.prints_configuration(sys.argv[1:])):
+            run_job()
+    except KeyboardInterrupt:
+        console.write(sys.stderr, "\nstopped by SIGINT before there was anything to save\n")
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        worded = in_words(error, ".")
+        if worded is None:
+            raise
+        end(worded)

@@ -1,0 +1,100 @@
+"""The commands that a run prints: they run when they are pasted into a shell in the folder that the run started in."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from deepseek_exp.config import ROOT
+from deepseek_exp.console import command, python
+from deepseek_exp.redact import redact
+from deepseek_exp.tracking.rundir import Progress
+from deepseek_exp.tracking.uri import absolute_uri, runs_page
+
+if TYPE_CHECKING:
+    from deepseek_exp.experiment.job import Job
+
+OUTPUTS = "outputs"
+# where `mlflow ui` and `make ui` serve
+UI_SERVER = "http://127.0.0.1:5000"
+# what `make ui` shows
+DEFAULT_STORE = f"sqlite:///{ROOT / OUTPUTS / 'mlflow.db'}"
+
+
+def next_commands(job: Job, run_id: str) -> Iterator[tuple[str, str]]:
+    """List what can be done after a training, as pairs of a command and what it is for."""
+    experiment_id = Progress.load(job.run_dir).experiment_id
+    yield ui_command(job.cfg.tracking.uri, experiment_id), _where_runs_are(job.cfg.tracking.uri, experiment_id)
+    if not job.cfg.trainer.keep_checkpoints:
+        return
+    start, resume = command(), resume_words(job, run_id)
+    yield f"{start} do=sample {resume}", "more text from it"
+    yield f"{start} {resume} trainer.max_steps={2 * job.cfg.trainer.max_steps}", "go on training"
+    # init_from determines the model, and an old checkpoint does not say which overrides made its experiment
+    if job.history is not None and job.cfg.init_from is None:
+        own = [o for o in job.history if not o.lstrip("+").startswith(("resume=", "optim.lr="))]
+        yield f"{start} -m {words([*searchpath(), *own, 'optim.lr=1e-3,3e-4'])}", "a sweep"
+
+
+def ui_command(uri: str, experiment_id: str | None = None) -> str:
+    """Return the command that shows a store's runs in a browser, or the address of a server that does."""
+    if uri.startswith(("http://", "https://")):
+        return redact(uri if experiment_id is None else runs_page(uri, experiment_id))
+    if absolute_uri(uri) == DEFAULT_STORE and Path.cwd() == ROOT and shutil.which("make") is not None:
+        return "make ui"
+    return f"{python()} -m mlflow ui --workers 1 --backend-store-uri {shlex.quote(redact(uri))}"
+
+
+def _where_runs_are(uri: str, experiment_id: str | None) -> str:
+    """Return what the command of `ui_command` is for, and where a server that it starts shows the runs."""
+    what = "look at it and compare runs in the MLflow UI"
+    if experiment_id is None or uri.startswith(("http://", "https://")):
+        return what
+    return f"{what}: {runs_page(UI_SERVER, experiment_id)}"
+
+
+def resume_words(job: Job, run_id: str) -> str:
+    """Return the words of a command line that find this run again."""
+    where = job.cfg.output_dir
+    return " ".join([f"resume={run_id[:12]}", *([override("output_dir", where)] if where != OUTPUTS else [])])
+
+
+def override(key: str, value: str) -> str:
+    """Return the word for a shell that sets a key to exactly this text."""
+    # a backslash counts as itself unless it stands before a quote, an interpolation or the end
+    escaped = re.sub(r"\\+(?='|\$\{|$)", lambda found: 2 * found[0], value)
+    escaped = escaped.replace("'", "\\'").replace("${", "\\${")
+    text = value if _reads_as(f"{key}={value}", value) else f"'{escaped}'"
+    return shlex.quote(f"{key}={text}")
+
+
+def words(overrides: Sequence[str]) -> str:
+    """Return overrides as they are typed in a shell, without passwords."""
+    return " ".join(shlex.quote(redact(word)) for word in overrides)
+
+
+def searchpath() -> list[str]:
+    """List the overrides that say where else groups have options: a command needs them like those of the job."""
+    given = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else []
+    return [word for word in given if word.lstrip("+").startswith("hydra.searchpath=")]
+
+
+def _reads_as(word: str, value: str) -> bool:
+    """Return whether Hydra sets a key to this text by this word."""
+    try:
+        parsed = OverridesParser.create().parse_override(word)
+        if parsed.is_sweep_override():
+            return False
+        return bool(OmegaConf.create({"key": parsed.value()})["key"] == value)
+    except (HydraException, OmegaConfBaseException):
+        return False

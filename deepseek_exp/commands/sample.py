@@ -1,0 +1,83 @@
+"""do=sample."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from deepseek_exp.config.schema import ExperimentConfig
+from deepseek_exp.console import say
+from deepseek_exp.errors import ConfigError, Problem
+from deepseek_exp.experiment.job import Job
+
+if TYPE_CHECKING:
+    from deepseek_exp.data import Tokenizer
+    from deepseek_exp.models import Transformer
+
+
+def sample(job: Job) -> None:
+    """Continue the prompt from a checkpoint with its own tokenizer; this is not recorded in MLflow."""
+    from deepseek_exp import inference
+    from deepseek_exp.data import Tokenizer
+    from deepseek_exp.train import build
+
+    if job.checkpoint is not None:
+        tokenizer = Tokenizer.load(job.checkpoint / "tokenizer.json")
+    else:
+        tokenizer = Tokenizer.named(job.cfg.data.tokenizer, job.cfg.data.vocab_size)
+    asked = any(o.startswith("sample.max_new_tokens=") for o in job.overrides)
+    cfg = with_prompt(job.cfg, "")
+    _check_prompt(cfg, len(tokenizer.encode(cfg.sample.prompt)), every_token=asked)
+    device = build.pick_device(job.cfg.device)
+    build.check_memory(job.cfg, device)
+    build.set_up_torch(job.cfg)
+    model = build.build_model(job.cfg, device, job.checkpoint)
+    if job.cfg.sample.weight_bits:
+        saved = inference.quantize_matrices(model, job.cfg.sample.weight_bits)
+        say(f"matrices  of {job.cfg.sample.weight_bits} bits, {saved / 1e6:,.1f} MB less")
+    say(sample_text(cfg, model, tokenizer))
+
+
+def with_prompt(cfg: ExperimentConfig, prompt: str) -> ExperimentConfig:
+    """Return the configuration with this prompt, unless it has one."""
+    if cfg.sample.prompt is not None:
+        return cfg
+    return dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, prompt=prompt))
+
+
+def _check_prompt(cfg: ExperimentConfig, n_prompt: int, *, every_token: bool) -> None:
+    """Refuse a prompt of `n_prompt` tokens that leaves no room for a new one, or for every token that is asked for."""
+    s, longest = cfg.sample, cfg.model.max_seq_len
+    left = longest - max(1, n_prompt)
+    if left < 1:
+        rule = f"has {n_prompt} tokens, and with model.max_seq_len={longest} there is no room for a new one"
+        raise ConfigError(Problem("sample.prompt", s.prompt, rule, f"shorten it to {longest - 1} tokens or less"))
+    if every_token and s.max_new_tokens > left:
+        rule = f"and a prompt of {n_prompt} tokens are more than model.max_seq_len={longest}"
+        fix = f"use {left} or less, or a shorter prompt"
+        raise ConfigError(Problem("sample.max_new_tokens", s.max_new_tokens, rule, fix))
+
+
+def sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer) -> str:
+    """Return the configured prompt and what the model continues it with, as many tokens as there is room for.
+
+    Of a prompt that leaves no room, the last half of the model's max_seq_len is used.
+    """
+    from deepseek_exp.inference import generate
+
+    s, longest = cfg.sample, cfg.model.max_seq_len
+    text, prompt = s.prompt, tokenizer.encode(s.prompt)
+    if len(prompt) >= longest:
+        prompt = prompt[-(longest // 2) :]
+        text = tokenizer.decode(prompt)
+    tokens = generate(
+        model.eval(),
+        prompt,
+        max_new_tokens=min(s.max_new_tokens, longest - max(1, len(prompt))),
+        temperature=s.temperature,
+        top_p=s.top_p,
+        seed=cfg.seed,
+        end_id=tokenizer.end_id,
+        domain=None if s.domain is None else cfg.model.moe.domains.index(s.domain),
+    )
+    return text + tokenizer.continuation(prompt, tokens)

@@ -1,0 +1,137 @@
+"""What the person in front of a run is told: what it will do, what came out, and how to go on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepseek_exp import planner
+from deepseek_exp.checkpoint import manifest
+from deepseek_exp.commands.next_commands import next_commands
+from deepseek_exp.config.topology import degrees
+from deepseek_exp.console import shown
+
+if TYPE_CHECKING:
+    from deepseek_exp.experiment.job import Job
+    from deepseek_exp.train.build import Parts
+
+PART = "val/loss/"
+
+
+def plan_text(job: Job, parts: Parts, run_id: str) -> str:
+    """Say what will be trained, on what, and how long it will take."""
+    cfg, data, m, t = job.cfg, parts.data, job.cfg.model, job.cfg.trainer
+    steps = t.max_steps - (manifest.read_manifest(job.checkpoint).step if job.checkpoint else 0)
+    tokens = steps * t.global_batch_seqs * cfg.data.seq_len
+    counted = planner.parameters(m)
+    n_params = counted.total + counted.mtp
+    meets = f" ({counted.active:,} active)" if m.moe.n_routed_experts or m.d_ff_active else ""
+    mask = f"window {m.window} + {m.n_global_tokens} global tokens" if m.window else "full causal attention"
+    rows = {
+        "run": f"{job.name}, MLflow run {run_id[:12]} in {cfg.tracking.uri}",
+        "model": f"{m.version}, {n_params:,} parameters{meets}: {m.n_layers} layers, d_model {m.d_model}, {mask}",
+        "data": f"{_source(parts)}, {data.n_train_tokens:,} tokens (valid {data.n_valid_tokens:,}), "
+        f"vocabulary {data.tokenizer.vocab_size:,}",
+        "training": f"{steps:,} steps x {t.global_batch_seqs} sequences x {cfg.data.seq_len} tokens = {tokens:,} "
+        f"tokens ({tokens / data.n_train_tokens:.2f} epochs), {t.precision.value}",
+        "device": _device_name(parts),
+        **_how_it_runs(job, parts, steps),
+    }
+    if job.checkpoint is not None:
+        rows["resumes"] = str(job.checkpoint)
+    elif cfg.init_from is not None:
+        rows["starts"] = f"from {cfg.init_from}"
+    return "\n".join(f"{key:9} {value}" for key, value in rows.items())
+
+
+def _how_it_runs(job: Job, parts: Parts, steps: int) -> dict[str, str]:
+    """Return how the work is divided over the ranks, or how long one process will take."""
+    if job.n_ranks > 1:
+        d, cfg = degrees(job.cfg), job.cfg
+        ends = planner.stage_bounds(cfg, d.pp)
+        blocks = [min(b, cfg.model.n_layers) - a for a, b in zip([0, *ends], ends, strict=False)]
+        experts = f", experts divided over {d.ep}" if d.ep > 1 else ""
+        mtp = f" and {cfg.model.n_mtp_layers} for multi-token prediction" if cfg.model.n_mtp_layers else ""
+        stages = f"; blocks per stage {', '.join(map(str, blocks))}{mtp}" if d.pp > 1 else ""
+        return {"layout": f"{d.world_size} ranks: dp {d.dp} x tp {d.tp} x pp {d.pp}{experts}{stages}"}
+    from deepseek_exp.train.probe import step_seconds
+
+    return {"expected": f"about {duration(step_seconds(job.cfg, parts) * steps)}, without validation"}
+
+
+def _source(parts: Parts) -> str:
+    """Name the text: its source, and of a mixture the parts with their shares."""
+    cfg, data = parts.lit.cfg.data, parts.data
+    total = sum(part.weight for part in data.parts)
+    shares = ", ".join(f"{part.name} {part.weight / total:.1%}" for part in data.parts if part.name)
+    return f"{cfg.source.value} of {shares}" if shares else cfg.source.value
+
+
+def _device_name(parts: Parts) -> str:
+    import torch
+
+    if parts.device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(parts.device)}"
+    n_threads, n_cores, load = torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]
+    words = f"cpu, {n_threads} threads"
+    if n_threads > 1 and load > n_cores:  # threads that wait for each other are slowed down by every other process
+        words += f"; other processes are using this machine (load {load:.1f} on {n_cores} cores), where "
+        words += "trainer.n_threads=1 may be faster"
+    return words
+
+
+def summary(
+    job: Job, parts: Parts, run_id: str, saved: Path | None, speed: float | None, text: str | None, seconds: float
+) -> str:
+    """Return how a training went and what can be done with it.
+
+    Args:
+        job: what was trained.
+        parts: of the training.
+        run_id: its MLflow run.
+        saved: its last checkpoint, if it saved one.
+        speed: tokens per second, the mean of all steps.
+        text: a sample, if there is one.
+        seconds: that it took.
+    """
+    trainer = parts.lit.trainer
+    lines = [f"\ndone in {duration(seconds)}"]
+    step, last_step = trainer.global_step, job.cfg.last_step
+    if step < last_step:
+        callbacks = ", ".join(job.cfg.trainer.callbacks)
+        lines.append(f"stopped     after step {step:,} of {last_step:,} by a callback (trainer.callbacks: {callbacks})")
+    lines += validation_lines(trainer.callback_metrics)
+    if speed is not None:
+        lines.append(f"speed       {speed:,.0f} tokens/s (mean of all steps, without validation)")
+    lines.append(f"checkpoint  {shown(saved or job.checkpoint)}")
+    if text is not None:
+        lines.append("sample      " + text.replace("\n", "\n            "))
+    if job.in_sweep:
+        return "\n".join(lines) + "\n"
+    commands = list(next_commands(job, run_id))
+    width = max((len(line) for line, _ in commands if len(line) <= 80), default=0)
+    return "\n".join([*lines, "\nnext:", *(f"  {line:{width}}  # {what}" for line, what in commands)])
+
+
+def validation_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Say what a validation measured; nothing where there was none."""
+    if "val/loss" not in metrics:
+        return []
+    loss, bits, unigram = (float(metrics[f"val/{n}"]) for n in ("loss", "bits_per_byte", "unigram_bits_per_byte"))
+    parts = [
+        f"{name.removeprefix(PART)} {float(value):.3f}" for name, value in metrics.items() if name.startswith(PART)
+    ]
+    by_part = [f"            loss by part: {', '.join(parts)}"] if parts else []
+    return [
+        f"validation  {bits:.3f} bits per byte (unigram model: {unigram:.3f}), loss {loss:.3f} nats per token",
+        *by_part,
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that reads best."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds" if seconds >= 10 else f"{seconds:.1f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

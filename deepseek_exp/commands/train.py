@@ -1,0 +1,116 @@
+"""do=train."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deepseek_exp import planner
+from deepseek_exp.checkpoint import manifest, saved_config
+from deepseek_exp.commands.sample import sample_text, with_prompt
+from deepseek_exp.commands.summary import plan_text, summary
+from deepseek_exp.config.enums import Do
+from deepseek_exp.console import say
+from deepseek_exp.errors import CheckpointError, DataError, Problem
+from deepseek_exp.experiment.job import COMMAND_FILE, Job
+from deepseek_exp.tracking.run import RunLog
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+    from deepseek_exp.train.build import Parts
+    from deepseek_exp.train.callbacks import Checkpoints, Progress
+
+DIGESTS = "data.json"
+
+
+def train(job: Job, tracked: RunLog, run_id: str) -> float:
+    """Train, from the start or from a checkpoint, and tell how it went."""
+    started = time.monotonic()
+    if job.checkpoint is not None and job.continues is None:
+        tracked.skip_known_after(manifest.read_manifest(job.checkpoint).step)
+    parts, (trainer, checkpoints, progress) = _ready_to_train(job, tracked, run_id)
+    say(plan_text(job, parts, run_id))
+    if job.n_ranks > 1:
+        for path, content in planner.plan_artifacts(job.cfg).items():
+            tracked.log_text(content, path)
+    trainer.fit(parts.lit, datamodule=parts.datamodule, ckpt_path=job.checkpoint)
+    text = None
+    if job.n_ranks == 1:  # no rank of several has the whole model
+        cfg = with_prompt(job.cfg, parts.data.first_words())
+        text = sample_text(cfg, parts.lit.model.to(parts.device), parts.data.tokenizer)
+        tracked.log_text(text, "sample.txt")
+    say(summary(job, parts, run_id, checkpoints.saved, progress.speed, text, time.monotonic() - started))
+    return float(trainer.callback_metrics["val/loss"])
+
+
+def train_briefly(job: Job, tracked: RunLog, run_id: str) -> float:
+    """Train as `train` does, one of the two times that are compared, and tell no more than the progress."""
+    parts, (trainer, _, _) = _ready_to_train(job, tracked, run_id)
+    trainer.fit(parts.lit, datamodule=parts.datamodule)
+    return float(trainer.callback_metrics["val/loss"])
+
+
+def _ready_to_train(job: Job, tracked: RunLog, run_id: str) -> tuple[Parts, tuple[Trainer, Checkpoints, Progress]]:
+    from deepseek_exp.train import build
+
+    # weights that Lightning takes from the checkpoint need not be read from anywhere else before
+    cfg = job.cfg if job.checkpoint is None else dataclasses.replace(job.cfg, init_from=None)
+    parts = build.build_parts(cfg, None)
+    log_inputs(parts, tracked)
+    digests = json.dumps(parts.data.digests())
+    texts = {saved_config.FILE: job.shown_yaml, COMMAND_FILE: job.command_json, DIGESTS: digests}
+    texts |= {"tokenizer.json": parts.data.tokenizer.json}
+    return parts, build.build_trainer(job.cfg, parts, tracked, run_id, texts)
+
+
+def log_inputs(parts: Parts, tracked: RunLog) -> None:
+    """Record the texts that a run reads."""
+    for entry in parts.data.inputs:
+        profile = {k: v for k, v in entry.items() if k.startswith("n_")}
+        tracked.log_dataset(entry["name"], entry["context"], entry["digest"], entry["source"], profile)
+
+
+def _saved_digests(checkpoint: Path) -> dict[str, str]:
+    """Return the digests of a checkpoint's tokenizer and text.
+
+    Raises:
+        CheckpointError: its file is missing or holds something else.
+    """
+    try:
+        found = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
+        if isinstance(found, dict) and "tokenizer" in found and all(isinstance(v, str) for v in found.values()):
+            return found
+        reason = "it is not a mapping of digests"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    fix = "name another checkpoint, or resume=last for the newest whole one"
+    raise CheckpointError(Problem("resume", str(checkpoint), f"has no readable {DIGESTS} ({reason})", fix))
+
+
+def check_data(job: Job) -> None:
+    """Refuse to use a checkpoint with other text, or another tokenizer, before anything is recorded or written.
+
+    Raises:
+        DataError: a digest is not the one that the checkpoint has.
+    """
+    if job.checkpoint is None:
+        return
+    from deepseek_exp.data import prepare
+
+    saved = _saved_digests(job.checkpoint)
+    compared = saved if job.cfg.do is Do.train else ["tokenizer"]
+    now = prepare(job.cfg.data).digests()
+    changed = [name for name in compared if saved[name] != now.get(name)]
+    changed = [name for name in changed if " tokens" not in name or name.replace(" tokens", "", 1) not in changed]
+    if changed:
+        d = job.cfg.data
+        rule = f"is not what {job.checkpoint} was trained with any more: its {', '.join(changed)} has changed"
+        fix = "bring back the text as it was (for stdlib: the same Python), "
+        fix += f"or train on this text in a new run from its weights with init_from={job.checkpoint}"
+        if job.cfg.do is Do.eval:
+            fix = f"set data.tokenizer={job.checkpoint / 'tokenizer.json'}"
+        raise DataError(Problem("data.path" if d.path else "data.source", d.path or d.source.value, rule, fix))

@@ -1,0 +1,268 @@
+"""Compose the configuration tree and word everything that is wrong with it, before anything expensive starts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra.version
+from hydra import compose
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.types import Override
+from hydra.errors import OverrideParseException
+from hydra.plugins.config_source import ConfigSource
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from deepseek_exp.config import ROOT, ExperimentConfig
+from deepseek_exp.config.explain import file_words, meant, override_words, parse_one, unparsed
+from deepseek_exp.config.keys import is_mapping, schema_keys
+from deepseek_exp.config.rules import hydra_section, validate
+from deepseek_exp.config.rules.values import text_problems
+from deepseek_exp.errors import ConfigError, Problem
+
+CONF = str(ROOT / "conf")
+
+
+def to_experiment(cfg: DictConfig) -> ExperimentConfig:
+    """Turn a composed tree into dataclasses, checked.
+
+    Raises:
+        ConfigError: with every rule that the tree breaks.
+    """
+    problems = check_tree(cfg, [])
+    if problems:
+        raise ConfigError(*problems)
+    return typing.cast(ExperimentConfig, OmegaConf.to_object(cfg))
+
+
+def check_tree(cfg: DictConfig, known: list[Problem], rules: bool = True) -> list[Problem]:
+    """Problems of a composed tree that composing itself lets pass; `known` keys are not reported twice."""
+    problems = structure_problems(cfg)
+    if problems:
+        return problems
+    exp, reported = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg)), {p.key for p in known}
+    return [p for p in (validate.problems(exp) if rules else text_problems(exp)) if p.key not in reported]
+
+
+def structure_problems(cfg: DictConfig) -> list[Problem]:
+    """Find keys that are not in the schema or have no value, and references that cannot be resolved."""
+    try:
+        problems = [Problem(p, v, "is not a configuration key", meant(p, "remove it")) for p, v in _extra_leaves(cfg)]
+        raw = OmegaConf.to_container(cfg, resolve=False)
+        missing = sorted(OmegaConf.missing_keys(cfg) | {k for k in schema_keys() if not has_path(raw, k)})
+        missing = [k for k in missing if not any(k.startswith(f"{other}.") for other in missing)]
+        problems += [Problem(k, "???", "has no value", f"set it, or take the option that sets {k}") for k in missing]
+        if problems:
+            return problems
+        exp = OmegaConf.to_object(cfg)
+    except (OmegaConfBaseException, RecursionError) as error:
+        path = getattr(error, "full_key", None) or "configuration"
+        raw = OmegaConf.to_container(cfg, resolve=False)
+        said = "it refers to itself" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        rule = f"cannot be resolved ({said})"
+        return [Problem(path, select(raw, path.split("[")[0]), rule, "correct the reference")]
+    wrong = [(k, _attribute(exp, k)) for k, info in schema_keys().items() if is_mapping(info.type)]
+    return [
+        Problem(k, v, "is not a mapping", f"leave {k} out; +{k}.<name>=... adds an entry")
+        for k, v in wrong
+        if not isinstance(v, dict)
+    ]
+
+
+def _attribute(exp: Any, path: str) -> Any:
+    for name in path.split("."):
+        exp = getattr(exp, name)
+    return exp
+
+
+def _extra_leaves(cfg: DictConfig) -> Iterator[tuple[str, Any]]:
+    sections = typing.get_type_hints(ExperimentConfig)
+    for name in cfg:
+        if name not in sections:
+            yield str(name), OmegaConf.select(cfg, str(name), throw_on_missing=False)
+        elif dataclasses.is_dataclass(sections[name]) and not OmegaConf.is_missing(cfg, name):
+            fields = {f.name for f in dataclasses.fields(sections[name])}
+            yield from ((f"{name}.{k}", cfg[name][k]) for k in cfg[name] if k not in fields)
+
+
+def usable(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    """Sort out what cannot be handed to Hydra: it would load or run what it names, or fail without words."""
+    good, problems, groups = [], [], option_groups()
+    for override in overrides:
+        problem = None
+        try:
+            parsed = parse_one(override)
+        except (OverrideParseException, ValueError) as error:
+            problem = unparsed(override, error)
+        else:
+            problem = hydra_section.override_problem(parsed, groups) or _value_problem(parsed)
+        if problem is None:
+            good.append(override)
+        else:
+            problems.append(problem)
+    return good, problems
+
+
+def _value_problem(parsed: Override) -> Problem | None:
+    """Refuse what OmegaConf takes and turns into something else."""
+    path, value, known = str(parsed.key_or_group), parsed.value(), schema_keys()
+    if parsed.is_delete() and (path in known or any(k.startswith(f"{path}.") for k in known)):
+        fix = f"set {path}=null" if path in known and known[path].optional else f"leave ~{path} out"
+        return Problem(path, None, "cannot be deleted: every key of an experiment has a value", fix)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if path in known and known[path].type is bool and number:
+        return Problem(path, value, "is not true or false", f"use {path}=true or {path}=false")
+    return None
+
+
+def compose_tree(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
+    """Compose with every override that can be used, and explain those that cannot."""
+    groups = option_groups()
+    shaping = [o for o in overrides if override_key(o) in groups or override_key(o).startswith(("hydra.", "hydra/"))]
+    problems: list[Problem] = []
+    try:
+        cfg = _base(tuple(shaping))
+    except Exception as error:  # whatever Hydra's internals raise for it
+        cfg, problems = _base_of_the_good(shaping, error)
+    cfg = copy.deepcopy(cfg)
+    for override in [o for o in overrides if o not in shaping]:
+        parsed = parse_one(override)
+        try:
+            if parsed.is_sweep_override():
+                raise ValueError("a sweep")
+            ConfigLoaderImpl._apply_overrides_to_config([parsed], cfg)
+        except Exception as error:
+            problems.append(_explain(override, error))
+    problems += section_problems(cfg, overrides)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, problems
+
+
+# trees that were composed from groups alone, with the section `hydra`: the jobs of a sweep mostly share one
+_bases: dict[tuple[str, ...], DictConfig] = {}
+
+
+def _base(shaping: tuple[str, ...]) -> DictConfig:
+    """Compose the options of groups, before values are set."""
+    if shaping not in _bases:
+        _bases[shaping] = compose("config", list(shaping), return_hydra_config=True)
+    return _bases[shaping]
+
+
+def _base_of_the_good(shaping: Sequence[str], error: Exception) -> tuple[DictConfig, list[Problem]]:
+    """Compose with those options that can be used, and explain the others."""
+    try:
+        cfg = _base(())
+    except Exception:
+        raise ConfigError(file_words(error)) from error
+    good: list[str] = []
+    problems: list[Problem] = []
+    for override in shaping:
+        try:
+            cfg = _base((*good, override))
+            good.append(override)
+        except Exception as error:
+            problems.append(_explain(override, error))
+    return cfg, problems
+
+
+def section_problems(cfg: DictConfig, overrides: Sequence[str]) -> list[Problem]:
+    """Find what the section `hydra` may not say."""
+    return list(hydra_section.section_problems(cfg, {o: override_key(o) for o in overrides}))
+
+
+def _explain(override: str, error: Exception) -> Problem:
+    path, groups = override_key(override), option_groups()
+    options = groups.get(path) or (config_loader().get_group_options(path) if path.startswith("hydra/") else [])
+    return override_words(parse_one(override), error, _base(()), options)
+
+
+def override_key(override: str) -> str:
+    """Return the key or group that an override names."""
+    return str(parse_one(override).key_or_group)
+
+
+@cache
+def option_groups() -> dict[str, list[str]]:
+    """Return the options of each group."""
+    loader = config_loader()
+    names = [g for g in loader.list_groups("") if g != "hydra" and not g.startswith((".", "_"))]
+    groups = {g: options for g in names if (options := loader.get_group_options(g))}
+    recipes = ROOT / "recipes"
+    ours = {str(p.relative_to(recipes).with_suffix("")) for p in recipes.rglob("*.yaml")}
+    return groups | {"recipes": sorted(ours | set(loader.get_group_options("recipes")))}
+
+
+class Folders(ConfigRepository):
+    """The folders that options come from; no path leads out of them."""
+
+    def _find_object_source(self, config_path: str, object_type: ObjectType | None) -> ConfigSource | None:
+        if not hydra_section.is_inside(config_path):
+            return None
+        return super()._find_object_source(config_path, object_type)
+
+
+def hydra_ready(config_dir: str | None = None) -> AbstractContextManager[Any]:
+    """Make `compose` work: with the Hydra of a job that runs, or one for the moment."""
+    running = GlobalHydra.instance().is_initialized()
+    return nullcontext() if running else _momentary(config_dir)
+
+
+@contextmanager
+def _momentary(config_dir: str | None) -> Iterator[None]:
+    """Set a Hydra up that searches conf/ and a folder of the user's, and take it down."""
+    hydra.version.setbase("1.3")
+    search = create_config_search_path(CONF)
+    if config_dir is not None:
+        path = f"file://{Path(config_dir).absolute()}"
+        search.prepend("command-line", path, SearchPathQuery(provider="schema", path=None))
+    made = Hydra.create_main_hydra2(task_name="app", config_search_path=search)
+    made.config_loader.repository = Folders(search)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+        _bases.clear()
+        option_groups.cache_clear()
+
+
+def config_loader() -> ConfigLoader:
+    """Return the loader of the Hydra that is set up."""
+    return GlobalHydra.instance().config_loader()
+
+
+def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Walk the schema's leaves; a free mapping (callbacks, an optimizer's arguments) is one leaf."""
+    for path in schema_keys():
+        yield path, select(tree, path)
+
+
+def has_path(tree: Any, path: str) -> bool:
+    """Say whether a tree goes as far as a path, whatever stands there."""
+    for name in path.split("."):
+        if not isinstance(tree, dict) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
+
+
+def select(tree: Any, path: str) -> Any:
+    """Return the value at a path, None if the tree does not go that far."""
+    for part in path.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree

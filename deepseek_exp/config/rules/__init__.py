@@ -1,0 +1,1 @@
+"""What a configuration must fulfil, one file per section; without torch."""

@@ -1,0 +1,112 @@
+"""Rules of the section `data`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from deepseek_exp.config import text_files
+from deepseek_exp.config.enums import Order, Source
+from deepseek_exp.config.rules.bounds import range_problems
+from deepseek_exp.config.rules.values import is_file, path_problems
+from deepseek_exp.config.schema import ExperimentConfig, MixturePart
+from deepseek_exp.disk import expand
+from deepseek_exp.errors import Problem
+
+
+def vocabulary_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find a tokenizer with more entries than the embedding has rows."""
+    if exp.data.vocab_size > exp.model.vocab_size:
+        rule = f"is more than model.vocab_size={exp.model.vocab_size}"
+        yield Problem(
+            "data.vocab_size", exp.data.vocab_size, rule, f"set data.vocab_size={exp.model.vocab_size} or less"
+        )
+
+
+def data_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find texts that do not exist or that `data.source` does not read."""
+    d = exp.data
+    if d.source is Source.text and d.path is None:
+        rule = "is needed for data.source='text'"
+        yield Problem(
+            "data.path", None, rule, "set data.path to a file, folder or glob of .txt .md .jsonl .jsonl.gz .parquet"
+        )
+    for name in ("path", "valid_path"):
+        value = getattr(d, name)
+        if value is not None and d.source is not Source.text:
+            rule = f"is not read by data.source='{d.source.value}'"
+            fix = "add data=text"
+            if d.source is Source.mixture:
+                fix = f"set data.{name}=null and give each part its own, as in +data.mixture.<name>.{name}={value}"
+            yield Problem(f"data.{name}", value, rule, fix)
+        elif value is not None:
+            yield from _exists(f"data.{name}", value)
+    if d.tokenizer is not None and not is_file(expand(d.tokenizer)):
+        fix = "name a tokenizer.json, or set data.tokenizer=null to train one"
+        yield Problem("data.tokenizer", d.tokenizer, f"is no file (looked in {Path.cwd()})", fix)
+    if d.source is Source.synthetic and d.max_bytes is None:
+        yield Problem("data.max_bytes", None, "is needed for data.source='synthetic'", "set data.max_bytes=300000")
+
+
+def mixture_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find what is wrong with the parts of a mixture."""
+    d = exp.data
+    if d.source is not Source.mixture:
+        if d.mixture:
+            rule = f"has parts, and data.source='{d.source.value}' reads none"
+            yield Problem("data.mixture", ", ".join(d.mixture), rule, "add data=mixture, or leave the parts out")
+        return
+    if not d.mixture:
+        fix = "add +data.mixture.<name>.path=<file, folder or glob> +data.mixture.<name>.weight=1 for each part"
+        yield Problem("data.mixture", {}, "has no part, and data.source='mixture' needs one at least", fix)
+    if d.order is not Order.shuffled:
+        rule = "cannot be used with data.source='mixture', whose neighbours in a lane are of different texts"
+        yield Problem("data.order", d.order.value, rule, "set data.order=shuffled, or train on one text")
+    for name, part in d.mixture.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            rule = "is not a name of letters, digits, _ and -, which metrics and keys are named with"
+            yield Problem("data.mixture", name, rule, "rename the part")
+        yield from _part(f"data.mixture.{name}", part)
+
+
+def _part(key: str, part: Any) -> Iterator[Problem]:
+    names = ", ".join(f.name for f in dataclasses.fields(MixturePart))
+    if not isinstance(part, MixturePart):
+        rule, fix = f"is not a part, which has the keys {names}", f"write +{key}.path=<file, folder or glob>"
+        if isinstance(part, dict):
+            unknown = next(k for k in part if k not in names.split(", "))
+            key, part, rule = f"{key}.{unknown}", part[unknown], f"is not a key of a part ({names})"
+            fix = "correct the name or remove it"
+        yield Problem(key, part, rule, fix)
+        return
+    if isinstance(part.weight, bool) or not isinstance(part.weight, int | float):
+        yield Problem(f"{key}.weight", part.weight, "is not a number", f"use a number, for example {key}.weight=1")
+    else:
+        yield from range_problems(dataclasses.replace(part, path="", valid_path=""), f"{key}.")
+    for name in ("path", "valid_path"):
+        value = getattr(part, name)
+        if value == MISSING or (name == "path" and value is None):
+            yield Problem(f"{key}.path", None, "has no value", f"add +{key}.path=<file, folder or glob>")
+        elif value is not None and not isinstance(value, str):
+            yield Problem(f"{key}.{name}", value, "is not a text", "name a file, folder or glob")
+        elif value is not None:
+            yield from _exists(f"{key}.{name}", value)
+
+
+def _exists(key: str, path: str) -> Iterator[Problem]:
+    flaws = list(path_problems(key, path))
+    if flaws:  # those of a part of a mixture are found here alone
+        yield from flaws if key.startswith("data.mixture.") else ()
+        return
+    fix = "name a file, folder or glob that does"
+    try:
+        if not text_files.exists(path):
+            yield Problem(key, path, f"does not exist (looked in {Path.cwd()})", fix)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        yield Problem(key, path, f"cannot be read ({reason})", "name a file, folder or glob that can be")

@@ -1,0 +1,44 @@
+"""Rules of the section `trainer`, and of the lengths and the memory that a training needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deepseek_exp.config.enums import Order
+from deepseek_exp.config.schema import ExperimentConfig
+from deepseek_exp.config.topology import divisors
+from deepseek_exp.errors import Problem
+
+
+def length_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find sequences and segment memories of lengths that do not fit together."""
+    m, d = exp.model, exp.data
+    if d.seq_len > m.max_seq_len:
+        rule = f"is longer than model.max_seq_len={m.max_seq_len}"
+        fix = f"set data.seq_len={m.max_seq_len} or less, or raise model.max_seq_len"
+        yield Problem("data.seq_len", d.seq_len, rule, fix)
+    if m.memory_len and not m.window:
+        rule = "needs a local window: without one the memory would be the whole past"
+        yield Problem("model.memory_len", m.memory_len, rule, "set model.window to a length, or model.memory_len=0")
+    if m.memory_len and m.window and m.memory_len >= m.window:
+        rule = f"is more than a query of model.window={m.window} sees of it"
+        yield Problem("model.memory_len", m.memory_len, rule, f"set model.memory_len={m.window - 1} or less")
+    if m.memory_len and exp.trainer.compile:
+        rule = f"does not reach the segments of a model with model.memory_len={m.memory_len}"
+        yield Problem("trainer.compile", True, rule, "set trainer.compile=false, or model.memory_len=0")
+    if m.memory_len and d.order is not Order.contiguous:
+        rule = f"needs each sequence to go on where the one before ended, and data.order is '{d.order.value}'"
+        yield Problem("model.memory_len", m.memory_len, rule, "set data.order=contiguous, or model.memory_len=0")
+
+
+def batch_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find batches that micro batches do not divide, and a warm-up that never ends."""
+    t = exp.trainer
+    if min(t.micro_batch_seqs, t.global_batch_seqs) >= 1 and t.global_batch_seqs % t.micro_batch_seqs:
+        near = min(divisors(t.global_batch_seqs), key=lambda d: abs(d - t.micro_batch_seqs))
+        rule = f"does not divide trainer.global_batch_seqs={t.global_batch_seqs}"
+        yield Problem("trainer.micro_batch_seqs", t.micro_batch_seqs, rule, f"use trainer.micro_batch_seqs={near}")
+    if exp.optim.warmup_steps >= t.max_steps:
+        rule = f"leaves no step of trainer.max_steps={t.max_steps} at full learning rate"
+        fix = f"set optim.warmup_steps={t.max_steps // 10}, or train for more steps"
+        yield Problem("optim.warmup_steps", exp.optim.warmup_steps, rule, fix)

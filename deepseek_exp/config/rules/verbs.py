@@ -1,0 +1,60 @@
+"""Rules of what one value of `do` alone reads: the sections `sample`, `export` and `verify`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from deepseek_exp.config.enums import Do, Launcher
+from deepseek_exp.config.rules.values import is_folder
+from deepseek_exp.config.schema import ExperimentConfig
+from deepseek_exp.errors import Problem
+
+LOWEST_TEMPERATURE = 1e-6
+
+
+def sample_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find a domain that the model does not have."""
+    domain, names = exp.sample.domain, exp.model.moe.domains
+    if domain is not None and domain not in names:
+        rule = f"is not one of model.moe.domains={names}"
+        yield Problem("sample.domain", domain, rule, f"use one of {', '.join(names)}" if names else "leave it out")
+
+
+def temperature_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find a temperature that float32 cannot divide by."""
+    t = exp.sample.temperature
+    if 0 < t < LOWEST_TEMPERATURE:  # the logits divided by it are beyond what float32 holds
+        rule = f"must be 0 or at least {LOWEST_TEMPERATURE:g}"
+        yield Problem("sample.temperature", t, rule, "use 0 for the most likely token")
+
+
+def export_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find a folder that an export cannot make."""
+    if exp.do is not Do.export or exp.export.path is None or not exp.export.path.strip():
+        return
+    path = Path(exp.export.path)
+    if path.name in ("", ".."):
+        rule = "is no name of a folder that is still to be made"
+        yield Problem("export.path", exp.export.path, rule, "name a new folder, as in export.path=my_model")
+        return
+    above = next((p for p in path.absolute().parents if os.path.lexists(p)), Path("/"))
+    if not is_folder(above):
+        rule, fix = f"lies below {above}, which is no folder", "name a new folder below an existing one"
+        yield Problem("export.path", exp.export.path, rule, fix)
+
+
+def verify_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Find what keeps a layout from being compared with one process."""
+    if exp.do is not Do.verify:
+        return
+    if exp.verify.steps > exp.trainer.max_steps:
+        rule = f"is more than trainer.max_steps={exp.trainer.max_steps}"
+        yield Problem("verify.steps", exp.verify.steps, rule, f"use {exp.trainer.max_steps} or less")
+    if exp.resume is not None:
+        rule = "is not read by do=verify, whose two runs start anew"
+        yield Problem("resume", exp.resume, rule, "leave resume out")
+    if exp.launch.launcher is not Launcher.local:
+        rule = "cannot be used with do=verify, whose two runs follow each other on this machine"
+        yield Problem("launch.launcher", exp.launch.launcher.value, rule, "use launch=local")

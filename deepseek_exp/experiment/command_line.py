@@ -1,0 +1,148 @@
+"""Check a command line as a whole, before anything expensive starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+import typing
+from collections.abc import Sequence
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from deepseek_exp.config.compose import (
+    check_tree,
+    compose_tree,
+    config_loader,
+    hydra_ready,
+    override_key,
+    section_problems,
+    structure_problems,
+    usable,
+)
+from deepseek_exp.config.enums import Do
+from deepseek_exp.config.explain import parse_one
+from deepseek_exp.config.rules import hydra_section
+from deepseek_exp.config.rules.model import unread_problems
+from deepseek_exp.config.rules.values import text_problems
+from deepseek_exp.config.schema import ExperimentConfig
+from deepseek_exp.errors import ConfigError, Problem
+from deepseek_exp.experiment.init_from import names_a_run, start_from
+
+
+def check_command_line(argv: Sequence[str]) -> None:
+    """Compose and validate every job that a command line asks for.
+
+    Args:
+        argv: the arguments after the program's name, as Hydra takes them; a sweep is expanded into its jobs.
+
+    Raises:
+        ConfigError: with all problems of all jobs, each reported once.
+    """
+    _check_encoding(argv)
+    args = get_args_parser().parse_args(list(argv))
+    flaws = list(hydra_section.flag_problems(args))
+    if flaws:
+        raise ConfigError(*flaws)
+    if args.shell_completion or ((args.help or args.hydra_help) and not args.overrides):
+        return
+    with hydra_ready(args.config_dir):
+        jobs, found = _jobs(args.overrides) if args.multirun else ([args.overrides], [])
+        problems = {str(p): p for p in found}
+        for overrides in jobs:
+            problems |= {str(p): p for p in _job_problems(overrides)}
+    resumes = [o.lstrip("+") for o in args.overrides if o.lstrip("+").startswith("resume=")]
+    if args.multirun and any(o != "resume=null" for o in resumes):
+        fix = "resume one run at a time, without -m"
+        problems["resume"] = Problem("resume", "a sweep", "cannot be combined with -m", fix)
+    if problems:
+        raise ConfigError(*problems.values())
+
+
+def prints_configuration(argv: Sequence[str]) -> bool:
+    """Return whether a command line asks Hydra to print the configuration, which people keep in files and share."""
+    args = get_args_parser().parse_args(list(argv))
+    return bool(args.cfg or args.info)
+
+
+def _check_encoding(argv: Sequence[str]) -> None:
+    """Refuse words that are no text: Python keeps bytes that the locale's encoding lacks as surrogates."""
+    encoding = sys.getfilesystemencoding()
+    problems = []
+    for word in argv:
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            key, _, value = word.partition("=")
+            rule = f"holds bytes that are not text in the locale's encoding ({encoding})"
+            fix = "type it in that encoding" if encoding == "utf-8" else "use a UTF-8 locale: export LC_ALL=C.UTF-8"
+            problems.append(Problem(_escaped(key), _escaped(value), rule, fix))
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _escaped(text: str) -> str:
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def _job_problems(overrides: Sequence[str]) -> list[Problem]:
+    """Find everything that is wrong with one job."""
+    good, found = usable(overrides)
+    cfg, more = compose_tree(good)
+    found += more
+    flaws = structure_problems(cfg)
+    if flaws:
+        return found + flaws
+    exp = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg))
+    flaws = [p for p in text_problems(exp) if p.key == "init_from"]
+    if flaws:
+        return found + flaws
+    release = cfg.get("init_from") is not None and not names_a_run(cfg.init_from)
+    if release:
+        cfg, more = start_from(cfg, overrides)
+        found += more
+    # what is of a checkpoint is checked once the checkpoint's own configuration is known
+    of_a_run = takes_checkpoint(cfg) or (cfg.get("init_from") is not None and not release)
+    if not of_a_run:
+        found += unread_problems(exp, {override_key(o) for o in good})
+    return found + check_tree(cfg, found, rules=not of_a_run)
+
+
+def takes_checkpoint(cfg: DictConfig) -> bool:
+    """Say whether a composed tree is to be laid over that of a checkpoint."""
+    if cfg.get("do") == Do.verify:  # which starts anew
+        return False
+    from_scratch = cfg.get("do") in (Do.train, Do.plan) or cfg.get("init_from") is not None
+    return cfg.get("resume") is not None or not from_scratch
+
+
+def _jobs(overrides: list[str]) -> tuple[list[list[str]], list[Problem]]:
+    """Expand the overrides of a sweep as Hydra's basic sweeper will, and say why if it cannot.
+
+    Other sweepers choose their own values; the rest of their jobs is checked as one.
+    """
+    good, problems = usable(overrides)
+    try:
+        master = GlobalHydra.instance().hydra.compose_config("config", good, RunMode.MULTIRUN, from_shell=False)
+    except Exception:
+        return [_without_sweeps(good)], problems  # reported by compose_tree
+    problems += section_problems(master, good)
+    if problems:
+        return [_without_sweeps(good)], problems
+    if not master.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        return [_without_sweeps(good)], []
+    params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
+    swept, problems = usable([*params, *good])
+    parsed = OverridesParser.create(config_loader()).parse_overrides(swept)
+    problems += hydra_section.sweep_problems(parsed)
+    if problems:
+        return [_without_sweeps(good)], problems
+    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch], []
+
+
+def _without_sweeps(overrides: list[str]) -> list[str]:
+    return [o for o in overrides if not parse_one(o).is_sweep_override()]

@@ -1,0 +1,394 @@
+"""One experiment, settled: its configuration, name and folder, on the way from the command line to the ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from deepseek_exp import planner
+from deepseek_exp.checkpoint import manifest, saved_config
+from deepseek_exp.config import Do, ExperimentConfig, compose
+from deepseek_exp.config.topology import degrees
+from deepseek_exp.console import say
+from deepseek_exp.disk import expand
+from deepseek_exp.errors import CheckpointError, ConfigError, Problem
+from deepseek_exp.experiment import command_line, init_from, resume
+from deepseek_exp.huggingface.files import TOKENIZER
+from deepseek_exp.launch import worker
+from deepseek_exp.redact import redact, redact_tree
+from deepseek_exp.tracking.rundir import SWEEP_FILE, Spec
+from deepseek_exp.tracking.uri import sqlite_path
+
+JOB_FILE = "job.json"
+# the sections whose overrides are worth a place in the run's name
+NAMED = ("model", "data", "optim")
+# and further overrides that make one run another
+NAMED_KEYS = (
+    *("seed", "optim", "recipes", "parallel", "kernels", "trainer"),
+    *("trainer.max_steps", "trainer.global_batch_seqs", "trainer.precision"),
+)
+# in each checkpoint: the overrides and the size that its configuration was composed from
+COMMAND_FILE = "command.json"
+# parameters that a resume may change within one MLflow run: where things lie, and what is done after the training
+NOT_TRAINING = (
+    *("do", "resume", "output_dir", "tracking", "launch", "cluster", "sample", "export", "verify", "init_from"),
+    *(f"data.{name}" for name in resume.PLACES),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The checkpoint whose weights a new run begins with.
+
+    Attributes:
+        run_id: MLflow run that saved it.
+        run_dir: folder of that run.
+        step: optimizer steps that it had done.
+    """
+
+    run_id: str
+    run_dir: Path
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One experiment, ready to start.
+
+    Attributes:
+        cfg: the checked configuration.
+        yaml: the same, resolved, as text; it may hold the store's password.
+        name: what the run is called.
+        overrides: what the command line changed.
+        history: what all command lines of the training changed, this one last; None: the checkpoint does not say.
+        size: the option of the group `size`.
+        run_dir: the run's folder.
+        checkpoint: folder to resume from or to use, whole.
+        continues: the run that this new one continues with changed parameters; None: it continues none, or itself.
+        started_from: the run whose weights this one starts from, with everything else at its beginning.
+        in_sweep: it is one of several.
+    """
+
+    cfg: ExperimentConfig
+    yaml: str
+    name: str
+    overrides: tuple[str, ...]
+    history: tuple[str, ...] | None
+    size: str
+    run_dir: Path
+    checkpoint: Path | None
+    continues: Origin | None
+    started_from: Origin | None
+    in_sweep: bool
+
+    @property
+    def n_ranks(self) -> int:
+        """Processes that train or evaluate it."""
+        return degrees(self.cfg).world_size
+
+    @property
+    def shown_yaml(self) -> str:
+        """The configuration without secrets, for files and eyes of others."""
+        return saved_config.dump_values(redact_tree(saved_config.parse(self.yaml)))
+
+    @property
+    def command_json(self) -> str:
+        """What a checkpoint keeps of the command lines, without secrets."""
+        overrides = None if self.history is None else [redact(o) for o in self.history]
+        return json.dumps({"overrides": overrides, "size": self.size})
+
+    def save(self, run_id: str | None) -> Path:
+        """Write it for its ranks, with the MLflow run that records it (None: rank 0 starts one); gives the file."""
+        file = self.run_dir / worker.FOLDER / JOB_FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(0o600)
+        file.chmod(0o600)  # the store's URL may hold a password, and an earlier version wrote this file for all to read
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cfg"}
+        for name in ("continues", "started_from"):
+            fields[name] = dataclasses.asdict(fields[name]) if fields[name] is not None else None
+        file.write_text(json.dumps({**fields, "run_id": run_id}, default=str), encoding="utf-8")
+        return file
+
+    @classmethod
+    def load(cls, file: Path) -> tuple[Job, str | None]:
+        """Read what `save` wrote."""
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        run_id, checkpoint = fields.pop("run_id"), fields["checkpoint"]
+        tree = OmegaConf.merge(
+            OmegaConf.structured(ExperimentConfig), saved_config.literal(saved_config.parse(fields["yaml"]))
+        )
+        fields["overrides"] = tuple(fields["overrides"])
+        fields["history"] = None if fields["history"] is None else tuple(fields["history"])
+        fields["run_dir"] = Path(fields["run_dir"])
+        fields["checkpoint"] = None if checkpoint is None else Path(checkpoint)
+        for name in ("continues", "started_from"):
+            origin = fields[name]
+            fields[name] = origin and Origin(origin["run_id"], Path(origin["run_dir"]), origin["step"])
+        return cls(cfg=OmegaConf.to_object(tree), **fields), run_id
+
+
+def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_dir: Path | None) -> Job:
+    """Return the job that a composed tree asks for: what is run and where; imports neither torch nor MLflow.
+
+    Args:
+        composed: the tree as Hydra composed it.
+        overrides: the command line's overrides.
+        size: the option of the group `size`.
+        sweep_dir: the job's folder within a sweep.
+
+    Raises:
+        ConfigError: a rule is broken, or the checkpoint is of another experiment.
+        CheckpointError: the checkpoint is missing or damaged.
+    """
+    checkpoint, started_from, before = None, None, None
+    history: tuple[str, ...] | None = tuple(overrides)
+    if composed.init_from is not None:
+        composed, started_from = _with_weights_of(composed, overrides)
+    elif command_line.takes_checkpoint(composed):
+        checkpoint = _located(composed.resume or "last", composed)
+        composed, before, saved_command = _on_top_of(checkpoint, composed, overrides)
+        if composed.do is Do.train:
+            history, size = _history(saved_command, overrides), saved_command["size"] if saved_command else size
+    sweep = json.loads((sweep_dir.parent / SWEEP_FILE).read_text(encoding="utf-8")) if sweep_dir is not None else None
+    if sweep is not None:
+        composed.tracking.parent_run_id, composed.tracking.run_name = sweep["run_id"], None
+    cfg = _laid_out(composed)
+    continues = None
+    if cfg.do is Do.train and checkpoint is not None and before is not None:
+        _check_steps_left(cfg, checkpoint)
+        fixed = resume.resume_problems(before, cfg)  # parallel=auto has chosen the micro batch only now
+        if fixed:
+            raise ConfigError(*fixed)
+        if cfg.tracking.new_run or resume.differing(before, cfg, NOT_TRAINING):
+            continues = _origin(checkpoint)
+        elif not _is_own(checkpoint, cfg.output_dir):
+            _check_where_recorded(checkpoint, cfg.output_dir, overrides)
+    named_by = overrides if history is None else history
+    name = redact(cfg.tracking.run_name or _name(cfg, named_by, size, checkpoint, sweep["keys"] if sweep else None))
+    if cfg.do is Do.train and checkpoint is not None and continues is None:
+        run_dir = manifest.run_dir_of(checkpoint, "set tracking.new_run=true to record it as a new run")
+    else:
+        run_dir = sweep_dir or Path(cfg.output_dir) / "runs" / _folder_name(name)
+    return Job(
+        cfg=cfg,
+        yaml=saved_config.dump(composed),
+        name=name,
+        overrides=tuple(overrides),
+        history=history,
+        size=size,
+        run_dir=run_dir,
+        checkpoint=checkpoint,
+        continues=continues,
+        started_from=started_from,
+        in_sweep=sweep_dir is not None,
+    )
+
+
+def _located(resume: str, composed: DictConfig) -> Path:
+    checkpoint, passed_over = manifest.locate(resume, Path(composed.output_dir))
+    for sentence in passed_over:
+        say(sentence)
+    return checkpoint
+
+
+def _with_weights_of(composed: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Origin | None]:
+    """Return the tree with the model of `init_from`, and the run that it names if it is one of ours."""
+    checkpoint, named = None, str(composed.init_from)
+    if init_from.names_a_run(named):
+        try:
+            checkpoint = _located(named, composed)
+        except CheckpointError as error:
+            wrong = [dataclasses.replace(p, key="init_from") if p.key == "resume" else p for p in error.problems]
+            raise CheckpointError(*wrong) from error
+    composed, problems = init_from.start_from(composed, overrides, checkpoint)
+    if problems:
+        raise ConfigError(*problems)
+    return composed, None if checkpoint is None else _origin(checkpoint)
+
+
+def _origin(checkpoint: Path) -> Origin:
+    saved = manifest.read_manifest(checkpoint)
+    return Origin(saved.run_id, checkpoint.resolve().parent.parent, saved.step)
+
+
+def _laid_out(composed: DictConfig) -> ExperimentConfig:
+    """Settle the layout: parallel=auto becomes numbers in the tree, and what cannot fit is refused."""
+    cfg = compose.to_experiment(composed)
+    if cfg.parallel.auto:
+        chosen, sentence = planner.choose(cfg)
+        for key, value in chosen.items():
+            OmegaConf.update(composed, key, value)
+        say(sentence)
+        cfg = compose.to_experiment(composed)
+    problem = planner.misfit(cfg) if cfg.do in (Do.train, Do.eval, Do.verify) else None
+    if problem is not None:
+        raise ConfigError(problem)
+    return cfg
+
+
+def _is_own(checkpoint: Path, output_dir: str) -> bool:
+    """Return whether a checkpoint lies in the command's output_dir."""
+    return checkpoint.resolve().is_relative_to(Path(output_dir).resolve())
+
+
+def _on_top_of(
+    checkpoint: Path, composed: DictConfig, overrides: Sequence[str]
+) -> tuple[DictConfig, ExperimentConfig, dict[str, Any] | None]:
+    """Return a checkpoint's configuration under what the command line asks for.
+
+    Args:
+        checkpoint: its folder.
+        composed: the tree that the command line alone makes.
+        overrides: of the command line.
+
+    Returns:
+        The merged tree, the checkpoint's configuration, and what the checkpoint knows of its command line.
+    """
+    saved = saved_config.read(checkpoint)
+    is_own = _is_own(checkpoint, composed.output_dir)
+    if is_own:
+        saved = _moved_along(saved, composed.output_dir, checkpoint.resolve().parent.parent)
+    merged = resume.merge_saved(saved, overrides, is_own=is_own)
+    if _needs_saved_tokenizer(merged, overrides):
+        merged.data.tokenizer = saved_config.literal(str(checkpoint / TOKENIZER))
+    before, now = resume.saved_experiment(saved), compose.to_experiment(merged)
+    fixed = resume.resume_problems(before, now)
+    if fixed:
+        raise ConfigError(*fixed)
+    if now.do is not Do.train:  # a run that is separate from the one that trained
+        named = [_key(o) for o in overrides]
+        for key in ("parent_run_id", "run_name"):
+            if f"tracking.{key}" not in named:
+                merged.tracking[key] = None
+    return merged, before, _read_command(checkpoint, is_own=is_own)
+
+
+def _needs_saved_tokenizer(merged: DictConfig, overrides: Sequence[str]) -> bool:
+    """Return whether the checkpoint's tokenizer takes the place of one that is trained, or of one that is gone."""
+    if merged.do not in (Do.train, Do.eval):
+        return False
+    named = [_key(o) for o in overrides]
+    if "data.tokenizer" in named:
+        return False
+    if merged.do is Do.eval and any(key == "data" or key.startswith("data.") for key in named):
+        return True
+    given = merged.data.tokenizer
+    return given is not None and not expand(given).is_file()
+
+
+def _moved_along(saved: dict[str, Any], output_dir: str, run_dir: Path) -> dict[str, Any]:
+    """Return the values of a run of this output_dir with what lay in its own output_dir where it lies now.
+
+    The store's address is that of the run's folder if the checkpoint has it without its password, or as a relative path
+    that began in another working directory.
+    """
+    before, tracking, data = saved.get("output_dir"), saved.get("tracking"), saved.get("data")
+    if not (isinstance(before, str) and isinstance(tracking, dict) and isinstance(data, dict)):
+        return saved
+    uri, cache_dir = str(tracking.get("uri")), str(data.get("cache_dir"))
+    if uri.startswith(f"sqlite:///{before}/"):
+        uri = f"sqlite:///{output_dir}/" + uri.removeprefix(f"sqlite:///{before}/")
+    if cache_dir.startswith(f"{before}/"):
+        cache_dir = f"{output_dir}/" + cache_dir.removeprefix(f"{before}/")
+    tracking = {**tracking, "uri": uri}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        recorded = Spec.load(run_dir).tracking
+        if "***" in str(tracking):
+            tracking |= {"uri": recorded.uri, "tags": dict(recorded.tags)}
+        elif sqlite_path(uri) is not None and not _has_database(uri) and _has_database(recorded.uri):
+            tracking["uri"] = recorded.uri
+    return {**saved, "output_dir": output_dir, "tracking": tracking, "data": {**data, "cache_dir": cache_dir}}
+
+
+def _has_database(uri: str) -> bool:
+    """Return whether an address is that of a database file that exists."""
+    path = sqlite_path(uri)
+    return path is not None and path.is_file()
+
+
+def _check_where_recorded(checkpoint: Path, output_dir: str, overrides: Sequence[str]) -> None:
+    """Refuse to continue the MLflow run of a checkpoint from elsewhere unless the command says where it is recorded."""
+    if any(o.lstrip("+").startswith(("tracking.uri=", "tracking=")) for o in overrides):
+        return
+    run_dir = checkpoint.resolve().parent.parent
+    theirs = run_dir.parent.parent.parent if run_dir.parent.parent.name == "multiruns" else run_dir.parent.parent
+    rule = f"lies outside of output_dir={output_dir}, so where it is recorded is not taken from it"
+    fix = f"set output_dir={theirs} if that is yours, or tracking.uri to the store that has its run"
+    fix += ", or tracking.new_run=true to record it as a new run"
+    raise ConfigError(Problem("resume", str(checkpoint), rule, fix))
+
+
+def _read_command(checkpoint: Path, *, is_own: bool) -> dict[str, Any] | None:
+    """Return what `Job.command_json` wrote; None for a checkpoint of a version that did not.
+
+    Of a checkpoint from elsewhere, what is not taken from it is left out: the overrides become part of a command that
+    is printed to be pasted.
+    """
+    try:
+        found = json.loads((checkpoint / COMMAND_FILE).read_text(encoding="utf-8"))
+        overrides = [str(o) for o in found["overrides"]]
+        if not is_own:
+            overrides = [o for o in overrides if not resume.is_of_the_machine(_key(o))]
+        return {"overrides": overrides, "size": str(found["size"])}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _history(saved_command: dict[str, Any] | None, overrides: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the overrides of a training that is resumed: of two that set one key the later."""
+    if saved_command is None:
+        return None
+    latest = {_key(o): o for o in (*saved_command["overrides"], *overrides)}
+    return tuple(o for key, o in latest.items() if key not in ("do", "resume", "tracking.new_run"))
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _check_steps_left(cfg: ExperimentConfig, checkpoint: Path) -> None:
+    step, steps = manifest.read_manifest(checkpoint).step, cfg.trainer.max_steps
+    if step >= steps:
+        rule, fix = f"is reached: {checkpoint} is at step {step}", f"set trainer.max_steps={2 * step} to go on"
+        raise ConfigError(Problem("trainer.max_steps", steps, rule, fix))
+
+
+def _name(
+    cfg: ExperimentConfig, overrides: Sequence[str], size: str, checkpoint: Path | None, swept: list[str] | None
+) -> str:
+    """Name a run by its version, size and data, then by what its command line set; in a sweep, by what is swept.
+
+    Of a path only the last part is named: lists of runs show the beginning of a name.
+    """
+    if checkpoint is not None and cfg.do is not Do.train:
+        folder = checkpoint.resolve()
+        return " ".join(filter(None, [cfg.do.value, cfg.model.version, folder.parent.parent.name, folder.name]))
+    own = []
+    for override in overrides:
+        key, _, value = redact(override).lstrip("+").partition("=")
+        of_interest = key in NAMED_KEYS or ("." in key and key.split(".")[0] in NAMED)
+        of_interest = of_interest and not key.startswith("data.mixture.")  # paths, several of them
+        if key not in ("model", "size") and (key in swept if swept is not None else of_interest):
+            own.append(f"{key.rsplit('.', 1)[-1]}={value.rstrip('/').rsplit('/', 1)[-1]}")
+    if cfg.init_from is not None:
+        size = Path(cfg.init_from).resolve().name
+    verb = ["verify"] if cfg.do is Do.verify else []
+    return " ".join([*verb, cfg.model.version, size, cfg.data.source.value, *own])
+
+
+def _folder_name(name: str) -> str:
+    """Name a run's folder by the time, the run and the process, so that no two share one.
+
+    Only letters, digits and `_ . = + -` of the run's name stay: a slash would make a folder within a folder.
+    """
+    words = re.sub(r"[^\w.=+-]+", "-", "_".join(name.split()[:2]), flags=re.ASCII).strip(".-")[:80]
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{words or 'run'}_{os.getpid()}"

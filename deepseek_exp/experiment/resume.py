@@ -1,0 +1,216 @@
+"""Continue from a checkpoint: its configuration under what the command line asks for, and what may not change."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from typing import Any
+
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from deepseek_exp.checkpoint.saved_config import literal
+from deepseek_exp.config.compose import has_path, hydra_ready, leaves, select
+from deepseek_exp.config.enums import Do, Order
+from deepseek_exp.config.keys import SECTION_OF, schema_keys
+from deepseek_exp.config.schema import DataConfig, ExperimentConfig, MixturePart
+from deepseek_exp.errors import ConfigError, Problem
+
+# where data and files lie may differ: data are identified by their digests once they are read
+PLACES = ("path", "valid_path", "tokenizer", "n_workers", "cache_dir")
+
+
+def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Problem]:
+    """Return what differs from the checkpoint and may not.
+
+    Always the model; for a training that continues also the seed, what decides about the data except its paths, the
+    precision and the optimizer's class and arguments (its learning rate, decay and clipping may change), and the batch
+    if the memory's lanes depend on it.
+    """
+    fixed: dict[str, tuple[Any, Any]] = {}
+    if now.do is Do.train:
+        fixed["seed"] = saved.seed, now.seed
+        fixed["optim.optimizer"] = saved.optim.optimizer, now.optim.optimizer
+        batch = ("global_batch_seqs",) if now.data.order is Order.contiguous else ()
+        micro_batch = ("micro_batch_seqs",) if now.model.memory_len else ()
+        for key in ("precision", *batch, *micro_batch):
+            fixed[f"trainer.{key}"] = getattr(saved.trainer, key), getattr(now.trainer, key)
+    fixed |= _leaves("model", saved.model, now.model)
+    if now.do is Do.train:
+        fixed |= _leaves("data", _without_paths(saved.data), _without_paths(now.data), PLACES)
+    fix = "leave {} out, or start a new run with resume=null"
+    return [
+        Problem(k, _plain(new), f"differs from the checkpoint's {_plain(old)}", fix.format(k))
+        for k, (old, new) in fixed.items()
+        if old != new
+    ]
+
+
+def differing(before: ExperimentConfig, now: ExperimentConfig, ignored: Sequence[str]) -> list[str]:
+    """Return the keys whose values differ, without those that are or lie in an ignored section."""
+    before, now = (dataclasses.replace(exp, data=_without_paths(exp.data)) for exp in (before, now))
+    return [
+        key
+        for f in dataclasses.fields(before)
+        for key, (old, new) in _leaf_pairs(f.name, getattr(before, f.name), getattr(now, f.name))
+        if old != new and not any(key == name or key.startswith(f"{name}.") for name in ignored)
+    ]
+
+
+def _leaf_pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if dataclasses.is_dataclass(old):
+        yield from _leaves(name, old, new).items()
+    else:
+        yield name, (old, new)
+
+
+def _without_paths(data: DataConfig) -> DataConfig:
+    """Return a data section whose mixture is the weight of each part."""
+    weights = {name: getattr(part, "weight", part) for name, part in data.mixture.items()}
+    return dataclasses.replace(data, mixture=weights)
+
+
+def _leaves(name: str, old: Any, new: Any, skip: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+    """Pair the leaves of two sections of one kind under their full keys."""
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for f in dataclasses.fields(old):
+        before, now = getattr(old, f.name), getattr(new, f.name)
+        if f.name in skip:
+            continue
+        if dataclasses.is_dataclass(before):
+            pairs |= _leaves(f"{name}.{f.name}", before, now)
+        else:
+            pairs[f"{name}.{f.name}"] = before, now
+    return pairs
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: vars(v) if isinstance(v, MixturePart) else v for k, v in value.items()}
+    return value.value if isinstance(value, Enum) else value
+
+
+# what of a checkpoint's configuration these verbs use; the rest is the command line's, over the defaults
+USED_BY = {
+    Do.sample: ("model", "seed", "sample", "trainer.precision"),
+    Do.export: ("model", "seed", "trainer.precision"),
+}
+
+
+# what says where things go and what is started, which is not taken from a checkpoint of somebody else
+OF_THE_MACHINE = ("tracking", "launch", "output_dir", "data.cache_dir")
+
+
+OF_THE_COMMAND = ("do", "resume", "tracking.new_run")
+
+
+def merge_saved(saved: dict[str, Any], overrides: Sequence[str], *, is_own: bool = True) -> DictConfig:
+    """Return the configuration of a checkpoint with what the command line asks for on top of it.
+
+    A leaf is asked for if an override names it or selects its group's option, or if a recipe sets it. Every other leaf
+    keeps its saved value, also if it was derived from one that is asked for; what is asked for may refer to saved
+    leaves. Of a free mapping, such as the callbacks, an override changes the entries that it names. A section or a key
+    that the checkpoint's version did not have has its default, except for keys of the model, which must be there.
+
+    Args:
+        saved: the checkpoint's values; no interpolation in them is evaluated.
+        overrides: the command line's overrides.
+        is_own: the checkpoint lies in this command's output_dir; if not, `OF_THE_MACHINE` is taken from the command.
+
+    Returns:
+        The merged tree under the schema. do=sample and do=export take from the checkpoint what they use, no more.
+
+    Raises:
+        ConfigError: the saved tree does not fit this version's schema.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    named = [SECTION_OF.get(str(o.key_or_group), str(o.key_or_group)) for o in parsed]
+    with hydra_ready():
+        merged, default = compose("config", list(overrides)), OmegaConf.to_container(compose("config"), resolve=False)
+    now = OmegaConf.to_container(merged, resolve=False)
+    fresh = OF_THE_COMMAND if is_own else OF_THE_COMMAND + OF_THE_MACHINE
+    used = USED_BY.get(now["do"], ("",))
+    try:
+        _check_keys(saved)
+        for path, value in leaves(now):
+            kept = _within(path, used) and not _within(path, fresh)
+            keep_default = not path.startswith("model.") and not has_path(saved, path)
+            if _within(path, named) or ("recipes" in named and value != select(default, path)) or not kept:
+                asked = value
+            elif keep_default:
+                asked = select(default, path)
+            elif has_path(saved, path):
+                asked = _changed(literal(select(saved, path)), value, path, named)
+            else:
+                asked = MISSING  # a key of the model, which is reported as one without a value
+            OmegaConf.update(merged, path, asked, merge=False, force_add=False)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_unfit(str(error).splitlines()[0])) from error
+    return typing.cast(DictConfig, merged)
+
+
+def saved_experiment(saved: dict[str, Any]) -> ExperimentConfig:
+    """Return a checkpoint's configuration as it is: of the right types, and not checked by any rule of this machine.
+
+    Raises:
+        ConfigError: it does not fit this version's schema.
+    """
+    tree = merge_saved(saved, [])
+    try:
+        return typing.cast(ExperimentConfig, OmegaConf.to_object(tree))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_unfit(str(error).splitlines()[0])) from error
+
+
+def _unfit(reason: str) -> Problem:
+    return Problem("resume", "its configuration", f"does not fit this version ({reason})", "start a new run")
+
+
+def _check_keys(saved: dict[str, Any]) -> None:
+    """Refuse saved values that today's schema has no key for, or that have another shape."""
+    known = schema_keys()
+    for path, _ in _flat_to(saved, set(known)):
+        if path not in known:
+            raise ConfigError(_unfit(f"Key '{path}' is not in it"))
+
+
+def _flat_to(tree: dict[str, Any], leaves: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk a tree down to the paths in `leaves`, and to whatever lies outside of them."""
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and path not in leaves:
+            yield from _flat_to(value, leaves, f"{path}.")
+        else:
+            yield path, value
+
+
+def _within(path: str, sections: Sequence[str]) -> bool:
+    """Return whether a path is one of the keys or lies in one of the sections; "" is the whole tree."""
+    return any(not name or path == name or path.startswith(f"{name}.") for name in sections)
+
+
+def is_of_the_machine(key: str) -> bool:
+    """Return whether an override's key says where things go, what is started, or where options are found.
+
+    A flag of the command line, such as --config-dir, does as well.
+    """
+    return _within(key, (*OF_THE_MACHINE, "hydra")) or key.startswith(("hydra/", "-"))
+
+
+def _changed(kept: Any, now: Any, path: str, named: Sequence[str]) -> Any:
+    """Return a saved mapping with those of its entries replaced that overrides name one by one."""
+    entries = [name.removeprefix(f"{path}.").split(".") for name in named if name.startswith(f"{path}.")]
+    for *parents, last in entries:
+        source, target = now, kept
+        for name in parents:
+            source = source.get(name, {}) if isinstance(source, dict) else {}
+            target = target.setdefault(name, {})
+        if last in source:
+            target[last] = source[last]
+        else:  # deleted, as in ~optim.optimizer.fused
+            target.pop(last, None)
+    return kept

@@ -1,0 +1,78 @@
+"""Write one of our checkpoints as a Hugging Face checkpoint that transformers and others load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from deepseek_exp.config import ModelConfig
+from deepseek_exp.data import Tokenizer
+from deepseek_exp.disk import fsync_path
+from deepseek_exp.errors import ConfigError, Problem
+from deepseek_exp.huggingface import stored_weights, weights, write_config
+from deepseek_exp.huggingface.files import CONFIG, TOKENIZER
+
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def export_hf(m: ModelConfig, checkpoint: Path, target: Path, *, shard_bytes: int = weights.SHARD_BYTES) -> list[str]:
+    """Write config.json, generation_config.json, the weights and the tokenizer.
+
+    The folder is written under another name and renamed when all is on disk: it is whole or not there.
+
+    Args:
+        m: the checkpoint's model.
+        checkpoint: one of our checkpoint folders.
+        target: the folder to make; it may exist if it is empty.
+        shard_bytes: size of one file of weights at most.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        ConfigError: no Hugging Face family expresses the model, or the target is not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        rule, fix = "is there already and not an empty folder", "set export.path to another folder, or remove that one"
+        raise ConfigError(Problem("export.path", str(target), rule, fix))
+    tokenizer = Tokenizer.load(checkpoint / TOKENIZER)
+    dtype = DTYPES[stored_weights(checkpoint, "resume")[weights.EMBEDDING].dtype]
+    config = write_config(m, dtype=dtype, end_id=tokenizer.end_id)
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        texts = {
+            CONFIG: config,
+            "generation_config.json": {"eos_token_id": tokenizer.end_id},
+            "tokenizer_config.json": _tokenizer_config(tokenizer, m.max_seq_len),
+        }
+        for name, content in texts.items():
+            (part / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (part / TOKENIZER).write_text(tokenizer.json, encoding="utf-8")
+        weights.save(m, checkpoint, part, shard_bytes=shard_bytes)
+        names = sorted(path.name for path in part.iterdir())
+        mode = (part / CONFIG).stat().st_mode & 0o777  # as the umask says; safetensors makes files of mode 0600
+        for path in part.iterdir():
+            path.chmod(mode)
+        for path in [*part.iterdir(), part]:
+            fsync_path(path)
+        if target.exists():
+            target.rmdir()
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return names
+
+
+def _tokenizer_config(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, object]:
+    added = json.loads(tokenizer.json)["added_tokens"]
+    end = next(token["content"] for token in added if token["id"] == tokenizer.end_id)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end,
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,
+    }

@@ -1,0 +1,9 @@
+"""Use of trained models: text from them, domain packs, and checkpoints that others read."""
+
+from deepseek_exp.huggingface.export import export_hf
+from deepseek_exp.huggingface.weights import load_release
+from deepseek_exp.inference.generate import generate
+from deepseek_exp.inference.pretrained import from_pretrained
+from deepseek_exp.inference.weight_only import quantize_matrices
+
+__all__ = ["export_hf", "from_pretrained", "generate", "load_release", "quantize_matrices"]

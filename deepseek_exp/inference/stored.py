@@ -1,0 +1,88 @@
+"""Weights as they lie on disk, read tensor by tensor: a domain pack, or a checkpoint that any layout saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from deepseek_exp.checkpoint.shards import WEIGHT, Cut, State, open_state
+from deepseek_exp.checkpoint.tensors import MODEL, open_tensors
+
+
+class StoredWeights(Protocol):
+    """Weights by name, of which any part can be read alone.
+
+    Attributes:
+        names: of the tensors, tied ones once.
+        aliases: further name of a tied parameter -> the name that it is stored under.
+    """
+
+    names: Collection[str]
+    aliases: Mapping[str, str]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a whole tensor."""
+
+    def read(self, name: str, ways: int = 1, index: int = 0) -> Tensor:
+        """Read the part `index` of the `ways` equal parts of a tensor's first dimension, on the CPU."""
+
+
+class OneFile:
+    """A safetensors file: a domain pack, or the model of a checkpoint that one process saved."""
+
+    def __init__(self, file: Any, aliases: Mapping[str, str]) -> None:
+        """Use an open file."""
+        self.file, self.aliases = file, aliases
+        self.names: Collection[str] = set(file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a whole tensor."""
+        return tuple(self.file.get_slice(name).get_shape())
+
+    def read(self, name: str, ways: int = 1, index: int = 0) -> Tensor:
+        """Read one of `ways` equal parts."""
+        stack = self.file.get_slice(name)
+        if ways == 1:
+            whole: Tensor = stack[...]
+            return whole
+        n = stack.get_shape()[0] // ways
+        part: Tensor = stack[index * n : (index + 1) * n]
+        return part
+
+
+class Shards:
+    """A checkpoint that several ranks saved."""
+
+    def __init__(self, state: State) -> None:
+        """Use an open checkpoint."""
+        self.state, self.aliases = state, state.aliases
+        self.buffers = frozenset(state.buffers)
+        self.names: Collection[str] = {*state.names, *self.buffers}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a whole tensor."""
+        return tuple(self.state.buffer(name).shape) if name in self.buffers else self.state.shape(name)
+
+    def read(self, name: str, ways: int = 1, index: int = 0) -> Tensor:
+        """Read one of `ways` equal parts, in the type that the model computes with."""
+        if name in self.buffers:
+            whole = self.state.buffer(name)
+            return whole if ways == 1 else whole.chunk(ways)[index]
+        cuts = [Cut(0, ways, index)] if ways > 1 else []
+        return self.state.read(name, WEIGHT, cuts).to(self.state.dtype)
+
+
+def open_weights(checkpoint: Path) -> StoredWeights:
+    """Open the weights of a checkpoint folder of any layout; of its tensors, only the headers are read.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    if not (checkpoint / MODEL).is_file():
+        return Shards(open_state(checkpoint))
+    file = open_tensors(checkpoint / MODEL)
+    return OneFile(file, json.loads((file.metadata() or {}).get("aliases", "{}")))

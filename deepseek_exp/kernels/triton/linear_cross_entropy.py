@@ -1,0 +1,269 @@
+"""The output table's product and the cross-entropy of its logits, without ever holding the logits of all tokens.
+
+    l_nv = h_n . w_v,  nll_n = log(sum over v of exp(l_nv)) - l_n,target(n)
+    g_nv = (softmax(l_n)_v - [v = target(n)]) / N,  dh = g w,  dw = sum over n of g_n h_n^T
+
+Only the mean of the nll can be differentiated, so each token's gradient is known before the backward pass but for one
+factor, and both dh and dw are made in the forward pass: chunk by chunk, in which a kernel writes g over the logits
+(Hsu et al. 2024, "Liger Kernel", section 3.2, fused linear cross-entropy). The backward pass multiplies by that factor,
+in place. Largest logit and sum of exponentials come from one reading (Milakov and Gimelshein 2018, "Online normalizer
+calculation for softmax", algorithm 3), the gradient from a second one that finds most of its row in the L2 cache.
+
+With the table's entries shared out over ranks, each token's largest logit, sum and chosen logit are exchanged (Shoeybi
+et al. 2019, "Megatron-LM", section 3), all three at once.
+
+Rounding: logits and g are rounded to the inputs' type where plain PyTorch rounds them; between them all is fp32. 1 / N
+is in g, not left for the end: a factor before the rounding of g costs nothing, bf16 reaches as far down as fp32, and dh
+and dw are then final unless the loss is scaled. dw is added up in the weight's type, so in bf16 it is rounded once a
+chunk. Off by (norm of the difference from float64, 16384 tokens, H200): 16 chunks 0.45%, 6 chunks 0.34%, one rounding
+0.17%; without bias. So there are 4 chunks at most. An fp32 sum would be as exact as one rounding, but take 0.25 GiB in
+the example below, and its traffic 0.06 ms a chunk.
+
+Memory beyond the arguments: dh and dw, which any form ends with, and a chunk's logits. For 16384 tokens of width 2048,
+32768 entries and bf16: 64 + 128 + 256 MiB = 0.44 GiB; all logits would take 1 GiB. No float atomics; chunks follow one
+another in one order, so results repeat bit for bit.
+
+Work (the floor): 6 N D V FLOP, 6.6e12 there or 8.3 ms at 790 TFLOP/s. Beside the products a chunk's logits are read and
+written once, 2 N V e bytes in all or 0.6 ms at 3.35 TB/s, and the backward pass reads and writes dh and dw, 0.1 ms. dw
+is read and written by each chunk's product, 2 V D e bytes: 0.08 of its 0.17 ms. Measured
+on an H200: 10.4 ms for a floor of 9.3 (6 chunks take as long); PyTorch 14.8 and 6 GiB, compiled 10.6 and 1.2.
+
+Suffixes: N tokens, T tokens of a chunk, V entries of the table, D width, R ranks, F the three figures of a token: its
+largest logit, the sum of exp(logit - largest), and the target's logit, or 0 where that is another rank's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deepseek_exp.kernels.triton.tiles import TILE
+
+# A chunk has this many logits or more, 64 MiB in bf16: a table cut over ranks, or a small one, gets longer chunks.
+CHUNK_LOGITS = 2**25
+# Nor fewer tokens than this: less is too little work for a product that goes over all of dw, and too few rows for dh's
+# to fill a GPU.
+LEAST_TOKENS = 1024
+# Nor are there more chunks than this, for the rounding of dw; and their tokens are a multiple of this, a tile of the
+# products.
+MOST_CHUNKS, TOKEN_TILE = 4, 128
+# Columns of a row that a program takes at once, and its warps: 16 elements for each of 512 threads. sm_90 needs 40
+# registers for a thread, so that 396 rows are under way, 25 MiB there: still in the L2 cache when they are read again.
+WIDTH, WARPS = 8192, 16
+
+
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, share: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute `reference.linear_cross_entropy`; same results, in fp32 and bf16, which h and weight have in common.
+
+    A second backward pass through one result is refused: the first one has used its gradients up.
+
+    Args:
+        h: (..., d_model).
+        weight: (vocab, d_model), the table, or with `share` this rank's rows of it, as many as on every other rank.
+        targets: (...), int64, counted from the first row of weight; with `share` some are below 0 or above the last.
+        share: takes what this rank knows of some tokens, (tokens, 3) fp32, and gives what each rank does, (ranks,
+            tokens, 3), in one order on all of them: an all-gather. dh is then this rank's part of a sum over ranks.
+
+    Returns:
+        The mean nll, (), and the nll of each token, (...), which no gradient flows through; fp32.
+    """
+    wanted = torch.is_grad_enabled()
+    with_dh, with_dw = wanted and h.requires_grad, wanted and weight.requires_grad
+    apply = _LinearCrossEntropy.apply
+    if share is not None and torch.compiler.is_compiling():
+        apply = torch.compiler.disable(apply)  # a compiled graph cannot hold the exchange
+    return apply(h, weight, targets, share, with_dh, with_dw)
+
+
+@triton.jit
+def _cross_entropy(
+    logits, targets, figures, n_cols, scale, MEASURE: tl.constexpr, WRITE: tl.constexpr, WIDTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * n_cols
+    figures += row * 3
+    target = tl.load(targets + row)
+    cols = tl.arange(0, WIDTH)
+    if MEASURE:
+        chosen = tl.load(logits + target, (target >= 0) & (target < n_cols), 0.0).to(tl.float32)
+        largest = float("-inf")
+        total = 0.0
+        for first in range(0, n_cols, WIDTH):
+            at = first + cols
+            l_V = tl.load(logits + at, at < n_cols, float("-inf")).to(tl.float32)
+            larger = tl.maximum(largest, tl.max(l_V, 0))
+            total = total * tl.exp(largest - larger) + tl.sum(tl.exp(l_V - larger), 0)
+            largest = larger
+        tl.store(figures, largest)
+        tl.store(figures + 1, total)
+        tl.store(figures + 2, chosen)
+    else:
+        largest = tl.load(figures)
+        total = tl.load(figures + 1)
+    if WRITE:
+        factor = scale / total
+        for first in range(0, n_cols, WIDTH):
+            at = first + cols
+            l_V = tl.load(logits + at, at < n_cols, 0.0).to(tl.float32)
+            g_V = tl.exp(l_V - largest) * factor
+            g_V = tl.where(at == target, g_V - scale, g_V)
+            tl.store(logits + at, g_V.to(logits.dtype.element_ty), at < n_cols)
+
+
+@triton.jit
+def _multiply(x, by, n, SIZE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    product = tl.load(x + at, at < n, 0.0).to(tl.float32) * tl.load(by).to(tl.float32)
+    tl.store(x + at, product.to(x.dtype.element_ty), at < n)
+
+
+def tokens_of_chunk(n_tokens: int, n_entries: int) -> int:
+    """Say how many of the tokens have their logits at once."""
+    even = triton.cdiv(triton.cdiv(n_tokens, MOST_CHUNKS), TOKEN_TILE) * TOKEN_TILE
+    return min(n_tokens, max(LEAST_TOKENS, CHUNK_LOGITS // n_entries, even))
+
+
+def _through_chunks(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    dh_ND: Tensor | None,
+    dw_VD: Tensor | None,
+    turn: Callable[[Tensor, slice], None],
+) -> None:
+    """Make the logits of one chunk of tokens after the other, and the gradients from what is made of them.
+
+    Args:
+        h_ND: all tokens.
+        weight_VD: the table.
+        dh_ND: filled with the gradient of h; None: not wanted.
+        dw_VD: filled with the gradient of weight; None: not wanted.
+        turn: takes a chunk's logits (T, V) and says the place of its tokens among all; where a gradient is wanted it
+            leaves that of the logits in their place.
+    """
+    n_tokens, n_entries = len(h_ND), len(weight_VD)
+    chunk = tokens_of_chunk(n_tokens, n_entries)
+    space_TV = h_ND.new_empty(chunk, n_entries)
+    for first in range(0, n_tokens, chunk):
+        here = slice(first, first + chunk)
+        h_TD = h_ND[here]
+        logits_TV = torch.mm(h_TD, weight_VD.T, out=space_TV[: len(h_TD)])
+        turn(logits_TV, here)
+        if dh_ND is not None:
+            torch.mm(logits_TV, weight_VD, out=dh_ND[here])
+        if dw_VD is not None:
+            torch.addmm(dw_VD, logits_TV.T, h_TD, beta=1 if first else 0, out=dw_VD)
+
+
+def _compute(
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    share: Callable[[Tensor], Tensor] | None,
+    with_dh: bool,
+    with_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give the mean nll, each token's nll and the gradients of the mean, empty where they are not wanted."""
+    h_ND, targets_N = h.reshape(-1, h.shape[-1]), targets.reshape(-1).contiguous()
+    figures_NF = h.new_empty(len(targets_N), 3, dtype=torch.float32)
+    with_grad = with_dh or with_dw
+
+    def turn(logits_TV: Tensor, here: slice) -> None:
+        figures_TF = figures_NF[here]
+
+        def launch(*, measure: bool, write: bool) -> None:
+            _cross_entropy[(len(logits_TV),)](
+                logits_TV, targets_N[here], figures_TF, logits_TV.shape[1], 1 / len(targets_N),
+                MEASURE=measure, WRITE=write, WIDTH=min(WIDTH, triton.next_power_of_2(logits_TV.shape[1])),
+                num_warps=WARPS,
+            )  # fmt: skip
+
+        launch(measure=True, write=with_grad and share is None)
+        if share is not None:
+            figures_TF.copy_(_together(share(figures_TF)))
+            if with_grad:
+                launch(measure=False, write=True)
+
+    dh, dw = _empty_gradients(h, weight, with_dh, with_dw)
+    _through_chunks(h_ND, weight, dh.view(h_ND.shape) if with_dh else None, dw if with_dw else None, turn)
+    largest_N, total_N, chosen_N = figures_NF.unbind(1)
+    nll_N = total_N.log() - (chosen_N - largest_N)
+    return nll_N.mean(), nll_N.view(targets.shape), dh, dw
+
+
+def _together(figures_RTF: Tensor) -> Tensor:
+    """Give the figures of tokens (T, F) over all ranks' entries."""
+    largest_RT, total_RT, chosen_RT = figures_RTF.unbind(-1)
+    largest_T = largest_RT.amax(0)
+    total_T = (total_RT * (largest_RT - largest_T).exp()).sum(0)
+    return torch.stack([largest_T, total_T, chosen_RT.sum(0)], -1)
+
+
+def _empty_gradients(h: Tensor, weight: Tensor, with_dh: bool, with_dw: bool) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape if with_dh else (0,)), weight.new_empty(weight.shape if with_dw else (0,))
+
+
+@torch.library.custom_op("deepseek_exp::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, with_dh: bool, with_dw: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give what `_compute` does, on one rank."""
+    return _compute(h, weight, targets, None, with_dh, with_dw)
+
+
+@_linear_cross_entropy.register_fake
+def _(
+    h: Tensor, weight: Tensor, targets: Tensor, with_dh: bool, with_dw: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    nll = h.new_empty(targets.shape, dtype=torch.float32)
+    return nll.new_empty(()), nll, *_empty_gradients(h, weight, with_dh, with_dw)
+
+
+@torch.library.custom_op("deepseek_exp::multiply_gradient", mutates_args=("x",))
+def _multiply_gradient(x: Tensor, by: Tensor) -> None:
+    """Multiply by a scalar tensor in fp32, where PyTorch would first round the scalar to bf16."""
+    _multiply[(triton.cdiv(x.numel(), TILE),)](x, by, x.numel(), SIZE=TILE, num_warps=8)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Ties the gradients to the mean; no `register_autograd`, whose backward pass may not work in place on results."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        share: Callable[[Tensor], Tensor] | None,
+        with_dh: bool,
+        with_dw: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if share is None:
+            mean, nll, dh, dw = _linear_cross_entropy(h, weight, targets, with_dh, with_dw)
+        else:
+            mean, nll, dh, dw = _compute(h, weight, targets, share, with_dh, with_dw)
+        ctx.save_for_backward(dh, dw)
+        ctx.with_dh, ctx.with_dw = with_dh, with_dw
+        ctx.mark_non_differentiable(nll)
+        return mean, nll
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        dh, dw = ctx.saved_tensors
+        dh = _multiplied(dh, grad) if ctx.with_dh else None
+        dw = _multiplied(dw, grad) if ctx.with_dw else None
+        return dh, dw, None, None, None, None
+
+
+def _multiplied(gradient: Tensor, by: Tensor) -> Tensor:
+    """Multiply in place; a compiled graph sees to that itself, by giving the result the memory of what it was."""
+    if torch.compiler.is_compiling():
+        return (gradient.float() * by).to(gradient.dtype)
+    _multiply_gradient(gradient, by)
+    return gradient

@@ -1,0 +1,1 @@
+"""Start the processes of a job, on this machine or on several."""

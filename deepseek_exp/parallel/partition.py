@@ -1,0 +1,268 @@
+"""What one rank holds of a model: the layers of its stage, and of their parameters what tp and ep leave it.
+
+The whole model is made without memory (on PyTorch's meta device); this rank's part of it then gets real parameters
+under their own full names, so that weights can be drawn, saved and loaded by name whatever the layout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_exp.checkpoint.shards import Cut
+from deepseek_exp.config import ExperimentConfig, ModelConfig
+from deepseek_exp.config.topology import Axis
+from deepseek_exp.data import Batch
+from deepseek_exp.models import Transformer
+from deepseek_exp.models.moe import MoE
+from deepseek_exp.parallel.expert import AllToAllDispatcher
+from deepseek_exp.parallel.groups import ENDS, KV, Groups
+from deepseek_exp.parallel.tensor import apply_tensor_parallel, is_partial, match_plan, tensor_plan
+from deepseek_exp.planner import stage_bounds
+
+# what the blocks give, and the micro batch -> its loss
+LossOf = Callable[[Tensor, Batch], Tensor]
+EXPERTS = r".*feed_forward\.experts\.w_\w+"
+TABLE = "embedding.weight"
+# that a block may be compiled to: dense and with experts, in training and validation, one for each MTP depth
+GRAPHS = 64
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a parameter of this rank stands in the whole model.
+
+    Attributes:
+        name: in the whole model.
+        shape: of the whole parameter.
+        cuts: what this rank has of it.
+        sums: over which ranks its gradient is summed before it is averaged over the data axis; keys of `Groups.sums`.
+        counted: this rank counts it in the gradient norm, and saves it; of equal copies one rank does.
+        is_copy: another stage has the same table and owns it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    cuts: tuple[Cut, ...]
+    sums: tuple[str, ...]
+    counted: bool
+    is_copy: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """The model of one rank.
+
+    Attributes:
+        model: a Transformer without the layers of other stages.
+        blocks: indices of the blocks that are here.
+        placements: of its parameters, in their order in the model.
+        order: names and dimensions of all parameters of the whole model, in its order.
+        n_moe_layers: mixtures of experts in the whole model.
+        first_moe_layer: how many of them are in earlier stages.
+        counts_width: numbers that each of them counts.
+    """
+
+    model: Transformer
+    blocks: range
+    placements: list[Placement]
+    order: list[tuple[str, int]]
+    n_moe_layers: int
+    first_moe_layer: int
+    counts_width: int
+
+
+class Stage(nn.Module):
+    """The layers of one rank as one layer of DeepSpeed's pipeline.
+
+    Every stage has the micro batches at hand and takes from them in the order they come by, so that one tensor alone
+    travels between stages. The loss is made in here, since DeepSpeed, in bf16, drops the gradients of what lies behind
+    its module's output.
+
+    Attributes:
+        batches: the micro batches that are still to come.
+    """
+
+    def __init__(
+        self, part: Part, groups: Groups, domain_of: Callable[[Tensor], Tensor | None], loss_of: LossOf
+    ) -> None:
+        """Put together what a rank runs.
+
+        Args:
+            part: what it holds of the model.
+            groups: its groups.
+            domain_of: gives the domain of each sequence by its part of the data.
+            loss_of: used on the last stage.
+        """
+        super().__init__()
+        self.model, self.blocks = part.model, part.blocks
+        self.is_first, self.is_last = groups.is_first, groups.is_last
+        self.domain_of, self.loss_of = domain_of, loss_of
+        self.batches: Iterator[Batch] = iter(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take tokens (batch, seq), or what the stage before gives, (batch, seq, d_model), to the next stage's input.
+
+        Returns:
+            (batch, seq, d_model), from the last stage the loss, a scalar.
+        """
+        batch = next(self.batches)
+        x = self.model.embedding(x) if self.is_first else x
+        for i in self.blocks:
+            x = self.model.blocks[i](x, None, None, self.domain_of(batch.part))
+        return self.loss_of(x, batch) if self.is_last else x
+
+
+def cut_model(exp: ExperimentConfig, whole: Transformer, groups: Groups) -> Part:
+    """Reduce a model on the meta device to what this rank holds; its parameters are real then, and unset.
+
+    Args:
+        exp: the experiment; its layout is legal.
+        whole: the whole model on the meta device.
+        groups: this rank's.
+    """
+    cfg, pp = exp.model, groups.at.pp
+    order = [(name, p.ndim) for name, p in whole.named_parameters()]
+    rules = match_plan(tensor_plan(cfg), [name for name, _ in order])
+    ends = stage_bounds(exp, groups.degrees.pp)
+    # the first block comes with the embedding, and the last entry is all that makes logits
+    blocks = range(0 if pp == 0 else ends[pp - 1], min(ends[pp], cfg.n_layers))
+    layers = {name: len(m.counts) for name, m in whole.named_modules() if isinstance(m, MoE)}
+    _drop_other_stages(whole, blocks, groups, cfg)
+    placements = []
+    for name, p in list(whole.named_parameters()):
+        placed = _place(name, tuple(p.shape), rules, groups, exp)
+        placements.append(placed)
+        _replace(whole, p, nn.Parameter(torch.empty(local_shape(placed), device=groups.device)))
+    for module in whole.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = _fresh(module, key, buffer, groups.device)
+    for module in whole.modules():
+        if isinstance(module, MoE) and groups.degrees.ep > 1:
+            module.exchange_by(AllToAllDispatcher(groups.axis[Axis.ep], module.ops))
+    apply_tensor_parallel(whole, groups, sequence_parallel=exp.parallel.sequence_parallel)
+    if exp.trainer.compile:
+        _compile([*(whole.blocks[i] for i in blocks), *(module.block for module in whole.mtp)])
+    here = [name for name, m in whole.named_modules() if isinstance(m, MoE)]
+    first = list(layers).index(here[0]) if here else 0
+    return Part(whole, blocks, placements, order, len(layers), first, max(layers.values(), default=0))
+
+
+def _compile(blocks: Sequence[nn.Module]) -> None:
+    """Compile blocks one by one, with the exchanges inside of them; equal ones share what the compiler makes.
+
+    Every shape has its own graph: with sizes that are symbols attention would break it in two. What would need more
+    graphs than the compiler keeps stops, where it would go on without them.
+    """
+    torch._dynamo.config.recompile_limit = GRAPHS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+def cut(whole: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """Take what cuts leave of a whole tensor; a view."""
+    for c in cuts:
+        size = whole.shape[c.dim] // c.ways
+        whole = whole.narrow(c.dim, c.index * size, size)
+    return whole
+
+
+def local_shape(placed: Placement) -> list[int]:
+    """Give the shape of a parameter on this rank."""
+    shape = list(placed.shape)
+    for c in placed.cuts:
+        shape[c.dim] //= c.ways
+    return shape
+
+
+def set_weights(part: Part, weight_of: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+    """Fill this rank's parameters.
+
+    Args:
+        part: from `cut_model`.
+        weight_of: gives a whole parameter by its name and shape.
+    """
+    parameters = dict(part.model.named_parameters())
+    with torch.no_grad():
+        for placed in part.placements:
+            parameters[placed.name].copy_(cut(weight_of(placed.name, placed.shape), placed.cuts))
+
+
+def copy_part(part: Part, whole: nn.Module) -> None:
+    """Fill this rank's parameters and buffers from a whole model that is at hand."""
+    parameters = dict(whole.named_parameters())
+    set_weights(part, lambda name, shape: parameters[name])
+    buffers = dict(whole.named_buffers())
+    for name, buffer in part.model.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def _drop_other_stages(model: Transformer, blocks: range, groups: Groups, cfg: ModelConfig) -> None:
+    for i in range(cfg.n_layers):
+        if i not in blocks:
+            model.blocks[i] = nn.Identity()
+    if not groups.is_last:
+        model.head, model.mtp = nn.Identity(), nn.ModuleList()
+    needs_table = groups.is_first or (groups.is_last and (cfg.tie_embeddings or cfg.n_mtp_layers))
+    if not needs_table:
+        model.embedding = nn.Identity()
+
+
+def _place(
+    name: str, shape: tuple[int, ...], rules: dict[str, Any], groups: Groups, exp: ExperimentConfig
+) -> Placement:
+    d, at, rule = groups.degrees, groups.at, rules.get(name)
+    cuts: list[Cut] = []
+    is_expert = bool(re.fullmatch(EXPERTS, name))
+    if is_expert and d.ep > 1:
+        cuts.append(Cut(0, d.ep, at.ep))
+    sums: list[str] = []
+    first_copy = at.tp == 0
+    if rule is not None and d.tp > 1:
+        ways = min(d.tp, rule.most or d.tp)
+        first_copy = at.tp % (d.tp // ways) == 0
+        if ways > 1:
+            cuts.append(Cut(rule.dim, ways, at.tp * ways // d.tp))
+        if ways < d.tp:
+            sums.append(KV)
+    elif d.tp > 1 and is_partial(name, is_cut=False, sequence_parallel=exp.parallel.sequence_parallel):
+        sums.append(Axis.tp.value)
+    if d.ep > 1 and not is_expert:
+        sums.append(Axis.ep.value)
+    on_both_ends = d.pp > 1 and name == TABLE and bool(exp.model.tie_embeddings or exp.model.n_mtp_layers)
+    if on_both_ends:
+        sums.append(ENDS)
+    is_copy = on_both_ends and not groups.is_first
+    counted = first_copy and (is_expert or at.ep == 0)
+    return Placement(name, shape, tuple(cuts), tuple(sums), counted, is_copy)
+
+
+def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put a parameter in every place of another, so that tied ones stay tied."""
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is old:
+                module._parameters[key] = new
+
+
+def _fresh(module: nn.Module, key: str, buffer: Tensor, device: torch.device) -> Tensor:
+    """Make a buffer of the meta device real; those of a model start as zeros, but for `loaded`, which is all true."""
+    return torch.full_like(buffer, key == "loaded", device=device)
+
+
+def gradient_sums(part: Part, groups: Groups) -> list[tuple[Any, list[nn.Parameter]]]:
+    """List the groups over which gradients are summed, each with its parameters, in the same order on all ranks."""
+    parameters = dict(part.model.named_parameters())
+    found = []
+    for key, group in groups.sums.items():
+        members = [parameters[placed.name] for placed in part.placements if key in placed.sums]
+        if members:
+            found.append((group, members))
+    return found

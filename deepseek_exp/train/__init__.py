@@ -1,0 +1,1 @@
+"""What a training consists of: model, data, optimizer, Lightning module and callbacks."""

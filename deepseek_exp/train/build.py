@@ -1,0 +1,301 @@
+"""Build the parts of an experiment and put them together; the only file that knows every room."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from lightning_fabric.plugins.environments import LightningEnvironment
+
+from deepseek_exp.checkpoint import manifest
+from deepseek_exp.checkpoint.lightning_io import FolderCheckpointIO, load_weights
+from deepseek_exp.checkpoint.shards import open_state
+from deepseek_exp.checkpoint.tensors import readable
+from deepseek_exp.config import Device, ExperimentConfig, Precision
+from deepseek_exp.config.topology import Axis, degrees
+from deepseek_exp.data import PreparedData, TokenDataModule, prepare
+from deepseek_exp.errors import CheckpointError, DeviceError, Problem
+from deepseek_exp.inference import load_release
+from deepseek_exp.kernels import TORCH, Ops, resolve
+from deepseek_exp.kernels.grouped import empty_groups_are_zero
+from deepseek_exp.models import Transformer, init_weights
+from deepseek_exp.models.transformer import initial_weight
+from deepseek_exp.parallel.groups import Groups, connect, local_rank
+from deepseek_exp.parallel.partition import Part, Stage, copy_part, cut_model, set_weights
+from deepseek_exp.parallel.rank_state import load_part
+from deepseek_exp.parallel.strategy import DeepSpeed3DStrategy
+from deepseek_exp.parallel.tensor import parallel_ops
+from deepseek_exp.planner import optimizer_bytes, parameters
+from deepseek_exp.tracking import RunLog
+from deepseek_exp.tracking.logger import JournalLogger
+from deepseek_exp.train.callbacks import Checkpoints, Metrics, Progress
+from deepseek_exp.train.finite import FiniteSteps, first_nonfinite
+from deepseek_exp.train.lit import LanguageModel
+from deepseek_exp.train.lit_distributed import StageModel
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp8: torch.bfloat16}
+# said by Lightning about choices that are made on purpose here
+# PyTorch's own choice; a job of a sweep may have set another number
+N_THREADS = torch.get_num_threads()
+EXPECTED_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ".*GPU available but not used.*",
+    ".*It is recommended to use `self.log\\('val/.*",  # the ranks have agreed on these already
+    ".*`torch.distributed.\\w+_tensor` is deprecated.*",  # what replaces it is not in every PyTorch that this runs with
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an experiment is made of once it is built."""
+
+    device: torch.device
+    data: PreparedData
+    datamodule: TokenDataModule
+    lit: LanguageModel
+
+
+def pick_device(device: Device) -> torch.device:
+    """Choose where to run.
+
+    Raises:
+        DeviceError: a GPU is asked for and this PyTorch cannot use it.
+    """
+    visible = torch.cuda.is_available()
+    if device is Device.cuda and not visible:
+        rule = "needs a CUDA device and none is visible to this PyTorch"
+        raise DeviceError(
+            Problem("device", device.value, f"{rule} ({torch.__version__})", "use device=cpu or device=auto")
+        )
+    return torch.device("cuda", local_rank()) if visible and device is not Device.cpu else torch.device("cpu")
+
+
+def check_memory(cfg: ExperimentConfig, device: torch.device) -> None:
+    """Refuse a model whose weights, in training with gradients and optimizer, do not fit the device's free memory.
+
+    A parameter's weight, and in training its gradient in fp32 and what the optimizer keeps of it: with AdamW 16 bytes
+    in all in fp32, 18 in bf16. Activations come on top.
+
+    Raises:
+        DeviceError: names the need and what there is.
+    """
+    counted = parameters(cfg.model)
+    n_params = counted.total + counted.mtp
+    in_training = 4 + optimizer_bytes(cfg) if cfg.do.trains else 0
+    needed = n_params * (DTYPES[cfg.trainer.precision].itemsize + in_training)
+    free = free_memory(device)
+    if needed > free:
+        rule = f"needs {needed / 1e9:,.1f} GB for its {n_params:,} parameters"
+        rule += f" and {device.type} has {free / 1e9:,.1f} GB free"
+        raise DeviceError(Problem("model.version", cfg.model.version, rule, "take a smaller size, such as size=small"))
+
+
+def free_memory(device: torch.device) -> int:
+    """Give the bytes that are free on a device; on a CPU what the system can hand out without swapping."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # what PyTorch keeps of an earlier job of a sweep is free
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def check_grouped_products(cfg: ExperimentConfig, device: torch.device) -> None:
+    """Refuse a PyTorch whose grouped product leaves rubbish as the weight gradient of an expert without tokens.
+
+    Raises:
+        DeviceError: it does, on this GPU.
+    """
+    n_experts = cfg.model.moe.n_routed_experts
+    if n_experts and cfg.do.trains and device.type == "cuda" and not empty_groups_are_zero(device):
+        rule = f"may leave experts without a token, whose gradients PyTorch {torch.__version__} does not set to 0"
+        rule += f" on {torch.cuda.get_device_name(device)}"
+        fix = "use another version of PyTorch, or a model without routed experts"
+        raise DeviceError(Problem("model.moe.n_routed_experts", n_experts, rule, fix))
+
+
+def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
+    """Prepare the data and build the model.
+
+    Args:
+        cfg: the experiment.
+        weights: checkpoint folder to take the model's parameters from; None: from `init_from` or the seed.
+    """
+    device = pick_device(cfg.device)
+    if degrees(cfg).world_size > 1:
+        return _build_rank(cfg, device, weights)
+    check_memory(cfg, device)
+    check_grouped_products(cfg, device)
+    set_up_torch(cfg)
+    data = prepare(cfg.data)
+    model = build_model(cfg, device, weights)
+    lit = LanguageModel(cfg, model, data.tokenizer.token_bytes, data.unigram_bits).to(device)
+    return Parts(device, data, _build_datamodule(cfg, data, device, None), lit)
+
+
+def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Parts:
+    """Do `build_parts` in one of several ranks; the strategy loads a checkpoint's weights once it is set up."""
+    connect(device)
+    check_grouped_products(cfg, device)
+    set_up_torch(cfg)
+    groups = Groups(degrees(cfg), device, cfg.model.n_kv_heads or cfg.model.n_heads)
+    if local_rank() == 0:
+        prepare(cfg.data)  # the others of this host find it in the cache
+    groups.wait_for_data()
+    data = prepare(cfg.data)
+    tp = groups.axis[Axis.tp], groups.at.tp
+    ops = parallel_ops(_ops(cfg), cfg.kernels, *tp) if groups.degrees.tp > 1 else _ops(cfg)
+    with torch.device("meta"):
+        whole = Transformer(cfg.model, ops, cfg.trainer.activation_checkpointing)
+    part = cut_model(cfg, whole, groups)
+    if weights is not None:
+        load_part(part, open_state(weights))
+        _check_weights(first_nonfinite(part.model.state_dict().items()), weights)
+    elif cfg.init_from is not None:
+        _load_part_from(part, cfg)
+    else:
+        set_weights(part, lambda name, shape: initial_weight(name, shape, cfg.model, cfg.seed))
+    for p in part.model.parameters():
+        p.data = p.data.to(DTYPES[cfg.trainer.precision])
+    lit = StageModel(cfg, part, groups, data.tokenizer.token_bytes, data.unigram_bits)
+    return Parts(device, data, _build_datamodule(cfg, data, device, groups), lit)
+
+
+def _load_part_from(part: Part, cfg: ExperimentConfig) -> None:
+    """Set a rank's weights from `init_from`: a checkpoint of a run, or the folder of a Hugging Face checkpoint."""
+    source = Path(str(cfg.init_from))
+    if manifest.is_checkpoint(source):
+        load_part(part, open_state(source))
+        return
+    release = Transformer(cfg.model, TORCH)
+    load_release(release, cfg.model, source)
+    copy_part(part, release)
+
+
+def _build_datamodule(
+    cfg: ExperimentConfig, data: PreparedData, device: torch.device, groups: Groups | None
+) -> TokenDataModule:
+    return TokenDataModule(
+        data,
+        cfg.data,
+        seed=cfg.seed,
+        global_batch_seqs=cfg.trainer.global_batch_seqs,
+        micro_batch_seqs=cfg.trainer.micro_batch_seqs,
+        eval_seqs=cfg.trainer.eval_seqs,
+        dp=groups.degrees.dp if groups is not None else 1,
+        dp_rank=groups.at.dp if groups is not None else 0,
+        fill_up=groups is not None,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _ops(cfg: ExperimentConfig) -> Ops:
+    return resolve(cfg.kernels, fp8=cfg.do.trains and cfg.trainer.precision is Precision.fp8)
+
+
+def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Transformer:
+    """Build the model on a device, with weights from a checkpoint, else from `init_from`, else from the seed."""
+    model = Transformer(cfg.model, _ops(cfg), cfg.trainer.activation_checkpointing)
+    if weights is None and cfg.init_from is not None and manifest.is_checkpoint(Path(cfg.init_from)):
+        weights = Path(cfg.init_from)
+    if weights is not None:
+        with readable(weights):
+            model.load_state_dict(load_weights(weights))
+        _check_weights(first_nonfinite(model.state_dict().items()), weights)
+    elif cfg.init_from is not None:
+        load_release(model, cfg.model, Path(cfg.init_from))
+    else:
+        init_weights(model, cfg.model, cfg.seed)
+    dtype = DTYPES[cfg.trainer.precision]
+    for p in model.parameters():
+        p.data = p.data.to(device, dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)  # balance biases and counts keep their type
+    if cfg.trainer.compile:
+        model.losses = torch.compile(model.losses)  # type: ignore[method-assign]
+    return model
+
+
+def _check_weights(wrong: str | None, folder: Path) -> None:
+    """Refuse a checkpoint of which a weight is infinite or NaN.
+
+    Raises:
+        CheckpointError: it has one.
+    """
+    if wrong is not None:
+        rule = f"holds infinite or NaN numbers in {wrong}: its training had diverged"
+        raise CheckpointError(Problem("resume", str(folder), rule, "name an older checkpoint"))
+
+
+def set_up_torch(cfg: ExperimentConfig) -> None:
+    """Set the process-wide switches of PyTorch: threads, seed and determinism."""
+    n_threads = cfg.trainer.n_threads or N_THREADS
+    if n_threads != torch.get_num_threads():
+        torch.set_num_threads(n_threads)
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(cfg.seed)
+    if cfg.trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(cfg.trainer.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over new memory
+
+
+def build_trainer(
+    cfg: ExperimentConfig, parts: Parts, run: RunLog, run_id: str, texts: dict[str, str]
+) -> tuple[pl.Trainer, Checkpoints, Progress]:
+    """Build the Lightning trainer.
+
+    Args:
+        cfg: the experiment.
+        parts: from `build_parts`.
+        run: where metrics go; checkpoints go to its folder.
+        run_id: its MLflow run.
+        texts: file name -> content that goes into every checkpoint.
+
+    Returns:
+        The trainer and those of its callbacks that know how the run went.
+    """
+    for pattern in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    t = cfg.trainer
+    steps, metrics = FiniteSteps(cfg), Metrics(cfg)
+    checkpoints = Checkpoints(cfg, run.run_dir, steps)
+    progress = Progress(cfg, metrics)
+    folder_io, groups, strategy = FolderCheckpointIO(texts, run_id), None, "auto"
+    if isinstance(parts.lit, StageModel):
+        groups = parts.lit.groups
+        stage = Stage(parts.lit.part, groups, parts.lit.domain, parts.lit.stage_loss)
+        strategy = DeepSpeed3DStrategy(cfg, groups, parts.lit.part, stage, folder_io)
+    third_party = [instantiate(node, _recursive_=False, _convert_="all") for node in t.callbacks.values()]
+    trainer = pl.Trainer(
+        accelerator="gpu" if parts.device.type == "cuda" else "cpu",
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]) if groups is not None else 1,
+        num_nodes=groups.degrees.world_size // int(os.environ["LOCAL_WORLD_SIZE"]) if groups is not None else 1,
+        strategy=strategy,
+        logger=JournalLogger(run),
+        callbacks=[steps, metrics, *third_party, progress, checkpoints],
+        # the environment of a Slurm job says nothing about one process
+        plugins=[folder_io, *([LightningEnvironment()] if groups is None else [])],
+        max_epochs=-1,
+        max_steps=cfg.last_step,
+        val_check_interval=t.eval_every_steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=t.log_every_steps,
+        deterministic=t.deterministic,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    return trainer, checkpoints, progress

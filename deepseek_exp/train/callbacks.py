@@ -1,0 +1,296 @@
+"""What happens around a training step: metrics, progress, checkpoints and signals."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from deepseek_exp.checkpoint import manifest
+from deepseek_exp.checkpoint.lightning_io import remove_unfinished
+from deepseek_exp.config import ExperimentConfig, OnNonfinite
+from deepseek_exp.data import Batch
+from deepseek_exp.errors import CheckpointError, Problem, Stopped, UserError
+from deepseek_exp.launch import worker
+from deepseek_exp.models.block import Block
+from deepseek_exp.models.moe import FeedForward, routing_metrics
+from deepseek_exp.train.finite import FiniteSteps, check_finite, to_host
+from deepseek_exp.train.lit import LanguageModel
+
+NAMES = ("loss", "nats", "bytes", "grad_norm")
+
+
+class Metrics(Callback):
+    """Logs training metrics without making the host wait for the device.
+
+    A step's scalars are copied to the host behind the step's own work and logged once that copy is done, a step or so
+    later; on a CPU that is at once. What is not finite of a step that FiniteSteps refuses or that was skipped is not
+    logged.
+    """
+
+    def __init__(self, cfg: ExperimentConfig) -> None:
+        self.cfg = cfg
+        self.pending: deque[tuple[int, list[str], Tensor, Any, dict[str, float]]] = deque()
+        self.last: dict[str, float] = {}
+        self._since = (0.0, 0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._since = (time.perf_counter(), trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Queue this step's scalars when they are due or the step was skipped, and log those that have arrived."""
+        step = trainer.global_step
+        due = step % self.cfg.trainer.log_every_steps == 0 or step == 1 or step >= self.cfg.last_step
+        if due or not outputs["applied"]:
+            now, (then, before) = time.perf_counter(), self._since
+            seconds = (now - then) / max(1, step - before)
+            self._since = (now, step)
+            host = {"optim/lr": outputs["lr"], **self._host_metrics(trainer, pl_module, seconds, batch)}
+            if self.cfg.trainer.on_nonfinite is OnNonfinite.skip:
+                host["optim/skipped_steps"] = float(pl_module.skipped_steps)
+            scalars = {n: outputs[n] for n in NAMES} | outputs["further"]
+            counts = pl_module.routed_counts()
+            if counts is not None:
+                routing = routing_metrics(self.cfg.model.moe, counts, labelled=bool(self.cfg.data.mixture))
+                scalars |= {f"moe/{name}": value for name, value in routing.items()}
+            copy, event = to_host(torch.stack([v.double() for v in scalars.values()]))
+            self.pending.append((step, list(scalars), copy, event, host))
+        self._log(trainer, wait=False)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what is queued, and leave the validation's time out of the step time."""
+        self._log(trainer, wait=True)
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the clock, and log what the model's parts tell of themselves."""
+        then, before = self._since
+        self._since = (then + time.perf_counter() - self._paused, before)
+        if trainer.state.fn == "fit":
+            values = _of_parts(pl_module, self.cfg) | pl_module.layout_metrics()
+            trainer.logger.log_metrics(values, trainer.global_step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what is queued."""
+        self._log(trainer, wait=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Log what is queued before the run ends."""
+        self._log(trainer, wait=True)
+
+    def _host_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float, batch: Batch
+    ) -> dict[str, float]:
+        data = trainer.datamodule
+        metrics = {
+            "perf/step_seconds": seconds,
+            "perf/tokens_per_second": self.cfg.trainer.global_batch_seqs * (batch.tokens.shape[1] - 1) / seconds,
+            "data/position": float(data.position),
+            "data/tokens": float(data.position * self.cfg.data.seq_len),
+            "data/epoch": data.position / data.n_train_sequences,
+        }
+        if pl_module.device.type == "cuda":
+            metrics["perf/peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(pl_module.device))
+        return metrics
+
+    def _log(self, trainer: pl.Trainer, *, wait: bool) -> None:
+        while self.pending and (wait or _arrived(self.pending[0][3])):
+            step, names, values, event, host = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            scalars = dict(zip(names, values.tolist(), strict=True))
+            loss, nats, n_bytes, grad_norm = (scalars.pop(n) for n in NAMES)
+            row = {
+                "train/loss": loss,
+                "train/bits_per_byte": nats / math.log(2) / n_bytes,
+                "optim/grad_norm": grad_norm,
+                **scalars,
+                **host,
+            }
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                row = {name: value for name, value in row.items() if math.isfinite(value)}
+            self.last |= row
+            trainer.logger.log_metrics(row, step)
+
+
+def _of_parts(lit: LanguageModel, cfg: ExperimentConfig) -> dict[str, float]:
+    """Return how far the attention mask leans to its window, and how sparse the hidden units were.
+
+    attn/gate is averaged over heads and in 0..1; 0.5 treats local and global keys alike.
+    """
+    values: dict[str, float | None] = {}
+    blocks = [m for m in lit.model.blocks if isinstance(m, Block)]
+    values["attn/gate"] = lit.mean([b.attention.gate.float().sigmoid() for b in blocks if b.attention.gate is not None])
+    sparse = [m for m in lit.model.modules() if isinstance(m, FeedForward) and m.d_ff_active]
+    fractions = [m.active_fraction for m in sparse if m.active_fraction is not None]
+    values["ffn/active_fraction"] = lit.mean(fractions)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _arrived(event: Any) -> bool:
+    return event is None or event.query()
+
+
+class Progress(Callback):
+    """A progress bar with loss, tokens per second and time left; plain lines where there is no terminal."""
+
+    LINE_SECONDS = 20.0
+
+    def __init__(self, cfg: ExperimentConfig, metrics: Metrics) -> None:
+        self.last_step, self.metrics = cfg.last_step, metrics
+        self.bar: tqdm | None = None
+        self.speed: float | None = None  # tokens per second of the whole training, known when it ends
+        self._step_tokens = cfg.trainer.global_batch_seqs * cfg.data.seq_len
+        self._began, self._validating = (0.0, 0), 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bar, at the step that a resumed run goes on from."""
+        tty = sys.stderr.isatty()
+        line = None if tty else "{desc}step {n}/{total}, {elapsed} gone, {remaining} left{postfix}\n"
+        self.bar = tqdm(
+            total=self.last_step,
+            initial=trainer.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            bar_format=line,
+            mininterval=0.5 if tty else self.LINE_SECONDS,
+            maxinterval=1.0 if tty else self.LINE_SECONDS,
+        )
+        self._began = (time.perf_counter(), trainer.global_step)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note when a validation begins: its time is left out of the speed."""
+        self._validating = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave out the validation's time."""
+        then, step = self._began
+        self._began = (then + time.perf_counter() - self._validating, step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Move the bar; the numbers beside it are the last logged ones."""
+        if self.bar is None:
+            return
+        if self.metrics.last:
+            loss, speed = self.metrics.last.get("train/loss", math.nan), self.metrics.last["perf/tokens_per_second"]
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the bar, and work out the speed."""
+        self._close()
+        then, step = self._began
+        if trainer.global_step > step:
+            self.speed = (trainer.global_step - step) * self._step_tokens / (time.perf_counter() - then)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that an error starts on its own line."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _cannot_save(folder: Path, step: int, n_bytes: int, error: Exception) -> UserError:
+    """Describe why a checkpoint could not be written: a disk that is full, read-only or forbidden."""
+    why = getattr(error, "strerror", None) or error
+    rule = f"cannot take the checkpoint of step {step} ({why})"
+    with suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        rule += f": a process writes about {n_bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
+    fix = "make room there or make it writable, and continue with resume=last; the checkpoints before it are whole"
+    return CheckpointError(Problem("output_dir", str(folder), rule, fix))
+
+
+class Checkpoints(Callback):
+    """Saves when due, at the end, and when SIGTERM, SIGINT or SIGHUP asks the run to stop.
+
+    A step that is validated is saved after its validation, so that the checkpoint knows its loss; a signal lets that
+    validation end, so that a stopped and resumed run validates where the unbroken one does.
+
+    Nothing is saved, and so no older checkpoint is removed, unless the losses and gradient norms of all steps so far,
+    the validation loss, the weights and the optimizer's state are finite.
+    """
+
+    def __init__(self, cfg: ExperimentConfig, run_dir: Path, steps: FiniteSteps) -> None:
+        self.cfg, self.run_dir, self.steps = cfg, run_dir, steps
+        self.signum: int | None = None
+        self.saved: Path | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take over the signals; a second one ends the process at once.
+
+        Lightning has noted the handlers before and puts them back when the training ends, however it ends. A rank of
+        several is asked in another way (parallel/member.py), so that a SIGTERM can end it at once.
+        """
+        for signum in worker.stop_signals():
+            signal.signal(signum, self._remember if trainer.world_size == 1 else signal.SIG_DFL)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Save a step that is due and not validated; mark the last step as the last."""
+        step, t = trainer.global_step, self.cfg.trainer
+        if step >= self.cfg.last_step:
+            trainer.should_stop = True  # makes Lightning validate after this step, whatever the interval
+        elif step % t.eval_every_steps:
+            self._save_if(trainer, pl_module, step % t.checkpoint_every_steps == 0)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save a validated step that is due, or the last one, also where another callback ends the training."""
+        if trainer.state.fn == "fit":
+            self.steps.check_all()  # the first cause comes before what follows from it
+            check_finite("validation loss", pl_module.val_loss, trainer.global_step, self.cfg)
+            due = trainer.global_step % self.cfg.trainer.checkpoint_every_steps == 0
+            self._save_if(trainer, pl_module, due or trainer.should_stop)
+
+    def _save_if(self, trainer: pl.Trainer, pl_module: pl.LightningModule, due: bool) -> None:
+        asked = worker.STOP if worker.stop_asked() else self.signum
+        step, signum = trainer.global_step, pl_module.agree(asked or 0)
+        if due or signum:
+            self._save(trainer, pl_module, step)
+        if signum and step < self.cfg.last_step:
+            raise Stopped(signum, step)
+
+    def _remember(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None and worker.is_repeat(signum):
+            return
+        if self.signum is not None:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        self.signum = signum
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        self.steps.check_all()
+        if not self.cfg.trainer.keep_checkpoints:
+            return
+        target = self.run_dir / manifest.FOLDER / manifest.checkpoint_name(step)
+        try:
+            trainer.save_checkpoint(target)
+            if trainer.is_global_zero:
+                manifest.prune(self.run_dir, self.cfg.trainer.keep_checkpoints)
+        except (OSError, SafetensorError) as error:
+            remove_unfinished(target)
+            raise _cannot_save(target.parent, step, pl_module.state_bytes(), error) from error
+        self.saved = target

@@ -1,0 +1,40 @@
+"""How long a step will take: one micro batch is tried before the training starts."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.train.build import Parts
+
+
+def step_seconds(cfg: ExperimentConfig, parts: Parts) -> float:
+    """Time the training loss of one micro batch and its backward pass, times their number in a step.
+
+    The weights stay as they are, the experts' load is counted anew and no random number is drawn. The optimizer, the
+    loader and the logging are left out, so the estimate is a little low for very small models.
+
+    Returns:
+        Seconds of one optimizer step.
+    """
+    lit, batch = parts.lit, next(iter(parts.datamodule.val_dataloader()))
+    tokens, part = batch.tokens.to(parts.device), batch.part.to(parts.device)  # (sequences, seq + 1), (sequences,)
+    memory, tries = None, []
+    for _ in range(3):  # the first one warms up, and gives the others a memory to go on from
+        _wait(parts.device)
+        started = time.perf_counter()
+        loss, _, _, memory = lit.training_loss(tokens, part, memory)
+        loss.backward()
+        _wait(parts.device)
+        tries.append(time.perf_counter() - started)
+        lit.zero_grad(set_to_none=True)
+    lit.reset_counts()
+    rows = len(tokens) / cfg.trainer.micro_batch_seqs
+    return min(tries[1:]) / rows * cfg.trainer.global_batch_seqs / cfg.trainer.micro_batch_seqs
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

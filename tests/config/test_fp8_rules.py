@@ -1,0 +1,161 @@
+"""What stands against training in fp8, by its exact words, and what the plan makes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_exp import config
+from deepseek_exp.config import machine
+from deepseek_exp.experiment import command_line
+from deepseek_exp.kernels import TORCH
+from deepseek_exp.models import Transformer
+from deepseek_exp.planner import parameters
+from deepseek_exp.planner.layers import layers_of, stages_of
+from tests.config.test_messages import problems_of
+from tests.planner.plan_parts import experiment, layout, planned
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered():
+    config.register()
+
+
+class TestRules:
+    TINY = ("model=v1_dense", "size=tiny", "trainer.precision=fp8")
+
+    @pytest.mark.parametrize(
+        ("argv", "key", "width"),
+        [
+            (("model.d_ff=168",), "model.d_ff=168", 168),
+            (("model.d_model=72",), "model.d_model=72", 72),
+            (("model.head_dim=12", "model.n_heads=2", "model.n_kv_heads=2"), "model.head_dim=12", 24),
+            (("model=v3_moe",), "model.kv_lora_rank=64", 72),
+            (("model=v2_moe", "model.moe.d_expert=24", "kernels.fp8_experts=true"), "model.moe.d_expert=24", 24),
+            (("model=v2_moe", "model.moe.d_expert=24", "model.moe.n_shared_experts=1"), "model.moe.d_expert=24", 24),
+        ],
+    )
+    def test_widths(self, argv, key, width):
+        line = (
+            f"{key} makes a matrix {width} wide, not a multiple of 16, which trainer.precision='fp8' needs. "
+            "Fix: set trainer.precision=bf16, or change it."
+        )
+        assert line in problems_of(*self.TINY, *argv).split("\n")
+        command_line.check_command_line([*self.TINY, *argv, "trainer.precision=bf16", "kernels.fp8_experts=false"])
+        command_line.check_command_line([*self.TINY, *argv, "do=eval"])
+
+    def test_what_tensor_parallelism_leaves(self):
+        assert problems_of(*self.TINY, "parallel.tp=2", "parallel.zero_stage=1") == (
+            "parallel.tp=2 leaves 88 of a width of 176 (model.d_ff) to a rank, not a multiple of 16, which "
+            "trainer.precision='fp8' needs. Fix: use parallel.tp of 1, or trainer.precision=bf16."
+        )
+        command_line.check_command_line([*self.TINY, "parallel.tp=2", "parallel.zero_stage=1", "model.d_ff=192"])
+
+    def test_a_layout_that_is_chosen_keeps_to_it(self):
+        assert "model.d_ff=168 makes" in problems_of(*self.TINY, "model.d_ff=168", "parallel=auto")
+
+    def test_a_plan_for_gpus_without_it(self):
+        assert problems_of(*self.TINY, "do=plan", "cluster=a100_1024") == (
+            "trainer.precision='fp8' needs GPUs that compute in it, and cluster.gpu='A100 SXM 80GB' has "
+            "cluster.peak_fp8_flops=null. Fix: set trainer.precision=bf16, or take another cluster."
+        )
+        command_line.check_command_line([*self.TINY, "do=plan", "cluster=h100_8"])
+
+    @pytest.mark.parametrize(
+        ("capability", "model", "rule"),
+        [
+            ((8, 0), "v1_dense", "8.9 or more, and this one has 8.0"),
+            ((8, 0), "v2_moe", "8.9 or more, and this one has 8.0"),
+            ((8, 9), "v1_dense", None),
+            ((8, 9), "v2_moe", None),
+        ],
+    )
+    def test_gpus(self, monkeypatch, capability, model, rule):
+        monkeypatch.setattr(machine, "visible_gpus", lambda: 1)
+        monkeypatch.setattr(machine, "compute_capability", lambda: capability)
+        argv = [f"model={model}", "size=tiny", "trainer.precision=fp8"]
+        for fine in ("do=eval", "device=cpu", "trainer.precision=bf16"):
+            command_line.check_command_line([*argv, fine])
+        if rule is None:
+            command_line.check_command_line(argv)
+        else:
+            line = f"trainer.precision='fp8' needs a GPU of compute capability {rule}. Fix: set trainer.precision=bf16."
+            assert problems_of(*argv) == line
+
+    def test_experts(self, monkeypatch):
+        monkeypatch.setattr(machine, "visible_gpus", lambda: 1)
+        argv = ["size=tiny", "trainer.precision=fp8", "kernels.fp8_experts=true"]
+        monkeypatch.setattr(machine, "compute_capability", lambda: (8, 9))
+        command_line.check_command_line(["model=v1_dense", *argv])
+        rule = "needs a GPU of compute capability 9.0, and this one has 8.9. Fix: set kernels.fp8_experts=false."
+        assert problems_of("model=v2_moe", *argv) == f"kernels.fp8_experts=true {rule}"
+        monkeypatch.setattr(machine, "compute_capability", lambda: (10, 0))
+        assert problems_of("model=v2_moe", *argv) == f"kernels.fp8_experts=true {rule.replace('8.9', '10.0')}"
+        monkeypatch.setattr(machine, "compute_capability", lambda: (9, 0))
+        command_line.check_command_line(["model=v2_moe", *argv])
+        rule = "needs trainer.precision='fp8'. Fix: set trainer.precision=fp8, or kernels.fp8_experts=false."
+        assert problems_of(*argv, "trainer.precision=bf16") == f"kernels.fp8_experts=true {rule}"
+
+
+def test_the_driver_is_asked_for_the_capability(monkeypatch):
+    """With a driver that answers as that of an H100 does, in the numbers of cuda.h."""
+
+    class Driver:
+        @staticmethod
+        def cuDeviceGetAttribute(value, attribute, device):
+            value._obj.value = {75: 9, 76: 0}[attribute]
+            return 0
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver)
+    assert machine.compute_capability() == (9, 0)
+
+
+def test_the_plan_is_faster_by_the_products_alone():
+    """Twice the peak halves their time at the peak; attention, tables, routers and experts' gradients stay."""
+    for model, experts, share in (("v1_dense", "true", 1.0), ("v2_moe", "true", 2 / 3), ("v2_moe", "false", 0.0)):
+        argv = (f"model={model}", "size=1b", "cluster=h100_1")
+        of = {"bf16": "false", "fp8": experts}
+        seconds = {
+            p: planned(
+                experiment(*argv, f"trainer.precision={p}", f"kernels.fp8_experts={of[p]}"), layout()
+            ).seconds.compute
+            for p in of
+        }
+        exp = experiment(*argv)
+        (stage,), c = stages_of(layers_of(exp.model, exp.data.seq_len), 1, exp.cluster), exp.cluster
+        tokens = exp.trainer.global_batch_seqs * exp.data.seq_len
+        halved = stage.product_flops + share * stage.expert_flops
+        saved = tokens * halved * (1 / c.peak_bf16_flops - 1 / c.peak_fp8_flops)
+        assert seconds["bf16"] - seconds["fp8"] == pytest.approx(saved)
+        rest = stage.flops - stage.product_flops - 6 * exp.model.vocab_size * exp.model.d_model
+        assert 0 < rest < 0.35 * stage.flops  # attention, routers, norms
+
+
+def test_experts_in_bf16_may_be_of_any_width():
+    for shared in (0, 2):
+        command_line.check_command_line(
+            [*TestRules.TINY, "model=v2_moe", "model.moe.d_expert=24", f"model.moe.n_shared_experts={shared}"]
+        )
+
+
+@pytest.mark.parametrize("name", ["v1_dense", "v2_moe", "v3_moe", "v4_distill"])
+def test_the_plan_knows_the_linear_layers(name):
+    """All of the blocks' and of prediction ahead, but for MLA's way up, which stays in bf16."""
+    exp = experiment(f"model={name}", "size=tiny", "model.qkv_bias=false")
+    with torch.device("meta"):
+        model = Transformer(exp.model, TORCH)
+    matrices = sum(
+        layer.weight.numel()
+        for part, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and not part.endswith("wkv_b") and not part.startswith("head")
+    )
+    (stage,) = stages_of(layers_of(exp.model, exp.data.seq_len), 1, exp.cluster)
+    assert stage.product_flops == 6 * matrices
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_weights_of_fp8_weigh_what_those_of_bf16_do(precision):
+    exp = experiment("model=v1_dense", "size=tiny", f"trainer.precision={precision}", "cluster=h100_1")
+    memory, n = planned(exp, layout()).memory[0], parameters(exp.model).total
+    assert (memory.weights, memory.gradients, memory.optimizer) == (2 * n, 4 * n, 12 * n)

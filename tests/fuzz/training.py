@@ -30,7 +30,7 @@ from deepseek_exp.experiment.job import Job, make_job
 from tests.fuzz import config
 from tests.fuzz.config import Counts
 
-SECONDS = 120
+SECONDS = 300  # compiling the blocks of deepseek_v3 takes 100 on two cores
 # a random command line comes after these and may change them
 SMALL = [
     "size=tiny",

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from deepseek_exp.commands import dispatch
+from deepseek_exp.commands.export import export
 from deepseek_exp.errors import DiskError
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer, init_weights
@@ -31,7 +31,7 @@ def checkpoint(request, cfg, tmp_path):
 
 def exported(cfg, checkpoint, path):
     cfg = dataclasses.replace(cfg, export=dataclasses.replace(cfg.export, path=str(path)))
-    dispatch.export(SimpleNamespace(cfg=cfg, checkpoint=checkpoint))
+    export(SimpleNamespace(cfg=cfg, checkpoint=checkpoint))
 
 
 def test_modes_and_what_it_says_of_modules_that_look_ahead(cfg, checkpoint, tmp_path, capsys):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from deepseek_exp.commands import dispatch
+from deepseek_exp.commands import sample
 from deepseek_exp.data import Tokenizer
 from deepseek_exp.errors import ConfigError, DataError
 from deepseek_exp.kernels import TORCH
@@ -25,7 +25,7 @@ def cfg():
 def sampled(cfg, *overrides, prompt, **changes):
     """Do do=sample with a tokenizer.json that is read first."""
     cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, prompt=prompt, **changes))
-    dispatch.sample(SimpleNamespace(cfg=cfg, overrides=overrides, checkpoint=None))
+    sample.sample(SimpleNamespace(cfg=cfg, overrides=overrides, checkpoint=None))
 
 
 @pytest.fixture
@@ -77,18 +77,18 @@ def test_at_the_end_of_a_training_a_long_prompt_is_shortened(cfg):
     init_weights(model, cfg.model, 0)
     long = "".join(chr(97 + i % 26) for i in range(100))
     cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, prompt=long, max_new_tokens=99))
-    text = dispatch.sample_text(cfg, model, TOKENIZER)
+    text = sample.sample_text(cfg, model, TOKENIZER)
     assert text.startswith(long[-8:]) and len(text) > 8
     cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, prompt="x" * 12))
-    assert dispatch.sample_text(cfg, model, TOKENIZER).startswith("x" * 12)
+    assert sample.sample_text(cfg, model, TOKENIZER).startswith("x" * 12)
 
 
 def test_a_prompt_that_is_not_set(cfg):
     unset, own = (
         dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, prompt=prompt)) for prompt in (None, "mine")
     )
-    assert dispatch._prompted(unset, "first words").sample.prompt == "first words"
-    assert dispatch._prompted(own, "first words") is own
+    assert sample.with_prompt(unset, "first words").sample.prompt == "first words"
+    assert sample.with_prompt(own, "first words") is own
     model = Transformer(cfg.model, TORCH)
     init_weights(model, cfg.model, 0)
-    assert dispatch.sample_text(dispatch._prompted(unset, ""), model, TOKENIZER)  # a new document
+    assert sample.sample_text(sample.with_prompt(unset, ""), model, TOKENIZER)  # a new document

@@ -15,7 +15,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from deepseek_exp import config
-from deepseek_exp.commands import dispatch
+from deepseek_exp.commands import dispatch, spawn
 from deepseek_exp.config import compose
 from deepseek_exp.errors import DiskError
 from deepseek_exp.experiment.job import Job, make_job
@@ -171,7 +171,7 @@ def test_the_disk_is_tested_before_a_run(tmp_path, monkeypatch):
 def test_what_starts_ranks_elsewhere_is_private(tmp_path, launcher):
     found, mask = job(tmp_path, f"launch={launcher}", "parallel=3d"), os.umask(0)
     try:
-        dispatch.hand_out(found)
+        spawn.hand_out(found)
     finally:
         os.umask(mask)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (found.run_dir / "ranks").iterdir()}

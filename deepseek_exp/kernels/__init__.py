@@ -1,4 +1,4 @@
-"""The operations that models are built from: one frozen set of callables, defined by reference.py."""
+"""The operations that models are built from: a frozen set of callables, defined by reference.py."""
 
 from deepseek_exp.kernels.ops import TORCH, Ops, resolve
 

@@ -1,12 +1,12 @@
 """Local-global attention through PyTorch's fused scaled-dot-product kernels.
 
-The gate adds to the scores of one class of keys a number that depends on the head alone. It is carried in one more
-coordinate of q and k (q' = [q, 1 / scale], k' = [k, bias]), so that the mask stays boolean, nothing of size
-queries x keys is stored, and the gate gets its gradient. A softmax does not see a shift of all its scores, so biasing
-the global keys by log(1 - g) - log(g) = -gate and the local ones by nothing gives what reference.py defines.
+The gate adds a per-head constant to the scores of one class of keys. It is carried in one extra coordinate of q and k
+(q' = [q, 1 / scale], k' = [k, bias]), so that the mask stays boolean, nothing of size queries x keys is stored, and the
+gate gets its gradient. Softmax is invariant to a shift of all scores, so biasing the global keys by
+log(1 - g) - log(g) = -gate and the local ones by 0 gives what reference.py defines.
 
-Without a window, and with a query for every key, there is no mask but the causal one that the fused kernels build in:
-they then skip what lies ahead, and on a GPU the fastest of them, which take no other mask, may be chosen.
+Without a window, and with one query per key, the only mask is the causal one that the fused kernels build in: they
+skip the keys ahead, and on a GPU the fastest of them, which take no other mask, can be chosen.
 
 Measured, 2 CPU cores, fp32, forward and backward: batch 16, 256 tokens, 6 heads of 32: 33 ms against 92 ms for the
 definition; batch 2, 1024 tokens, 8 heads of 64: 118 against 322 ms.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deepseek_exp.kernels.reference import attention_mask
 
-# kernels want head widths in multiples of eight, for q, k and v alike
+# Kernels require head widths in multiples of eight, for q, k and v.
 PAD = 8
 
 
@@ -57,8 +57,8 @@ def local_global_attention(
 
 
 def takes_grouped_heads(q: Tensor) -> bool:
-    """Say whether a fused kernel reads shared key-value heads as they are: those for 16 bit numbers on a GPU do.
+    """Return whether a fused kernel reads shared key-value heads without a copy: on a GPU, for 16-bit types.
 
-    On a CPU they would too, but then the heads' gradients are added up in another order.
+    On a CPU it would too, but then the heads' gradients are summed in another order.
     """
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)

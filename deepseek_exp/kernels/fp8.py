@@ -1,19 +1,19 @@
-"""Linear layers in 8-bit floating numbers: the products of one input with several matrices, forward and backward.
+"""FP8 linear layers: the products of one input with several matrices, forward and backward.
 
-    y_i = x w_i^T,  dx = sum over i of g_i w_i,  dw_i = g_i^T x,  all three of operands that `quantize_fp8` has rounded
+    y_i = x w_i^T,  dx = sum over i of g_i w_i,  dw_i = g_i^T x,  all three of operands rounded by `quantize_fp8`
 
-x and w are e4m3, the gradients g from above e5m2: Micikevicius et al. 2022, "FP8 Formats for Deep Learning", section 3.
-One scale for x, one for all w_i together and one for all g_i together, so that both gradients are one product each,
-over the w_i one below the other and the g_i side by side. The products are PyTorch's (torch._scaled_mm; cuBLAS on a
-GPU, of compute capability 8.9 or more), which take the left operand row by row and the right one column by column: each
-operand is needed as it is and transposed, and the summed dimension is the contiguous one of both. Results are of x's
-type, in bf16 training bf16. Tokens are filled up with zeros to a multiple of 16 where the sum goes over them.
+x and w are e4m3, the incoming gradients g e5m2: Micikevicius et al. 2022, "FP8 Formats for Deep Learning", section 3.
+There is one scale for x, one for all w_i and one for all g_i, so that each of the two gradients is one product, over
+the w_i concatenated by rows and the g_i concatenated by columns. The products are PyTorch's (torch._scaled_mm; cuBLAS
+on a GPU with compute capability 8.9 or higher), which take the left operand row-major and the right one column-major:
+each operand is needed both as it is and transposed, with the summed dimension contiguous. Results have the type of x,
+bf16 in bf16 training. Tokens are padded with zeros to a multiple of 16 if they are the summed dimension.
 
-Kept for the backward pass: x, transposed, at one byte an element, and what the scale of the weights is found from.
-The weights' transposed 8-bit copy is made in the backward pass: keeping it would cost a byte a parameter in every micro
-batch that is under way, making it again costs 3 bytes read and written.
+Kept for the backward pass: x, transposed, at one byte per element, and the magnitudes that the scale of the weights is
+computed from. The weights' transposed 8-bit copy is made in the backward pass: keeping it would cost one byte per
+parameter for every micro-batch in flight, recomputing it costs 3 bytes read and written.
 
-Outside of training (no gradient is wanted) the layers are applied as they are, in the type of their weights.
+Outside training (no gradient needed) the layers are applied in the type of their weights.
 
 Suffixes: T tokens, D d_in, N all d_out together.
 """
@@ -29,19 +29,19 @@ from torch import Tensor, nn
 from deepseek_exp.kernels import reference
 
 INPUT, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
-# whether the tensor cores may add up with fewer bits than fp32: a gradient is more sensitive to it than a result
+# Whether the tensor cores may accumulate with fewer bits than fp32; gradients are more sensitive to it than results.
 FAST_FORWARD, FAST_GRADIENTS = True, False
-# the products want the summed dimension in multiples of this
+# The products need the summed dimension in multiples of this.
 MULTIPLE = 16
 
 
 def linears(x: Tensor, layers: Sequence[nn.Module], *, fused: bool) -> list[Tensor]:
-    """Compute `reference.linears` in 8-bit numbers where a gradient is wanted, else as it is.
+    """Compute `reference.linears` in 8 bits if a gradient is needed, else in the type of the weights.
 
     Args:
         x: (..., d_in), bf16 (fp32 for tests).
         layers: `nn.Linear`s, with weights of x's type; widths are multiples of 16.
-        fused: quantise by `fp8_quantize.py` instead of by PyTorch.
+        fused: quantize with `fp8_quantize.py` instead of PyTorch.
     """
     if not torch.is_grad_enabled():
         return reference.linears(x, layers)
@@ -51,12 +51,12 @@ def linears(x: Tensor, layers: Sequence[nn.Module], *, fused: bool) -> list[Tens
 
 
 def padded(n: int) -> int:
-    """Round up to what a product may sum over."""
+    """Round up to a size that a product can sum over."""
     return -(-n // MULTIPLE) * MULTIPLE
 
 
 def largest(tensors: Sequence[Tensor], fused: bool) -> Tensor:
-    """Give magnitudes, fp32, of which the largest is that of the tensors; NaN where one of them has a NaN."""
+    """Return fp32 magnitudes whose maximum is that of the tensors; NaN if one of them contains a NaN."""
     if fused:
         from deepseek_exp.kernels.triton import fp8_quantize
 
@@ -74,19 +74,19 @@ def cast(
     as_is: bool = False,
     transposed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Round tensors, put together along a dimension, to 8 bits.
+    """Round tensors, concatenated along a dimension, to 8 bits.
 
     Args:
         tensors: matrices (R, C), or one stack of them (S, R, C).
         parts: from `largest`.
         dtype: float8_e4m3fn or float8_e5m2.
-        dim: 0 or 1, along which matrices are put together.
-        fused: by `fp8_quantize.py`.
-        as_is: (..., R, C) is wanted.
-        transposed: (..., C, R) is wanted; R is filled up to a multiple of 16.
+        dim: 0 or 1, the dimension to concatenate matrices along.
+        fused: use `fp8_quantize.py`.
+        as_is: return (..., R, C).
+        transposed: return (..., C, R), with R padded to a multiple of 16.
 
     Returns:
-        Both, None where they are not wanted, and the scale, (), fp32.
+        Both, None if not requested, and the scale, (), fp32.
     """
     first, n = tensors[0], sum(x.shape[dim - 2] for x in tensors)
     n_rows, n_cols = (n, first.shape[-1]) if dim == 0 else (first.shape[-2], n)
@@ -106,13 +106,13 @@ def cast(
 
 
 def product(a_MK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, *, fast: bool) -> Tensor:
-    """Give a b^T of two matrices of 8-bit numbers with a scale each."""
+    """Return a b^T of two 8-bit matrices with one scale each."""
     return torch._scaled_mm(a_MK, b_NK.t(), a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)
 
 
 @torch.library.custom_op("deepseek_exp::fp8_linears", mutates_args=())
 def _fp8_linears(x_TD: Tensor, weights: list[Tensor], fused: bool) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Give the products, and for the backward pass x transposed (its bits as uint8), its scale, weights' magnitudes."""
+    """Return the products and, for backward, x transposed (as uint8), its scale and the weights' magnitudes."""
     x_TD = x_TD.contiguous()
     q_TD, q_DT, scale = cast([x_TD], largest([x_TD], fused), INPUT, 0, fused, as_is=True, transposed=True)
     parts = largest(weights, fused)
@@ -126,7 +126,7 @@ def _fp8_linears(x_TD: Tensor, weights: list[Tensor], fused: bool) -> tuple[list
 def _fp8_linears_backward(
     grads: list[Tensor], q_DT: Tensor, scale: Tensor, weights: list[Tensor], parts: Tensor, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    """Give the gradient of x, (T, D), and those of all weights one below the other, (N, D)."""
+    """Return the gradient of x, (T, D), and those of all weights concatenated by rows, (N, D)."""
     grads, dtype = [g.contiguous() for g in grads], grads[0].dtype
     g_TN, g_NT, g_scale = cast(grads, largest(grads, fused), GRADIENT, 1, fused, as_is=True, transposed=True)
     dw_ND = product(g_NT, q_DT.view(INPUT), g_scale, scale, dtype, fast=FAST_GRADIENTS)
@@ -151,7 +151,7 @@ def _(
 
 
 def n_parts(tensors: Sequence[Tensor], fused: bool) -> int:
-    """Give how many magnitudes `largest` gives."""
+    """Return the number of magnitudes that `largest` returns."""
     if not fused:
         return len(tensors)
     from deepseek_exp.kernels.triton.tiles import n_programs

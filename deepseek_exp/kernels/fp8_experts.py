@@ -1,15 +1,16 @@
-"""The products of `experts.py` in 8-bit floating numbers; `fp8_grouped.py` says which and how.
+"""The products of `experts.py` in FP8; `fp8_grouped.py` describes which and how.
 
     y_r = w_e x_r,  dx_r = w_e^T g_r  of rows and matrices in e4m3,  dw_e as it is,  e the expert of row r
 
-Tokens and their gradients are rounded before they are copied to their experts: K times less is read for it, and a copy
-is of one byte an element. The gradients of `down` want the tokens' gradient not rounded, so it is copied to its rows
-once more. Kept for the backward pass beside what `experts.py` keeps: magnitudes that the matrices' scales follow from.
+Tokens and their gradients are rounded before they are copied to their experts: that reads K times less, and a copy
+takes one byte per element. The gradients of `down` need the unrounded gradient of the tokens, so it is copied to its
+rows a second time. Kept for the backward pass in addition to what `experts.py` keeps: the magnitudes that the matrices'
+scales are computed from.
 
-Measured, both ways, top 6 of 64, 2048 x 1408 on an H200: 16384 tokens 9.85 ms, in bf16 9.87; 65536 tokens 32.6, in bf16
-39.0. Gradients and results differ from bf16's by 0.054 to 0.067 of their norm.
+Measured, forward and backward, top 6 of 64, 2048 x 1408 on an H200: 16384 tokens 9.85 ms, in bf16 9.87; 65536 tokens
+32.6, in bf16 39.0. Gradients and results differ from bf16's by 0.054 to 0.067 of their norm.
 
-Suffixes: T tokens, K experts of a token, R = T * K rows sorted by expert, E experts, M d_out, N d_in.
+Suffixes: T tokens, K experts per token, R = T * K rows sorted by expert, E experts, M d_out, N d_in.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ from deepseek_exp.kernels.triton.experts import rows_of
 
 
 def routed_experts(*tensors: Tensor, fused: bool) -> Tensor:
-    """Compute `reference.routed_experts` in 8-bit numbers where a gradient is wanted, else as `experts.py` does.
+    """Compute `reference.routed_experts` in 8 bits if a gradient is needed, else as `experts.py` does.
 
-    Its arguments and result; d_model and d_expert are multiples of 16. `fused`: quantise by `fp8_quantize.py` instead
-    of by PyTorch.
+    Same arguments and result; d_model and d_expert are multiples of 16. `fused`: quantize with `fp8_quantize.py`
+    instead of PyTorch.
     """
     narrow = "fp8_fused" if fused else "fp8"
     return experts.routed_experts(*tensors, products=narrow if torch.is_grad_enabled() else "wide")
 
 
 class NarrowProducts(experts.Products):
-    """The products of rounded operands: rows as 8-bit numbers with a scale each, matrices with one of their stack."""
+    """The products of rounded operands: rows in 8 bits with one scale per row, matrices with one scale per stack."""
 
     def __init__(self, *, fused: bool) -> None:
-        """Quantise by `fp8_quantize.py` (fused) or by PyTorch."""
+        """Quantize with `fp8_quantize.py` (fused) or PyTorch."""
         self.fused = fused
 
     def n_parts(self, w_EMN: Tensor) -> int:
-        """Give how many magnitudes `parts` has for a stack of matrices."""
+        """Return the number of magnitudes in `parts` for a stack of matrices."""
         return fp8.n_parts([w_EMN], self.fused)
 
     def parts(self, stacks: Sequence[Tensor]) -> Tensor:
-        """Give the magnitudes that the scale of each stack follows from."""
+        """Return the magnitudes that the scale of each stack is computed from."""
         return torch.stack([fp8.largest([w], self.fused) for w in stacks])
 
     def tokens(self, x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Any:
@@ -62,11 +63,11 @@ class NarrowProducts(experts.Products):
         return cast_rows(x_RN, self.fused)
 
     def mm(self, rows: Any, w_EMN: Tensor, part: Tensor, ends_E: Tensor, *, transposed: bool = False) -> Tensor:
-        """Round the matrices and multiply; the result is of their type."""
+        """Round the matrices and multiply; the result has their type."""
         return product(rows, *matrices(w_EMN, part, self.fused, transposed=transposed), ends_E, w_EMN.dtype)
 
     def exact(self, rows: Any, x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
-        """Copy the tokens as they are to their rows."""
+        """Copy the unrounded tokens to their rows."""
         return rows_of(x_TD, inverse_TK, ends_E)
 
 

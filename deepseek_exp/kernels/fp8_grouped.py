@@ -1,19 +1,19 @@
-"""Products of groups of rows with one matrix each, in 8-bit floating numbers.
+"""FP8 products of groups of rows with one matrix per group.
 
     y_r = w_e x_r,  dx_r = w_e^T g_r  in e4m3,  dw_e = sum over its rows of g_r x_r^T  in bf16,  e the expert of row r
 
-Source: that of `fp8.py`. PyTorch's grouped product of 8-bit numbers (torch._scaled_grouped_mm; CUTLASS on GPUs of
-compute capability 9.0) takes e4m3 alone, for gradients too, and a scale for each row: so each row has its own, which is
-finer than one of the tensor and never mixes rows that an expert has with those past the last end, whose memory holds
-anything. All matrices of a stack share one scale. Gradients of the matrices stay in bf16: there the rows of a group are
-summed over, and groups of any length do not start at the multiples of 16 elements that 8-bit products want.
+Source: as in `fp8.py`. PyTorch's grouped FP8 product (torch._scaled_grouped_mm; CUTLASS on GPUs with compute capability
+9.0) takes e4m3 only, for gradients too, and one scale per row. Per-row scales are finer than one scale per tensor and
+never mix an expert's rows with those past the last end, whose memory is undefined. All matrices of a stack share one
+scale. Gradients of the matrices stay in bf16: they sum over the rows of a group, and groups of any length do not start
+at the multiples of 16 elements that 8-bit products need.
 
-The tensor cores add up fast, with fewer bits than fp32, for gradients too, unlike in `fp8.py`: measured on an H100,
-98,304 rows in 64 groups, 2048 x 1408, a product takes 0.56 ms with fast sums and 1.9 ms without.
+The tensor cores accumulate fast, with fewer bits than fp32, for gradients too, unlike in `fp8.py`: measured on an H100,
+98,304 rows in 64 groups, 2048 x 1408, a product takes 0.56 ms with fast accumulation and 1.9 ms without.
 
-Kept for the backward pass: x as it is, for those; the matrices are rounded again, transposed.
+Kept for the backward pass: x, unrounded, for dw; the matrices are rounded again, transposed.
 
-A CPU has no grouped product of 8-bit numbers: there each group has a product of its own.
+A CPU has no grouped FP8 product: there, each group is a separate product.
 
 Suffixes: R rows sorted by group, E groups, M d_out, N d_in.
 """
@@ -30,18 +30,18 @@ from deepseek_exp.kernels import fp8, grouped, reference
 from deepseek_exp.kernels.fp8 import INPUT
 from deepseek_exp.kernels.operation import operation
 
-# whether sums may be fast, of results and of gradients alike
+# Whether to accumulate fast, for results and gradients.
 FAST = True
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, *, fused: bool) -> Tensor:
-    """Compute `reference.grouped_mm` in 8-bit numbers where a gradient is wanted, else as it is.
+    """Compute `reference.grouped_mm` in 8 bits if a gradient is needed, else in the type of x.
 
     Args:
         x: (rows, d_in), bf16 (fp32 for tests).
         weight: (groups, d_out, d_in), of x's type; widths are multiples of 16.
         ends: (groups,) int32.
-        fused: quantise by `fp8_quantize.py` instead of by PyTorch.
+        fused: quantize with `fp8_quantize.py` instead of PyTorch.
     """
     if not torch.is_grad_enabled():
         return grouped.grouped_mm(x, weight, ends)
@@ -49,7 +49,7 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, *, fused: bool) -> Tenso
 
 
 def cast_rows(x_RN: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
-    """Round rows to e4m3, each with a scale of its own."""
+    """Round rows to e4m3, with one scale per row."""
     if fused:
         from deepseek_exp.kernels.triton import fp8_quantize
 
@@ -58,7 +58,7 @@ def cast_rows(x_RN: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
 
 
 def product(rows: tuple[Tensor, Tensor], q_EMN: Tensor, scale: Tensor, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply rounded rows (R, N) with the matrix of their group, given as (M, N): (R, M)."""
+    """Multiply rounded rows (R, N) by the matrix (M, N) of their group: (R, M)."""
     q_RN, scale_R = rows
     if q_RN.is_cuda:
         scale_EM = scale.expand(q_EMN.shape[:2]).contiguous()
@@ -75,14 +75,14 @@ def product(rows: tuple[Tensor, Tensor], q_EMN: Tensor, scale: Tensor, ends_E: T
 
 
 def matrices(w_EMN: Tensor, parts: Tensor, fused: bool, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
-    """Round a stack of matrices as they are, or transposed; with the scale."""
+    """Round a stack of matrices, optionally transposed, and return it with its scale."""
     q, q_T, scale = fp8.cast([w_EMN], parts, INPUT, 0, fused, as_is=not transposed, transposed=transposed)
     return (q if q_T is None else q_T), scale
 
 
 @operation("fp8_grouped")
 def _fp8_grouped(x_RN: Tensor, w_EMN: Tensor, ends_E: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
-    """Give the products, and the magnitudes that the matrices' scale follows from."""
+    """Return the products, and the magnitudes that the matrices' scale is computed from."""
     w_EMN = w_EMN.contiguous()
     parts = fp8.largest([w_EMN], fused)
     w = matrices(w_EMN, parts, fused)

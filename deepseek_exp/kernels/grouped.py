@@ -1,10 +1,10 @@
-"""Products of groups of rows with one matrix each, through PyTorch's grouped GEMM (CUTLASS on a GPU, for bf16).
+"""Products of groups of rows with one matrix per group, by PyTorch's grouped GEMM (CUTLASS on a GPU, for bf16).
 
-Nothing is padded and no group waits for another: the work is that of the rows there are. In bf16 the group borders stay
-on the device, so that the host does not wait for them.
+Nothing is padded and groups do not wait for each other: the work is proportional to the number of rows. In bf16 the
+group offsets stay on the device, so that the host does not synchronise.
 
-PyTorch 2.13 knows the shapes of its grouped GEMM's results for bf16 alone, although it computes fp32 and fp16 too: on
-the meta device and under torch.compile those would stop. They go through operators of ours, which say their shapes.
+PyTorch 2.13 infers the result shapes of its grouped GEMM for bf16 only, although it also computes fp32 and fp16: these
+would fail on the meta device and under torch.compile. They go through our own operators, which declare their shapes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def empty_groups_are_zero(device: torch.device) -> bool:
     """Return whether PyTorch sets the outer product of a group without rows to 0 on this device.
 
-    On GPUs of compute capability 10 it has left what was in memory (pytorch/pytorch#172439), which would be the weight
-    gradient of an expert without tokens. The memory that the result is given is filled with NaN before.
+    On GPUs of compute capability 10 it has left the memory uninitialised (pytorch/pytorch#172439); the result would be
+    the weight gradient of an expert without tokens. The memory for the result is filled with NaN beforehand.
     """
     ends = torch.tensor([0, 16, 16, 32, 32], dtype=torch.int32, device=device)
     rows = torch.ones(32, 64, dtype=torch.bfloat16, device=device)
@@ -45,13 +45,13 @@ def empty_groups_are_zero(device: torch.device) -> bool:
 
 @operation("grouped_product")
 def _product(x: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
-    """Multiply each group of the rows x with its matrix (d_in, d_out): (rows, d_out)."""
+    """Multiply each group of the rows x by its matrix (d_in, d_out): (rows, d_out)."""
     return F.grouped_mm(x, matrices, offs=offs)
 
 
 @operation("grouped_outer_product")
 def _outer_product(x: Tensor, y: Tensor, offs: Tensor) -> Tensor:
-    """Sum the outer products of each group's rows: (groups, d_in, d_out) of (rows, d_in) and (rows, d_out)."""
+    """Sum the outer products of each group's rows (rows, d_in) and (rows, d_out): (groups, d_in, d_out)."""
     return F.grouped_mm(x.T, y, offs=offs)
 
 

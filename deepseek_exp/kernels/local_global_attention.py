@@ -1,34 +1,34 @@
-"""Attention over a local window and global keys that skips the blocks of keys that nobody sees, both ways.
+"""Attention over a local window and global keys that skips blocks of keys without a visible pair, both ways.
 
     s_ij = scale q_i . k_j - gate [j is global],  p_ij = exp(s_ij - lse_i),  o_i = sum_j p_ij v_j
     delta_i = do_i . o_i,  ds_ij = p_ij (do_i . v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij do_i,
     dgate = - sum of ds_ij over the global keys j
 
-over the pairs (i, j) that reference.attention_mask shows. A softmax does not see a shift of all its scores: the global
-keys' log(1 - g) - log(g) = -gate is all that is left of the definition's two shares. o is rounded to the inputs' type,
-and so delta; dgate is corrected for that, see backward_queries.
+over the pairs (i, j) that reference.attention_mask shows. Softmax is invariant to a shift of all scores, so only the
+global keys' log(1 - g) - log(g) = -gate remains of the definition's two factors. o, and therefore delta, is rounded to
+the inputs' type; dgate is corrected for that, see backward_queries.
 
-Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2 (tiles, online softmax, and scores made again from lse); the
+Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2 (tiles, online softmax, and scores recomputed from lse); the
 definition is reference.py's. Scores, sums and the gate are fp32; p and ds are rounded to the inputs' type for products.
 
-Each visible pair is visited once, as one of two kinds. Local pairs lie in the window: a program walks over the blocks
-between its first and last query's windows and masks those on the borders, or with global keys, alone. Far pairs are
-those of a global key that the window has left behind: few keys but many queries, so their part of dk and dv is made by
-the programs of the queries, one sum each, and added up afterwards. Nothing is added atomically: results repeat bit for
-bit.
+Each visible pair is visited once, as one of two kinds. Local pairs lie in the window: a program loops over the blocks
+between its first and last query's windows and masks only those on the borders or with global keys. Far pairs are those
+of a global key outside the window: few keys but many queries, so their contribution to dk and dv is computed by the
+programs of the queries, one partial sum each, and reduced afterwards. No atomics are used: results are
+bit-reproducible.
 
-Where it is possible the loops load their rows through tensor descriptors made on the host (the GPU's tensor memory
-accelerator; here TMA): a loop then keeps no addresses in registers, so that a smaller tile spills none and leaves room
-for two programs on a multiprocessor. _described says where; elsewhere each thread loads from addresses.
+If possible, the loops load their rows through tensor descriptors made on the host (the GPU's tensor memory accelerator,
+here TMA): a loop then keeps no addresses in registers, so that a smaller tile does not spill and leaves room for two
+programs per multiprocessor. See _described for the conditions; otherwise each thread loads from addresses.
 
 Floor for N visible pairs, heads of D and V: 2 N (D + V) FLOP forward; backward 2 N (3 D + 2 V), of which the scores and
-do . v are made twice here: N (8 D + 6 V) in all. Bytes: q, k, v and the result read or written once
-forward, and those with their gradients backward. Measured, both ways, 8192 tokens, 16 heads of 128, bf16 on an H200:
+do . v are computed twice here: N (8 D + 6 V) in all. Bytes: q, k, v and the result read or written once forward, and
+those with their gradients backward. Measured, forward and backward, 8192 tokens, 16 heads of 128, bf16 on an H200:
 window 512 0.41 ms, 1024 0.66 ms (FlexAttention 0.60 and 0.85). As CUDA graphs 0.39 and 0.63 (by addresses 0.45 and
 0.69), with 4 global keys and the gate 0.45 and 0.69 (0.53 and 0.78).
 
-Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D and V head widths, G global keys, P blocks of a
+Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D and V head widths, G global keys, P blocks per
 head's queries.
 """
 
@@ -45,7 +45,7 @@ from deepseek_exp.kernels import attention
 from deepseek_exp.kernels.operation import operation
 from deepseek_exp.kernels.triton.local_global_attention import backward_keys, backward_queries, forward
 
-# the widest head: above, a tile of queries and one of keys leave no room to load the next
+# The widest supported head: above it, a tile of queries and one of keys leave no room to prefetch the next.
 WIDEST = 256
 
 
@@ -53,8 +53,8 @@ class Tile(NamedTuple):
     """Launch constants of a kernel.
 
     Attributes:
-        queries: of a tile.
-        keys: of a tile.
+        queries: queries per tile.
+        keys: keys per tile.
         warps: groups of 32 threads that share a tile.
         stages: tiles that are being loaded or worked on.
     """
@@ -73,14 +73,14 @@ class Tiles(NamedTuple):
     keys: Tile
 
 
-# by the width of a head, in 16 bit types: as compiled for compute capability 9.0 a multiprocessor has room for two
-# programs or more of 4 warps, or for one of 8; where there are far keys, loops that load from addresses spill registers
+# Tiles by head width, for 16-bit types. As compiled for compute capability 9.0, a multiprocessor has room for at least
+# two programs of 4 warps, or one of 8; with far keys, loops that load from addresses spill registers.
 TILES = {
     64: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     128: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3)),
     256: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
 }
-# the same where rows are loaded through descriptors, as far as it differs
+# The entries that differ if rows are loaded through descriptors.
 TMA_TILES = {128: TILES[128]._replace(keys=Tile(64, 64, 4, 2))}
 FP32_TILES = Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
 INTERPRETER_TILES = Tiles(Tile(32, 16, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32, 1, 1))
@@ -106,7 +106,7 @@ def local_global_attention(
 ) -> Tensor:
     """Compute `reference.local_global_attention`; same arguments and result, in fp32, fp16 and bf16.
 
-    Heads wider than 256 and scales that are not above 0 go to PyTorch's kernels.
+    Heads wider than 256 and scales that are not positive go to PyTorch's kernels.
     """
     if max(q.shape[-1], v.shape[-1]) > WIDEST or scale <= 0:
         return attention.local_global_attention(q, k, v, gate, scale, n_memory, window, n_global_tokens)
@@ -114,26 +114,27 @@ def local_global_attention(
 
 
 def _width(n: int) -> int:
-    """Give the width of a tile that holds n numbers: 16 at least, for products."""
+    """Return the width of a tile that holds n numbers: at least 16, as products need."""
     return max(16, triton.next_power_of_2(n))
 
 
 def _rows(t: Tensor) -> Tensor:
-    """Make the numbers of a head lie one after the other, as they do in what projections give."""
+    """Make the numbers of a head contiguous, as they are in the output of projections."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _row_length(t: Tensor) -> int:
-    """Count the numbers from a token's first head to the end of its last."""
+    """Return the distance from a token's first head to the end of its last."""
     return (t.shape[1] - 1) * t.stride(1) + t.shape[-1]
 
 
 def _described(*tensors: Tensor) -> bool:
-    """Say whether descriptors can stand for tensors of heads (B, heads, tokens, width) whose last stride is 1.
+    """Return whether descriptors can replace tensors of heads (B, heads, tokens, width) whose last stride is 1.
 
-    They can on GPUs from compute capability 9.0 on, for 16 bit types (the interpreter takes all), if a tile is as wide
-    as a head, a token's heads lie in one row, and rows, heads and sequences lie 16 bytes apart or a multiple of it. So
-    do what projections and kernels/rope.py give; what PyTorch's rotation or a cache of several heads gives does not.
+    They can on GPUs with compute capability 9.0 or higher, for 16-bit types (the interpreter takes all), if a tile is
+    as wide as a head, a token's heads lie in one row, and the strides of rows, heads and sequences are multiples of 16
+    bytes. Outputs of projections and of kernels/rope.py meet this; those of PyTorch's rotation or a cache of several
+    heads do not.
     """
     first = tensors[0]
     if first.is_cuda and (first.element_size() > 2 or torch.cuda.get_device_capability(first.device) < (9, 0)):
@@ -151,7 +152,7 @@ def _described(*tensors: Tensor) -> bool:
 def _describe(t: Tensor, rows: int, tma: bool) -> Tensor | TensorDescriptor:
     """Describe tiles of a head's rows, for a tensor (B, heads, tokens, width), if tma.
 
-    To the descriptor a sequence is a matrix of tokens by the numbers of a row, so that what lies outside of it is 0.
+    The descriptor sees a sequence as a matrix of tokens by the numbers of a row, so that reads out of bounds are 0.
     """
     if not tma:
         return t
@@ -164,13 +165,13 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 class _Plan(NamedTuple):
-    """How the queries of a head are cut into blocks.
+    """How the queries of a head are split into blocks.
 
     Attributes:
         counts: of tokens: queries, keys, memory, window, global keys, and the first block of queries with far keys.
-        n_blocks: of queries.
-        n_far: of them with far keys.
-        g_tile: global keys of a tile.
+        n_blocks: number of blocks of queries.
+        n_far: number of blocks with far keys.
+        g_tile: global keys per tile.
     """
 
     counts: tuple[int, int, int, int, int, int]
@@ -184,7 +185,7 @@ def _plan(q: Tensor, k: Tensor, counts: tuple[int, int, int], tile: Tile) -> _Pl
     window = min(window, n_keys) or n_keys
     n_global = max(0, min(n_global, n_keys - n_memory))
     n_blocks = triton.cdiv(n_queries, tile.queries)
-    # the first query whose window has left a global key behind stands at n_memory + window
+    # The first query whose window no longer contains every global key is at position n_memory + window.
     row = n_memory + window - (n_keys - n_queries)
     first_far = max(0, row // tile.queries) if n_global and row < n_queries else n_blocks
     counts = n_queries, n_keys, n_memory, window, n_global, first_far
@@ -194,7 +195,7 @@ def _plan(q: Tensor, k: Tensor, counts: tuple[int, int, int], tile: Tile) -> _Pl
 def _constants(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, plan: _Plan, tile: Tile, tma: bool
 ) -> dict[str, int]:
-    """Give what a kernel is compiled for."""
+    """Return the constants that a kernel is compiled for."""
     return dict(
         TMA=tma, GATED=gate is not None, FAR=plan.n_far > 0, N_REP=q.shape[1] // k.shape[1],
         D=q.shape[-1], V=v.shape[-1], D_TILE=_width(q.shape[-1]), V_TILE=_width(v.shape[-1]),
@@ -230,9 +231,9 @@ def _launch_backward(
     tiles = choose_tiles(q, v, tma)
     plan = _plan(q, k, counts, tiles.queries)
     dq = q.new_empty(n_batch, n_queries, n_heads, width)
-    stats = lse.new_empty(n_batch, n_heads, n_queries, 2, 4)  # of lse and delta
+    stats = lse.new_empty(n_batch, n_heads, n_queries, 2, 4)  # lse and delta
     dgate_BHP = lse.new_empty(n_batch, n_heads, plan.n_blocks)
-    # dk and dv of far keys by key-value head, and by its query heads' blocks
+    # dk and dv of far keys per key-value head, and per block of its query heads.
     far = lse.new_empty(n_batch, n_kv_heads, n_heads // n_kv_heads * plan.n_far, plan.counts[4], width + v_width)
     backward_queries[(plan.n_blocks, n_heads, n_batch)](
         grad, q, _describe(k, tiles.queries.keys, tma), _describe(v, tiles.queries.keys, tma), k, v,
@@ -255,7 +256,7 @@ def _launch_backward(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, scale: float, n_memory: int, window: int, n_global: int
 ) -> tuple[Tensor, Tensor]:
-    """Give the result and, in base 2, the logarithm of the sum that each query's weights were divided by."""
+    """Return the result and, in base 2, the logarithm of each query's softmax denominator."""
     return _launch_forward(q, k, v, gate, scale, (n_memory, window, n_global))
 
 
@@ -295,7 +296,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: a checkpoint computes them anew each time they are asked for
+    saved = ctx.saved_tensors  # read once: a checkpoint recomputes them on every access
     *grads, dgate = _attention_backward(grad, *saved, *ctx.numbers)
     return *grads, None if saved[3] is None else dgate, None, None, None, None
 

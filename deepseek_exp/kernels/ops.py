@@ -16,7 +16,7 @@ from deepseek_exp.kernels import attention, grouped, reference
 
 @dataclass(frozen=True)
 class Ops:
-    """One callable for each operation; signatures and meaning are those of reference.py."""
+    """One callable per operation; signatures and meaning are those of reference.py."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -29,7 +29,7 @@ class Ops:
     sort_by_expert: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
     spread: Callable[[Tensor, Tensor, Tensor], Tensor]
     collect: Callable[[Tensor, Tensor, Tensor], Tensor]
-    routed_experts: Callable[..., Tensor] | None  # None: dispatch, products and sums are operations of their own
+    routed_experts: Callable[..., Tensor] | None  # None: dispatch, products and sums are separate operations
     local_global_attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, int, int, int], Tensor]
     linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -53,11 +53,11 @@ TORCH = Ops(
 
 
 def resolve(cfg: KernelsConfig, *, fp8: bool = False) -> Ops:
-    """Give the operations that a configuration names; Triton is imported where one of its kernels is asked for.
+    """Return the operations that a configuration names; import Triton only if one of its kernels is used.
 
     Args:
-        cfg: what computes each operation.
-        fp8: compute the blocks' matrix products of a training pass in 8-bit floating numbers.
+        cfg: the implementation of each operation.
+        fp8: compute the blocks' matrix products in 8 bits during training.
     """
     chosen: dict[str, Callable[..., Any]] = {}
     if cfg.rms_norm is Kernel.triton:
@@ -114,7 +114,7 @@ def _in_fp8(cfg: KernelsConfig) -> dict[str, Callable[..., Any]]:
 def _windowed(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, scale: float, n_memory: int, window: int, n_global_tokens: int
 ) -> Tensor:
-    """Skip what no window shows; without a window there is nothing to skip, and PyTorch's kernels are faster."""
+    """Skip keys outside the window; without a window there is nothing to skip, and PyTorch's kernels are faster."""
     from deepseek_exp.kernels.local_global_attention import local_global_attention
 
     attend = local_global_attention if window else attention.local_global_attention

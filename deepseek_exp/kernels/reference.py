@@ -1,4 +1,4 @@
-"""The operations in plain PyTorch: the definition of correct that every faster form is tested against.
+"""The operations in plain PyTorch: the definition of correct that every faster implementation is tested against.
 
 Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D head width.
 """
@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from deepseek_exp.config import GroupScore, Score
 
-# elements of an optimizer's moment that share one scale
+# Number of elements of an optimizer's moment that share one scale.
 BLOCK = 256
-# of the 8-bit floating types: the largest number
+# The largest number of each 8-bit floating-point type.
 FP8_LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-# what is smaller than this counts as no larger: its inverse, times the above, is still a number of fp32
+# Lower bound of the magnitude in a scale: its inverse times FP8_LARGEST is still finite in fp32.
 FP8_LEAST = 2.0**-100
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale each vector to unit root mean square: y = x / sqrt(mean(x^2) + eps) * weight.
 
-    Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", section 4. Computed in fp32 whatever the
-    input, as in Llama.
+    Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", section 4. Computed in fp32 for any input
+    type, as in Llama.
 
     Args:
         x: (..., d_model), any floating type.
@@ -42,11 +42,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add to the residual stream and normalise what results: s = x + y, and rms_norm(s).
+    """Add to the residual stream and normalise the result: s = x + y, and rms_norm(s).
 
     Args:
         x: (..., d_model), the stream.
-        y: the same shape and type, what a half of a block adds to it.
+        y: the same shape and type, the output of one half of a block.
         weight: (d_model,).
         eps: added to the mean square.
 
@@ -58,17 +58,17 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tens
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, norm_weight: Tensor | None = None, eps: float = 0.0) -> Tensor:
-    """Turn the pair (x_i, x_{i + R/2}) of each head's last R columns by the angle of its position.
+    """Rotate the pair (x_i, x_{i + R/2}) of each head's last R columns by the angle of its position.
 
-    y_i = x_i cos - x_{i+R/2} sin,  y_{i+R/2} = x_{i+R/2} cos + x_i sin; the columns before these stay as they are.
-    Sources: Su et al. 2021, "RoFormer", section 3.2.2; pairs are half of what turns apart as in Llama's Hugging Face
-    layout, not neighbours as in the paper. Heads of which a part turns: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.3.
+    y_i = x_i cos - x_{i+R/2} sin,  y_{i+R/2} = x_{i+R/2} cos + x_i sin; the other columns are unchanged.
+    Sources: Su et al. 2021, "RoFormer", section 3.2.2; the members of a pair are R/2 apart as in Llama's Hugging Face
+    layout, not adjacent as in the paper. Heads that rotate in part: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.3.
 
     Args:
         x: (B, heads, S, D).
-        cos: (S, R / 2), fp32; R is D at most.
+        cos: (S, R / 2), fp32; R is at most D.
         sin: (S, R / 2), fp32.
-        norm_weight: (D,), of an `rms_norm` of each head before it turns, as of queries and keys under QK norm; or None.
+        norm_weight: (D,), of an `rms_norm` of each head before the rotation, as in QK norm; or None.
         eps: of that norm.
 
     Returns:
@@ -95,12 +95,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def top_k_swiglu(gate: Tensor, up: Tensor, k: int) -> Tensor:
     """Keep the k hidden units of each token with the largest gates: silu(gate) * up there, 0 elsewhere.
 
-    Our reading of the sources' "sparse activation"; the gates of the kept units alone get a gradient, as for a ReLU.
+    Our reading of the sources' "sparse activation"; only the gates of the kept units get a gradient, as for a ReLU.
 
     Args:
         gate: (..., d_ff).
         up: (..., d_ff).
-        k: units that stay; equal gates at the border all stay.
+        k: number of units to keep; ties with the k-th gate are all kept.
 
     Returns:
         (..., d_ff).
@@ -110,15 +110,15 @@ def top_k_swiglu(gate: Tensor, up: Tensor, k: int) -> Tensor:
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiply each group of rows with its own matrix: y_r = weight_g x_r for the rows ends[g-1] <= r < ends[g].
+    """Multiply each group of rows by its own matrix: y_r = weight_g x_r for the rows ends[g-1] <= r < ends[g].
 
     Args:
-        x: (rows, d_in), the groups one after the other.
+        x: (rows, d_in), sorted by group.
         weight: (groups, d_out, d_in).
-        ends: (groups,) int32, where each group ends; a group may be empty. Rows past the last end belong to none.
+        ends: (groups,) int32, where each group ends; a group may be empty. Rows past the last end belong to no group.
 
     Returns:
-        (rows, d_out); 0 here, and undefined in faster forms, for rows that belong to no group.
+        (rows, d_out); rows that belong to no group are 0 here and undefined in faster implementations.
     """
     borders = [0, *ends.tolist()]
     groups = [x[a:b] @ w.T for a, b, w in zip(borders, borders[1:], weight, strict=False)]
@@ -129,15 +129,15 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def attention_mask(
     n_queries: int, n_keys: int, n_memory: int, window: int, n_global_tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Say which keys each query sees: those within the window and the sequence's first tokens, none ahead of it.
+    """Return which keys each query sees: those within the window and the sequence's first tokens, none ahead of it.
 
     Args:
-        n_queries: queries; they are the last positions of the keys.
-        n_keys: keys, the memory first.
-        n_memory: how many of the keys belong to the segment before; global tokens are counted after them.
-        window: keys that a query sees locally, its own included; 0: all before it.
-        n_global_tokens: global keys.
-        device: where the masks are made.
+        n_queries: number of queries; they are the last positions of the keys.
+        n_keys: number of keys, the memory first.
+        n_memory: number of keys that belong to the previous segment; global tokens are counted after them.
+        window: number of keys that a query sees locally, including its own; 0 means all before it.
+        n_global_tokens: number of global keys.
+        device: the device of the masks.
 
     Returns:
         visible (n_queries, n_keys) and is_global (n_keys,), both bool.
@@ -164,28 +164,28 @@ def route(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the experts of each token and their weights: the top_k of s + bias, and s of those.
 
-    s = softmax(logits) or sigmoid(logits); only experts of the top_k_groups best of n_groups groups of neighbours are
-    candidates; weights are divided by their sum + 1e-20 where norm_top_k, and multiplied by route_scale. Which of
-    equals comes first is open. Sources: DeepSeek-AI 2024, "DeepSeek-V2", section 2.2.2, and "DeepSeek-V3
-    Technical Report", section 2.1.2.
+    s = softmax(logits) or sigmoid(logits); only experts of the top_k_groups best of n_groups groups of adjacent experts
+    are candidates; weights are divided by their sum + 1e-20 if norm_top_k, and multiplied by route_scale. The order of
+    ties is unspecified. Sources: DeepSeek-AI 2024, "DeepSeek-V2", section 2.2.2, and "DeepSeek-V3 Technical Report",
+    section 2.1.2.
 
     Args:
-        logits_TE: (T, E), in fp32 at least.
-        bias_E: (E,), added for the choice alone; None: 0. It gets no gradient.
-        open_TE: (T, E) bool, the experts that a token may go to, over which the scores are; None: all. Where fewer than
-            top_k are candidates, experts that are none fill up.
+        logits_TE: (T, E), in fp32 or wider.
+        bias_E: (E,), added for the choice only; None means 0. It gets no gradient.
+        open_TE: (T, E) bool, the experts that a token may use, over which the scores are normalised; None means all. If
+            there are fewer candidates than top_k, other experts fill the remaining places.
         score: softmax or sigmoid.
-        top_k: experts of a token.
-        n_groups: groups of E / n_groups experts.
-        top_k_groups: groups that a token's experts may come from.
-        group_score: a group counts as the best s + bias in it, its two best, or the sum of all.
+        top_k: experts per token.
+        n_groups: number of groups, of E / n_groups experts each.
+        top_k_groups: number of groups that a token's experts may come from.
+        group_score: score of a group: its best s + bias, the sum of its two best, or the sum of all.
         norm_top_k: whether weights are normalised.
         route_scale: factor on the weights.
 
     Returns:
         ids: (T, top_k) int64, the best first.
         weights: (T, top_k).
-        scores: (T, E), s without the bias; 0 where an expert is not open.
+        scores: (T, E), s without the bias; 0 if an expert is not open.
     """
     if open_TE is not None:
         logits_TE = logits_TE.masked_fill(~open_TE, float("-inf"))
@@ -203,7 +203,7 @@ def route(
 
 
 def _within_groups(in_groups: Tensor, top_k_groups: int, group_score: GroupScore) -> Tensor:
-    """Leave of (tokens, groups, experts of a group) the best groups: (tokens, experts), -inf elsewhere."""
+    """Mask (tokens, groups, experts per group) with -inf outside the best groups: (tokens, experts)."""
     if group_score is GroupScore.sum:
         score_TG = in_groups.sum(-1)
     else:
@@ -213,20 +213,20 @@ def _within_groups(in_groups: Tensor, top_k_groups: int, group_score: GroupScore
 
 
 def _best(scores: Tensor, k: int) -> Tensor:
-    """Give where the k largest of each row are: (rows, k)."""
+    """Return the indices of the k largest of each row: (rows, k)."""
     return scores.topk(k, dim=-1).indices
 
 
 def sort_by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort the rows t * K + k by their experts; those of one expert keep their order.
+    """Sort the rows t * K + k by their experts; the sort is stable.
 
     Args:
-        ids_TK: (T, K) int64, the experts of each token; n_experts where a row is dropped: such rows come last.
-        n_experts: experts there are.
+        ids_TK: (T, K) int64, the experts of each token; n_experts marks a dropped row: such rows come last.
+        n_experts: number of experts.
 
     Returns:
         order: (T * K,) int64, sorted row -> t * K + k.
-        inverse: (T * K,) int64, the other way round.
+        inverse: (T * K,) int64, the inverse permutation.
         ends: (n_experts,) int32, where each expert's sorted rows end.
     """
     ids_R, order_R = ids_TK.flatten().sort(stable=True)
@@ -243,7 +243,7 @@ def spread(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
         ends_E: (E,) int32; rows from the last end on were dropped.
 
     Returns:
-        (T * K, D); what dropped rows hold is not defined, and they get no gradient.
+        (T * K, D); the content of dropped rows is undefined, and they get no gradient.
     """
     x_RD = x_TD[inverse_TK.flatten().argsort() // inverse_TK.shape[1]]
     kept_R = torch.arange(len(x_RD), device=x_RD.device) < ends_E[-1]
@@ -251,12 +251,12 @@ def spread(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def collect(y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
-    """Add up each token's rows: (T, D).
+    """Sum each token's rows: (T, D).
 
     Args:
         y_RD: (T * K, D), the rows.
         inverse_TK: (T, K) int64, a token's rows, all different.
-        ends_E: (E,) int32; rows from the last end on were dropped: they count as 0, and their gradient is not defined.
+        ends_E: (E,) int32; rows from the last end on were dropped: they count as 0, and their gradient is undefined.
     """
     return torch.where((inverse_TK < ends_E[-1])[:, :, None], y_RD[inverse_TK], 0).sum(1)
 
@@ -271,7 +271,7 @@ def routed_experts(
     w_up: Tensor,
     w_down: Tensor,
 ) -> Tensor:
-    """Add up each token's experts with their weights: y_t = sum over its rows r of weight_r * expert_r(x_t).
+    """Return the weighted sum of each token's experts: y_t = sum over its rows r of weight_r * expert_r(x_t).
 
     An expert is down(silu(gate x) * (up x)). Token t has the K rows t * K + k, here sorted by expert. Source: Dai et
     al. 2024, "DeepSeekMoE", section 2.
@@ -280,7 +280,7 @@ def routed_experts(
         x_TD: (T, D), the tokens.
         weights_TK: (T, K), of each token's experts.
         order_R: (T * K,) int64, sorted row -> t * K + k.
-        inverse_R: (T * K,) int64, the other way round.
+        inverse_R: (T * K,) int64, the inverse permutation.
         ends_E: (E,) int32, where each expert's sorted rows end. Rows past the last end were dropped: they count as 0
             and get no gradient.
         w_gate: (E, F, D).
@@ -306,13 +306,13 @@ def local_global_attention(
     window: int,
     n_global_tokens: int,
 ) -> Tensor:
-    """Softmax attention over a local window and global keys, balanced by one gate a head.
+    """Compute softmax attention over a local window and global keys, balanced by one gate per head.
 
     With g_h = sigmoid(gate_h), the weight of key j for query i is proportional to
         g_h       * exp(scale q_i . k_j)   for a visible local key,
         (1 - g_h) * exp(scale q_i . k_j)   for a visible global key,
         0                                      for any other.
-    At gate 0 the two count alike and this is plain masked attention. The sources' mask, where(pos_diff > 5, 0, 1), is
+    At gate 0 the two count equally and this is plain masked attention. The sources' mask, where(pos_diff > 5, 0, 1), is
     local only; global keys and the gate are our reading of the "dynamic balance" they describe.
 
     Args:
@@ -321,9 +321,9 @@ def local_global_attention(
         v: (B, K, T, V), of any width V.
         gate: (H,) logits, or None for plain masked attention.
         scale: of the scores; 1 / sqrt(D) in plain attention.
-        n_memory: keys of the segment before, as for attention_mask, which says what a query sees.
-        window: keys that a query sees locally; 0: all before it.
-        n_global_tokens: keys after the memory that every later query sees.
+        n_memory: number of keys of the previous segment, as for attention_mask, which defines what a query sees.
+        window: number of keys that a query sees locally; 0 means all before it.
+        n_global_tokens: number of keys after the memory that every later query sees.
 
     Returns:
         (B, H, S, V).
@@ -341,10 +341,10 @@ def local_global_attention(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log likelihood of each target, in nats: logsumexp(logits) - logits[target].
+    """Return the negative log-likelihood of each target, in nats: logsumexp(logits) - logits[target].
 
     Args:
-        logits: (..., vocab_size); reduced in fp32 at least.
+        logits: (..., vocab_size); reduced in fp32 or wider.
         targets: (...), int64.
 
     Returns:
@@ -355,10 +355,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Multiply with the output table and take the cross-entropy of the logits.
+    """Multiply by the output head and return the cross-entropy of the logits.
 
-    The mean alone can be differentiated, the nll of each token is for counting: as every token then has the same
-    gradient from above, a faster form can make both gradients while it has the logits.
+    Only the mean is differentiable; the nll of each token is for statistics. Every token then has the same incoming
+    gradient, so a faster implementation can compute both gradients while it holds the logits.
 
     Args:
         h: (..., d_model).
@@ -373,16 +373,16 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Te
 
 
 def quantize_blocks(x: Tensor, *, is_signed: bool) -> tuple[Tensor, Tensor]:
-    """Keep an optimizer's moment in 8 bits, relative to the largest of each block of 256 elements.
+    """Quantize an optimizer's moment to 8 bits, relative to the largest magnitude of each block of 256 elements.
 
     With r = |x| / largest, the code is round(127 sqrt(r)) with the sign of x for the first moment and
-    round(255 r^(1/4)) for the second, at least 1 where x > 0: the root of the second moment is divided by.
-    Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.1; the roots, finer near 0
-    as their dynamic map of section 2.2 is, are ours, since they need no table.
+    round(255 r^(1/4)) for the second, at least 1 if x > 0, since the update divides by the root of the second moment.
+    Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.1; the roots are ours: finer
+    near 0 like their dynamic map of section 2.2, but without a table.
 
     Args:
-        x: any shape, fp32; not negative without sign.
-        is_signed: it is a first moment.
+        x: any shape, fp32; non-negative if not is_signed.
+        is_signed: True for a first moment.
 
     Returns:
         The codes in the shape of x, int8 or uint8, and the largest magnitudes (blocks,), fp32. Blocks are runs of the
@@ -399,7 +399,7 @@ def quantize_blocks(x: Tensor, *, is_signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_blocks(codes: Tensor, largest: Tensor) -> Tensor:
-    """Undo `quantize_blocks` up to its rounding: quantising the result gives the same codes.
+    """Undo `quantize_blocks` up to rounding: quantizing the result gives the same codes.
 
     Args:
         codes: any shape, int8 for a first moment, uint8 for a second.
@@ -416,14 +416,14 @@ def dequantize_blocks(codes: Tensor, largest: Tensor) -> Tensor:
 
 
 def dequantize_weight(q: Tensor, scale: Tensor, bits: int, group_size: int = 128) -> Tensor:
-    """Give the matrix that `weight_only.quantize_weight` rounded: each integer times the scale of its group.
+    """Return the matrix that `weight_only.quantize_weight` rounded: each integer times the scale of its group.
 
     Args:
-        q: (d_out, d_in) int8; at 4 bits (d_out, d_in / 2) int8, where a byte holds two integers of -8..7: in the low
-            half that of a column of the group's first half, in the high half that of the column half a group further.
+        q: (d_out, d_in) int8; at 4 bits (d_out, d_in / 2) int8, where a byte holds two integers of -8..7: the low half
+            that of a column in the first half of the group, the high half that of the column half a group further on.
         scale: (d_out, d_in / group_size).
         bits: 8 or 4.
-        group_size: neighbouring columns that share a scale; 0 means all.
+        group_size: number of adjacent columns that share a scale; 0 means all.
 
     Returns:
         (d_out, d_in), the type of the scale.
@@ -435,14 +435,14 @@ def dequantize_weight(q: Tensor, scale: Tensor, bits: int, group_size: int = 128
 
 
 def weight_only_linear(x: Tensor, q: Tensor, scale: Tensor, bits: int, group_size: int = 128) -> Tensor:
-    """Multiply with a matrix that is kept in few bits: y = x W^T.
+    """Multiply by a quantized matrix: y = x W^T.
 
     Args:
         x: (..., d_in).
-        q: integers, as is the rest for `dequantize_weight`.
+        q: integers, as for `dequantize_weight`.
         scale: (d_out, d_in / group_size).
         bits: 8 or 4.
-        group_size: columns that share a scale; 0 means all.
+        group_size: number of columns that share a scale; 0 means all.
 
     Returns:
         (..., d_out), the type of x.
@@ -458,26 +458,26 @@ def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
         layers: each maps (..., d_in) to (..., its d_out).
 
     Returns:
-        What each gives.
+        The result of each layer.
     """
     return [layer(x) for layer in layers]
 
 
 def quantize_fp8(x: Tensor, dtype: torch.dtype, *, by_row: bool = False) -> tuple[Tensor, Tensor]:
-    """Round to 8-bit floating numbers, scaled so that the largest magnitude is the type's largest number.
+    """Round to 8-bit floating-point numbers, scaled so that the largest magnitude is the type's largest number.
 
     q = round(x * (M / a)), scale = a / M, with a = max |x| and M = 448 for e4m3, 57344 for e5m2; x is about q * scale.
     Source: Micikevicius et al. 2022, "FP8 Formats for Deep Learning", section 3 (the formats and their scaling in
-    software); that a is of the tensor itself is our choice, as is the NaN. In fp32 whatever x. Where a is infinite or
-    NaN so is everything that is computed of the tensor: the scale is NaN.
+    software); taking a from the tensor itself is our choice, as is the NaN. Computed in fp32 for any x. If a is
+    infinite or NaN, the scale is NaN, and so is everything computed from the tensor.
 
     Args:
         x: (..., columns), any floating type.
         dtype: float8_e4m3fn or float8_e5m2.
-        by_row: each row has a scale of its own.
+        by_row: use one scale per row.
 
     Returns:
-        q in the shape of x, and the scale, fp32: (), or (...) where each row has one.
+        q in the shape of x, and the scale, fp32: (), or (...) if by_row.
     """
     wide = x.float()
     largest = (wide.abs().amax(-1, keepdim=True) if by_row else wide.abs().amax()).clamp(min=FP8_LEAST)

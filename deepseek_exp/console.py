@@ -1,8 +1,8 @@
-"""Standard output and standard error as streams that end no training; the standard library alone.
+"""Standard output and error streams whose failure never ends a training run. Uses only the standard library.
 
-A reader that goes away, a full disk below a log, a terminal that hangs up or closed streams cost what could not be
-written, and nothing else. A character that the stream's encoding lacks is written as an escape sequence. Passwords
-are hidden (`redact`), those in tracebacks too.
+If the reader exits, the disk is full, the terminal hangs up or a stream is closed, only the text that could not be
+written is lost. Characters that the stream's encoding lacks are written as escape sequences. Passwords are hidden
+(`redact`), also in tracebacks.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from typing import Any, TextIO
 from deepseek_exp.config.schema import ROOT
 from deepseek_exp.redact import redact
 
-# what moves the cursor, changes the title or the colors of a terminal; a line may end with \r\n
+# Characters that move the cursor or change the title or colors of a terminal. A line may end with \r\n.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
 class _Sink(io.FileIO):
-    """A file descriptor that drops what it cannot take."""
+    """A file descriptor that drops the data it cannot write."""
 
     def write(self, data: Any, /) -> int:
-        """Write all of the data, or drop the rest of it; the caller sees success in both cases."""
+        """Write all of the data, or drop the rest on an error. Always report success."""
         left = memoryview(data).cast("B")
         size = len(left)
         while left:
@@ -48,10 +48,10 @@ class _Sink(io.FileIO):
 
 
 def protect() -> None:
-    """Replace `sys.stdout` and `sys.stderr` by streams whose write never fails, for the rest of the process.
+    """Replace `sys.stdout` and `sys.stderr` with streams whose writes never fail, for the rest of the process.
 
-    A descriptor that is closed is opened on /dev/null: a file that is opened later would otherwise get its number, and
-    whatever writes to descriptor 1 or 2 would write into that file.
+    Closed descriptors are opened on /dev/null. Otherwise a file that is opened later could get descriptor 1 or 2, and
+    output would be written into that file.
     """
     for number in range(3):
         try:
@@ -67,9 +67,9 @@ def protect() -> None:
 
 
 def write(stream: TextIO, text: str) -> None:
-    """Write a text with its secrets hidden and its control characters made visible, and flush it.
+    """Write and flush the text, with secrets hidden and control characters escaped.
 
-    It never fails, also if `protect` was not called, as in a program that uses this package.
+    Never fails, even if `protect` was not called (when the package is used as a library).
     """
     text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", redact(text))
     try:
@@ -83,7 +83,7 @@ def write(stream: TextIO, text: str) -> None:
 
 @contextlib.contextmanager
 def redacted(wanted: bool) -> Iterator[None]:
-    """Hold standard output back, and print it at the end with its secrets hidden; if not `wanted`, do nothing."""
+    """Buffer standard output and print it at the end with secrets hidden. Do nothing if `wanted` is false."""
     if not wanted:
         yield
         return
@@ -96,29 +96,29 @@ def redacted(wanted: bool) -> Iterator[None]:
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an error that nobody caught as Python does, its secrets hidden."""
+    """Print an uncaught exception in Python's format, with secrets hidden."""
     write(sys.stderr, "".join(traceback.format_exception(kind, error, trace)))
 
 
 def _stream(number: int, now: TextIO | None) -> TextIO:
-    """Open a descriptor with the encoding of the stream that uses it now."""
+    """Return a stream for the descriptor, with the encoding of its current stream."""
     encoding = getattr(now, "encoding", None) or "utf-8"
     buffer = io.BufferedWriter(_Sink(number, "w", closefd=False))
     return io.TextIOWrapper(buffer, encoding=encoding, errors="backslashreplace", line_buffering=True)
 
 
 def say(text: str) -> None:
-    """Print a line or several; it fails on no terminal, pipe, disk or encoding."""
+    """Print one or more lines. Never fails, whatever the terminal, pipe, disk or encoding."""
     write(sys.stdout, text + "\n")
 
 
 def command() -> str:
-    """Return the words that start a run from the current folder."""
+    """Return the shell command that starts a run from the current folder."""
     return f"{python()} {shlex.quote(shown(ROOT / 'run.py'))}"
 
 
 def shown(path: Path | None) -> str:
-    """Return a path as it is typed from here: relative if it is below the current folder."""
+    """Return the path relative to the current folder if it is below it, else absolute."""
     if path is None:
         return "none"
     whole, here = path.absolute(), Path.cwd()
@@ -126,7 +126,7 @@ def shown(path: Path | None) -> str:
 
 
 def python() -> str:
-    """Return the word for this Python: its name if that is what a shell finds, else its path."""
+    """Return the shell word for this Python: its name if the shell finds it by name, else its path."""
     for name in ("python", "python3"):
         found = shutil.which(name)
         if found is not None and Path(found).absolute() == Path(sys.executable).absolute():

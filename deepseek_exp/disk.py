@@ -1,4 +1,4 @@
-"""Paths as a person writes them, what makes files last, words for a disk that fails; the standard library alone."""
+"""Path expansion, fsync, and messages for disk errors. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from deepseek_exp.errors import DiskError, Problem
 
 FOLDER = "use a folder that this user may write"
-# errno -> remedy; an OSError with another errno is a defect of this program, not of the disk
+# errno -> fix. An OSError with any other errno is a bug in this program, not a disk problem.
 REMEDIES = {
     errno.ENOSPC: "free space on that disk, or use a folder on another disk",
     errno.EDQUOT: "free some of this user's quota on that disk, or use a folder on another disk",
@@ -32,15 +32,15 @@ TESTED_BYTES = 1 << 16
 
 
 def expand(path: str | Path) -> Path:
-    """Return a path of the configuration with a leading `~` or `~user` replaced by that home directory.
+    """Return a configured path with a leading `~` or `~user` replaced by that home directory.
 
-    A user that does not exist leaves the path as it is, as in a shell.
+    If the user does not exist, the path is unchanged, as in a shell.
     """
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for such a user
 
 
 def fsync_path(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Wait until a file's content, or a folder's directory entries, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -49,15 +49,15 @@ def fsync_path(path: Path) -> None:
 
 
 def disk_error(error: BaseException, key: str, value: str) -> DiskError | None:
-    """Describe a failure of the disk, the permissions or the locale.
+    """Return the error to show for a failure of the disk, the permissions or the locale.
 
     Args:
         error: any error.
-        key: the key that is named if the error names no file: its folder is the one that is written most.
-        value: its value.
+        key: the key to name if the error names no file. Its folder is the one most often written to.
+        value: the key's value.
 
     Returns:
-        The error in words, or None if it is of another kind.
+        The error, or None if `error` is of another kind.
     """
     if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
         rule = f"cannot be a file name in the encoding of this locale ({error.encoding})"
@@ -73,14 +73,14 @@ def disk_error(error: BaseException, key: str, value: str) -> DiskError | None:
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """Refuse a folder in which nothing can be written, whether or not it exists; leaves nothing behind.
+    """Raise an error if nothing can be written to the folder, which need not exist. Leaves nothing behind.
 
     Args:
-        key: the key that names it.
+        key: the key that names the folder.
         folder: the folder.
 
     Raises:
-        DiskError: it, or the nearest of its parents that exists, is no folder, forbidden, read-only or full.
+        DiskError: the folder, or its nearest existing parent, is not a directory, not permitted, read-only or full.
     """
     whole = folder.absolute()
     try:
@@ -96,7 +96,7 @@ def check_writable(key: str, folder: Path) -> None:
 
 
 def _errno(error: BaseException) -> int:
-    """Find the error number, also in the words of a library that is written in Rust."""
+    """Return the error number, also from the message of a library written in Rust; 0 if there is none."""
     if isinstance(error, OSError):
         return error.errno or 0
     found = re.search(r"\(os error (\d+)\)", str(error))

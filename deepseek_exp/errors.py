@@ -1,4 +1,4 @@
-"""How an error is worded: the key, its value, the rule with its numbers, and the remedy."""
+"""Errors shown to the user: each names the key, its value, the rule with its numbers, and the fix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_SHOWN = 200  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with what the user asked for.
+    """One problem with the user's request.
 
     Reads as `<key>=<value> <rule>. Fix: <fix>.`; the rule starts with a verb.
     """
@@ -26,11 +26,11 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        """Render the one-line message."""
+        """Return the message as one line."""
         return redact(f"{printable(self.key)}={self.shown()} {printable(self.rule)}. Fix: {printable(self.fix)}.")
 
     def shown(self) -> str:
-        """Return the value as it is written in YAML: short, without passwords and control characters."""
+        """Return the value in YAML notation: truncated, without passwords and control characters."""
         if self.value is None:
             return "null"
         if isinstance(self.value, bool):
@@ -44,22 +44,22 @@ class Problem:
 
 
 def printable(text: str) -> str:
-    """Return a text with its control characters and lone surrogates written as escapes.
+    """Return the text with control characters and lone surrogates escaped.
 
-    What comes from a file or a server must not move the cursor or change the title of a terminal.
+    Text from a file or a server must not move the cursor or change the title of the terminal.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class UserError(Exception):
-    """What the user asked for cannot be done; all its problems are reported together."""
+    """The user's request cannot be fulfilled; all its problems are reported together."""
 
     def __init__(self, *problems: Problem) -> None:
         self.problems: Sequence[Problem] = problems
         super().__init__("\n".join(str(p) for p in problems))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Survive the trip between processes with the problems intact."""
+        """Pickle with the problems intact, so that the error can cross process boundaries."""
         return type(self), tuple(self.problems)
 
 
@@ -72,7 +72,7 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged or of another experiment."""
+    """A checkpoint is missing, damaged, or belongs to another experiment."""
 
 
 class TrackingError(UserError):
@@ -80,7 +80,7 @@ class TrackingError(UserError):
 
 
 class VerifyError(UserError):
-    """A layout does not compute what one process does."""
+    """A parallel layout does not compute the same result as one process."""
 
 
 class DiskError(UserError):
@@ -88,32 +88,32 @@ class DiskError(UserError):
 
 
 class DeviceError(UserError):
-    """The device asked for is not there."""
+    """The requested device is not available."""
 
 
 class RankError(UserError):
-    """One of the processes of a run died and took the others with it."""
+    """A rank of the run died, and the other ranks were stopped."""
 
     def __init__(self, problem: Problem, log_end: str = "") -> None:
-        """Take what to say first, and the last lines of that process's log."""
+        """Store the problem and the last lines of the dead rank's log."""
         super().__init__(problem)
         self.log_end = log_end
 
     def __str__(self) -> str:
-        """Put the log's end under the message."""
+        """Return the message, followed by the end of the log."""
         return "\n".join(filter(None, [super().__str__(), self.log_end]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Survive the trip between processes whole."""
+        """Pickle with the problem and the log intact."""
         return type(self), (self.problems[0], self.log_end)
 
 
 class Stopped(Exception):
-    """A signal asked the run to end; its state is saved.
+    """A signal stopped the run; its state is saved.
 
     Attributes:
-        signum: the signal.
-        step: optimizer steps done.
+        signum: the signal number.
+        step: number of completed optimizer steps.
     """
 
     def __init__(self, signum: int, step: int) -> None:

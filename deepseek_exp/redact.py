@@ -1,22 +1,22 @@
-"""Hides passwords and tokens in text that is shown, logged or stored.
+"""Hide passwords and tokens in text that is shown, logged or stored.
 
-What is hidden, each replaced by `***`:
+Each of these is replaced by `***`:
 
-- The password of `scheme://user:password@host`, for every scheme. It may contain `/`, `@`, `:` and blanks, and quotes
-  if the address is quoted or is the whole text. If the end of an address is uncertain, more is hidden rather than less:
+- The password in `scheme://user:password@host`, for every scheme. It may contain `/`, `@`, `:` and spaces, and also
+  quotes if the URL is quoted or is the entire text. If the end of a URL is ambiguous, more is hidden rather than less:
   `http://host:80/a@b` becomes `http://host:***@b`.
-- A user name without a password in `http://token@host` and `https://token@host`, since tokens are passed like this. In
-  other schemes (`ssh://git@host`, `postgresql://user@host`) it is hidden only if it looks like a token: 16 or more
-  characters with a digit.
-- The value of a key whose last part is secret: `password=`, `db_password:`, `"apiKey": "..."`, `?access_token=`,
-  `--token ...`, `pwd%3D...`. Parts are whole words: `n_tokens`, `tokenizer` and `tokens_per_second` are not secret, and
-  neither is the `eos_token` of a tokenizer or what is counted per token; a token has at least 6 characters. In a text
-  that begins with `password=`, such as an override, the value is the rest of the line.
-- The value of an `Authorization` header, and what follows `Bearer`.
-- Private keys in PEM format, and tokens whose shape says what they are: GitHub, GitLab, Hugging Face, OpenAI, AWS,
-  Google, Slack, JSON web tokens.
+- A user name without a password in `http://token@host` and `https://token@host`, because tokens are passed this way.
+  With other schemes (`ssh://git@host`, `postgresql://user@host`) only if it looks like a token: 16 or more characters
+  with a digit.
+- The value of a key whose last word is secret: `password=`, `db_password:`, `"apiKey": "..."`, `?access_token=`,
+  `--token ...`, `pwd%3D...`. Only complete words count: `n_tokens`, `tokenizer` and `tokens_per_second` are not secret,
+  and neither are a tokenizer's `eos_token` and quantities per token. A token has at least 6 characters. If the text
+  begins with `password=`, as an override does, the value is the rest of the line.
+- The value of an `Authorization` header, and the text after `Bearer`.
+- Private keys in PEM format, and tokens in a known format: GitHub, GitLab, Hugging Face, OpenAI, AWS, Google, Slack,
+  JSON web tokens.
 
-The time is linear in the length of the text, so that a large diff can be passed.
+The time is linear in the length of the text, so large diffs can be passed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-# What a pass hides can be the border that a pattern needs to match in the next one.
+# Text hidden by one pass can be the boundary that a pattern needs to match in the next pass.
 _MAX_PASSES = 5
 _SCHEME = r"[A-Za-z][\w+.-]{0,40}://"
 _QUOTED = re.compile(rf"(?P<quote>[\"'`])(?P<scheme>{_SCHEME})(?P<rest>(?:\\[^\n]|(?!(?P=quote))[^\n])*)(?P=quote)")
 _WHOLE = re.compile(rf"(?P<scheme>\s*(?:[+~]{{0,2}}[\w.@/-]+=)?[\"'`]?{_SCHEME})(?P<rest>[^\n]*)\Z")
-# Unquoted, with a blank in the password. What follows `host:` is no password if it is a port.
+# Unquoted, with a space in the password. A port after `host:` is not a password.
 _WITH_BLANK = re.compile(
     r"(://[^\s/?#@:\"'`<>]*:)(?!\d{1,5}(?:[\s/?#,;.)\]]|$))[^\n@\"'`<>]{1,200}@(?:[^\s\"'`<>]*@)?(?=[\w\[])",
     re.MULTILINE,
@@ -64,7 +64,7 @@ _KEY = re.compile(
 )
 _KEY_CHARACTERS = string.ascii_letters + string.digits + "_.-+~"
 _WORD_BEFORE = re.compile(r"([A-Za-z0-9]+)[_.\-/ ]?\Z")
-# Words before `token` that speak of text, not of access.
+# Words before `token` that refer to tokens of text, not to access tokens.
 # fmt: off
 _TEXT_TOKENS = frozenset({
     "a", "added", "all", "an", "any", "bos", "class", "cls", "decoder", "domain", "draft", "each", "end", "eos",
@@ -82,9 +82,9 @@ _BODIES = {
 }
 _BARE, _BARE_IN_QUERY, _BARE_LINE = (re.compile(f"[^{c}\"'`]+") for c in (r"\s", r"\s&#;<>", r"\n"))
 _WHOLE_VALUE = re.compile(r"\*\*\*|[^\n]+")
-# an ODBC value in braces, in which `}}` is a brace
+# An ODBC value in braces, in which `}}` is an escaped brace.
 _BRACED = re.compile(r"\{(?:[^}\n]|\}\})*\}?")
-# `PWD=...;` percent-encoded, as in `mssql+pyodbc:///?odbc_connect=...`
+# Percent-encoded `PWD=...;`, as in `mssql+pyodbc:///?odbc_connect=...`.
 _ENCODED = re.compile(
     r"((?:password|passwd|passphrase|pwd|token|secret|(?:api|access)[_-]?key)%3D)(?!\*\*\*)"
     r"(?:%7B(?:(?!%7D(?!%7D))[^\s&\"'`<>])*(?:%7D)*|(?:(?!%3B|%26)[^\s&;\"'`<>])+)",
@@ -93,7 +93,7 @@ _ENCODED = re.compile(
 _TRAILING = ",;.)]}>\\"
 _NOTHING = frozenset({"", "null", "none", "true", "false", "~", HIDDEN})
 _NO_TOKEN = re.compile(r"[+-]?[\d.,]+(?:e[+-]?\d+)?%?")
-# `token = next(tokens)` in a diff
+# Code in a diff, such as `token = next(tokens)`.
 _CODE = re.compile(r"[A-Za-z_][\w.]*[(\[].*|(?:self|cls)\..*")
 
 _SHAPES = re.compile(
@@ -108,7 +108,7 @@ _PEM = re.compile(
 
 
 def redact(text: str) -> str:
-    """Return the text with each password and token replaced by `***`; redacting twice changes nothing more."""
+    """Return the text with each password and token replaced by `***`. Idempotent."""
     for _ in range(_MAX_PASSES):
         hidden = _redact_once(text)
         if hidden == text:
@@ -131,7 +131,7 @@ def _redact_once(text: str) -> str:
 
 
 def redact_tree(tree: Any) -> Any:
-    """Return a copy of nested mappings and lists with their texts redacted, by key as well as by content."""
+    """Return a copy of nested mappings and lists with their strings redacted, by key and by content."""
     if isinstance(tree, Mapping):
         return {key: HIDDEN if _is_secret(key, value) else redact_tree(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -140,7 +140,7 @@ def redact_tree(tree: Any) -> Any:
 
 
 def _is_secret(key: Any, value: Any) -> bool:
-    """Return whether the key says that its value is a secret; a number may be a password, but no token."""
+    """Return whether the key marks its value as secret. A number may be a password but not a token."""
     if value is None or isinstance(value, (bool, Mapping, list, tuple)) or not str(value).strip():
         return False
     sample = value if not isinstance(value, str) else "a1" * 8
@@ -148,7 +148,7 @@ def _is_secret(key: Any, value: Any) -> bool:
 
 
 def _hide_userinfo(match: re.Match[str]) -> str:
-    """Hide the password, or the token, of each address in the text behind `scheme://`."""
+    """Hide the password or token of each URL in the text after `scheme://`."""
     text, last_at = match["rest"], match["rest"].rfind("@")
     if last_at < 0:
         return match[0]
@@ -166,7 +166,7 @@ def _hide_userinfo(match: re.Match[str]) -> str:
                 break
             http = text.endswith(("http", "https"), 0, start - 3)
             continue
-        # a port, if the last `@` belongs to other words
+        # It is a port if the last `@` belongs to other words.
         is_port = last_blank > colon and _PORT.match(text, colon + 1) is not None
         if text.startswith(":", colon) and colon < last_at and not is_port:
             name = HIDDEN if hidden_user else text[start:colon]
@@ -200,7 +200,7 @@ def _hide_values(text: str) -> str:
 
 
 def _value(text: str, key: re.Match[str], begin: int) -> tuple[int, int] | None:
-    """Return where the secret value of a key begins and ends; None if it has none."""
+    """Return the start and end of the key's secret value, or None if it has none."""
     before = text[max(0, key.start() - 64) : key.start()]
     first = key.start() - len(before) + len(before.rstrip(_KEY_CHARACTERS))
     in_query = first > 0 and text[first - 1] in "?&;"
@@ -222,22 +222,22 @@ def _value(text: str, key: re.Match[str], begin: int) -> tuple[int, int] | None:
 
 
 def _is_yaml_line(text: str, key: re.Match[str]) -> bool:
-    """Return whether a line has the key first and a colon, as in YAML: the value is the rest of the line.
+    """Return whether the line begins with the key and a colon, as in YAML. Its value is then the rest of the line.
 
-    A token has no blanks, and `token: int = 1` is code.
+    Tokens are excluded: they contain no spaces, and `token: int = 1` is code.
     """
     line = text[text.rfind("\n", max(0, key.start() - 128), key.start()) + 1 : key.start()]
     return not key["token"] and key[0].endswith(": ") and _KEY_FIRST.fullmatch(line) is not None
 
 
 def _is_text_token(text: str, key: re.Match[str]) -> bool:
-    """Return whether the word before `token` says that it is one of a text."""
+    """Return whether the word before `token` shows that it is a token of text."""
     before = _WORD_BEFORE.search(text, max(0, key.start() - 24), key.start())
     return before is not None and before[1].lower() in _TEXT_TOKENS
 
 
 def _span(text: str, key: re.Match[str], in_query: bool, *, is_override: bool) -> tuple[int, int]:
-    """Return where the value behind a key begins and ends, its quotes left out."""
+    """Return the start and end of the value after a key, without its quotes."""
     start = key.end()
     opening = _OPENING.match(text, start)
     if opening:

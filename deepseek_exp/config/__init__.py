@@ -1,4 +1,4 @@
-"""The keys of a configuration, their types and ranges; how a tree is composed, and its rules."""
+"""Configuration: the typed schema, composition of the Hydra tree, and validation rules."""
 
 from deepseek_exp.config.enums import (
     ActivationCheckpointing,

@@ -1,4 +1,4 @@
-"""Compose the configuration tree and word everything that is wrong with it, before anything expensive starts."""
+"""Compose the configuration tree and report all its problems, before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CONF = str(ROOT / "conf")
 
 
 def to_experiment(cfg: DictConfig) -> ExperimentConfig:
-    """Turn a composed tree into dataclasses, checked.
+    """Validate a composed tree and return it as dataclasses.
 
     Raises:
         ConfigError: with every rule that the tree breaks.
@@ -50,7 +50,7 @@ def to_experiment(cfg: DictConfig) -> ExperimentConfig:
 
 
 def check_tree(cfg: DictConfig, known: list[Problem], rules: bool = True) -> list[Problem]:
-    """Problems of a composed tree that composing itself lets pass; `known` keys are not reported twice."""
+    """Return the problems of a composed tree that composing does not detect, except for keys in `known`."""
     problems = structure_problems(cfg)
     if problems:
         return problems
@@ -59,7 +59,7 @@ def check_tree(cfg: DictConfig, known: list[Problem], rules: bool = True) -> lis
 
 
 def structure_problems(cfg: DictConfig) -> list[Problem]:
-    """Find keys that are not in the schema or have no value, and references that cannot be resolved."""
+    """Return problems for keys that are not in the schema or have no value, and for unresolvable references."""
     try:
         problems = [Problem(p, v, "is not a configuration key", meant(p, "remove it")) for p, v in _extra_leaves(cfg)]
         raw = OmegaConf.to_container(cfg, resolve=False)
@@ -100,7 +100,7 @@ def _extra_leaves(cfg: DictConfig) -> Iterator[tuple[str, Any]]:
 
 
 def usable(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
-    """Sort out what cannot be handed to Hydra: it would load or run what it names, or fail without words."""
+    """Separate overrides that are safe for Hydra from those that would load or run code, or fail without a message."""
     good, problems, groups = [], [], option_groups()
     for override in overrides:
         problem = None
@@ -118,7 +118,7 @@ def usable(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
 
 
 def _value_problem(parsed: Override) -> Problem | None:
-    """Refuse what OmegaConf takes and turns into something else."""
+    """Return a problem if OmegaConf would accept the value but convert it to something else."""
     path, value, known = str(parsed.key_or_group), parsed.value(), schema_keys()
     if parsed.is_delete() and (path in known or any(k.startswith(f"{path}.") for k in known)):
         fix = f"set {path}=null" if path in known and known[path].optional else f"leave ~{path} out"
@@ -130,13 +130,13 @@ def _value_problem(parsed: Override) -> Problem | None:
 
 
 def compose_tree(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
-    """Compose with every override that can be used, and explain those that cannot."""
+    """Compose the tree with every usable override, and return it with the problems of the others."""
     groups = option_groups()
     shaping = [o for o in overrides if override_key(o) in groups or override_key(o).startswith(("hydra.", "hydra/"))]
     problems: list[Problem] = []
     try:
         cfg = _base(tuple(shaping))
-    except Exception as error:  # whatever Hydra's internals raise for it
+    except Exception as error:  # Hydra's internals raise many kinds
         cfg, problems = _base_of_the_good(shaping, error)
     cfg = copy.deepcopy(cfg)
     for override in [o for o in overrides if o not in shaping]:
@@ -153,19 +153,19 @@ def compose_tree(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
     return cfg, problems
 
 
-# trees that were composed from groups alone, with the section `hydra`: the jobs of a sweep mostly share one
+# Trees composed from groups only, including the section `hydra`. The jobs of a sweep mostly share one.
 _bases: dict[tuple[str, ...], DictConfig] = {}
 
 
 def _base(shaping: tuple[str, ...]) -> DictConfig:
-    """Compose the options of groups, before values are set."""
+    """Return the tree composed from group options, before values are set."""
     if shaping not in _bases:
         _bases[shaping] = compose("config", list(shaping), return_hydra_config=True)
     return _bases[shaping]
 
 
 def _base_of_the_good(shaping: Sequence[str], error: Exception) -> tuple[DictConfig, list[Problem]]:
-    """Compose with those options that can be used, and explain the others."""
+    """Compose the tree with every usable option, and return it with the problems of the others."""
     try:
         cfg = _base(())
     except Exception:
@@ -182,7 +182,7 @@ def _base_of_the_good(shaping: Sequence[str], error: Exception) -> tuple[DictCon
 
 
 def section_problems(cfg: DictConfig, overrides: Sequence[str]) -> list[Problem]:
-    """Find what the section `hydra` may not say."""
+    """Return the problems of the section `hydra`."""
     return list(hydra_section.section_problems(cfg, {o: override_key(o) for o in overrides}))
 
 
@@ -199,7 +199,7 @@ def override_key(override: str) -> str:
 
 @cache
 def option_groups() -> dict[str, list[str]]:
-    """Return the options of each group."""
+    """Return the options of each group, by group."""
     loader = config_loader()
     names = [g for g in loader.list_groups("") if g != "hydra" and not g.startswith((".", "_"))]
     groups = {g: options for g in names if (options := loader.get_group_options(g))}
@@ -209,7 +209,7 @@ def option_groups() -> dict[str, list[str]]:
 
 
 class Folders(ConfigRepository):
-    """The folders that options come from; no path leads out of them."""
+    """The folders that options come from. Paths that lead out of them are not found."""
 
     def _find_object_source(self, config_path: str, object_type: ObjectType | None) -> ConfigSource | None:
         if not hydra_section.is_inside(config_path):
@@ -218,14 +218,14 @@ class Folders(ConfigRepository):
 
 
 def hydra_ready(config_dir: str | None = None) -> AbstractContextManager[Any]:
-    """Make `compose` work: with the Hydra of a job that runs, or one for the moment."""
+    """Return a context in which `compose` works, using the Hydra of the running job or a temporary one."""
     running = GlobalHydra.instance().is_initialized()
     return nullcontext() if running else _momentary(config_dir)
 
 
 @contextmanager
 def _momentary(config_dir: str | None) -> Iterator[None]:
-    """Set a Hydra up that searches conf/ and a folder of the user's, and take it down."""
+    """Set up a temporary Hydra that searches conf/ and the user's `config_dir`, if any."""
     hydra.version.setbase("1.3")
     search = create_config_search_path(CONF)
     if config_dir is not None:
@@ -242,18 +242,18 @@ def _momentary(config_dir: str | None) -> Iterator[None]:
 
 
 def config_loader() -> ConfigLoader:
-    """Return the loader of the Hydra that is set up."""
+    """Return the loader of the current Hydra."""
     return GlobalHydra.instance().config_loader()
 
 
 def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Walk the schema's leaves; a free mapping (callbacks, an optimizer's arguments) is one leaf."""
+    """Yield each leaf of the schema with its value. A free mapping (callbacks, optimizer arguments) is one leaf."""
     for path in schema_keys():
         yield path, select(tree, path)
 
 
 def has_path(tree: Any, path: str) -> bool:
-    """Say whether a tree goes as far as a path, whatever stands there."""
+    """Return whether the path exists in the tree, whatever its value."""
     for name in path.split("."):
         if not isinstance(tree, dict) or name not in tree:
             return False
@@ -262,7 +262,7 @@ def has_path(tree: Any, path: str) -> bool:
 
 
 def select(tree: Any, path: str) -> Any:
-    """Return the value at a path, None if the tree does not go that far."""
+    """Return the value at a path, or None if the path does not exist."""
     for part in path.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree

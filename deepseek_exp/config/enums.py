@@ -1,4 +1,4 @@
-"""The words that a configuration key may have as its value."""
+"""Enumerations of the values that configuration keys accept."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Do(StrEnum):
 
     @property
     def trains(self) -> bool:
-        """It does optimizer steps."""
+        """Whether the verb runs optimizer steps."""
         return self in (Do.train, Do.verify)
 
 
 class ExportFormat(StrEnum):
-    """How a checkpoint is written for other programs."""
+    """Format of a checkpoint exported for other programs."""
 
     hf = "hf"
 
@@ -60,14 +60,14 @@ class OnBadLine(StrEnum):
 
 
 class OnNonfinite(StrEnum):
-    """What to do with a training step whose loss or gradient is infinite or NaN."""
+    """What to do if the loss or gradient of a training step is infinite or NaN."""
 
     stop = "stop"
     skip = "skip"
 
 
 class Order(StrEnum):
-    """In which order the sequences of the token stream are visited."""
+    """Order in which the sequences of the token stream are visited."""
 
     shuffled = "shuffled"
     contiguous = "contiguous"
@@ -82,7 +82,7 @@ class Precision(StrEnum):
 
     @property
     def keeps_masters(self) -> bool:
-        """Weights and activations are in bf16, beside fp32 masters; of fp8, products alone are in 8 bits."""
+        """Whether weights and activations are bf16 with fp32 masters. With fp8, only matrix products are 8-bit."""
         return self is not Precision.fp32
 
 
@@ -95,28 +95,28 @@ class ActivationCheckpointing(StrEnum):
 
 
 class Kernel(StrEnum):
-    """What computes an operation."""
+    """Implementation of an operation."""
 
     torch = "torch"
     triton = "triton"
 
 
 class Linears(StrEnum):
-    """How several linear layers of one input make its gradient."""
+    """How linear layers that share an input compute its gradient."""
 
     torch = "torch"
     accumulated = "accumulated"
 
 
 class AttentionKind(StrEnum):
-    """How a block attends."""
+    """Attention mechanism of a block."""
 
     gqa = "gqa"
     mla = "mla"
 
 
 class RopeScalingKind(StrEnum):
-    """How rotary wavelengths are stretched beyond the length that was trained."""
+    """How rotary wavelengths are scaled for contexts longer than the trained length."""
 
     none = "none"
     linear = "linear"
@@ -132,7 +132,7 @@ class Score(StrEnum):
 
 
 class GroupScore(StrEnum):
-    """What a group of experts is chosen by."""
+    """Score by which a group of experts is selected."""
 
     max = "max"
     top2_sum = "top2_sum"
@@ -140,7 +140,7 @@ class GroupScore(StrEnum):
 
 
 class Balance(StrEnum):
-    """What keeps the load of the experts even."""
+    """How the load of the experts is balanced."""
 
     none = "none"
     aux_loss = "aux_loss"

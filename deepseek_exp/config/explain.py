@@ -1,4 +1,4 @@
-"""Words for what Hydra and OmegaConf refuse: which key, what is wrong with its value, what to write instead."""
+"""Error messages for what Hydra and OmegaConf reject: the key, what is wrong with its value, and the fix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from deepseek_exp.config.keys import SECTION_OF, TYPE_WORDS, KeyInfo, is_enum, is_mapping, schema_keys
 from deepseek_exp.errors import Problem
 
-# what people call a key or a value that has another name here
+# Other common names of our keys and values.
 KEY_SYNONYMS = {
     "steps": "trainer.max_steps",
     "epochs": "trainer.max_steps",
@@ -25,16 +25,16 @@ KEY_SYNONYMS = {
     "context_length": "data.seq_len",
 }
 VALUE_SYNONYMS = {"gpu": "cuda", "float32": "fp32", "bfloat16": "bf16"}
-# keys of earlier versions, and what to set instead
+# Keys of earlier versions, and their replacements.
 RENAMED = {
     "trainer.eval_batches": "set trainer.eval_seqs, the sequences of one validation: "
     "trainer.eval_batches times trainer.micro_batch_seqs"
 }
-MOST_DIGITS = 4300  # of a whole number that Python reads from text
+MOST_DIGITS = 4300  # the most digits that Python parses as an int
 
 
 def unparsed(override: str, error: Exception) -> Problem:
-    """Describe a part of the command line that is not key=value."""
+    """Return the problem for a command-line argument that is not key=value."""
     key, _, value = override.partition("=")
     if isinstance(error, ValueError):
         fix = f"use a number of fewer than {MOST_DIGITS:,} digits"
@@ -47,13 +47,13 @@ def unparsed(override: str, error: Exception) -> Problem:
 
 
 def override_words(parsed: Override, error: Exception, default: DictConfig, options: list[str]) -> Problem:
-    """Describe what is wrong with one override of the command line.
+    """Return the problem for one command-line override.
 
     Args:
         parsed: the override.
-        error: what composing with it raised.
+        error: the error raised when composing with it.
         default: the tree without overrides.
-        options: those of the group that it names; empty if it names none.
+        options: options of the group that it names; empty if it names none.
     """
     override, path, value = str(parsed.input_line), str(parsed.key_or_group), parsed.value()
     if parsed.is_sweep_override():
@@ -91,7 +91,7 @@ def _option_words(path: str, value: Any, options: list[str], error: Exception) -
 
 
 def _entry_words(parsed: Override, path: str, value: Any, info: KeyInfo, error: Exception) -> Problem:
-    """Describe what is wrong with an entry of a mapping."""
+    """Return the problem for an entry of a mapping."""
     override = str(parsed.input_line)
     if parsed.is_delete():
         return Problem(path, None, "is not there to be deleted", f"leave {override} out")
@@ -103,7 +103,7 @@ def _entry_words(parsed: Override, path: str, value: Any, info: KeyInfo, error: 
 
 
 def value_words(override: str, path: str, value: Any, info: KeyInfo, default: Any) -> Problem:
-    """Describe a value that its key cannot have."""
+    """Return the problem for a value that the key does not accept."""
     if is_enum(info.type):
         names = [m.value for m in info.type]
         near = [VALUE_SYNONYMS.get(str(value), ""), *difflib.get_close_matches(str(value), names, n=1)]
@@ -126,7 +126,7 @@ def value_words(override: str, path: str, value: Any, info: KeyInfo, default: An
 
 
 def file_words(error: Exception) -> Problem:
-    """Describe an error that lies in the YAML files themselves."""
+    """Return the problem for an error in the YAML files themselves."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     place = lines[0].split(":")[0] if lines else "conf"
     path = getattr(error.__cause__, "full_key", None)
@@ -135,7 +135,7 @@ def file_words(error: Exception) -> Problem:
 
 
 def meant(path: str, otherwise: str) -> str:
-    """Return which key a misspelt one may have meant."""
+    """Return a suggestion of the key that was meant by a misspelt one, or `otherwise`."""
     if path in RENAMED:
         return RENAMED[path]
     known, leaf = list(schema_keys()), path.rsplit(".", 1)[-1]
@@ -158,6 +158,6 @@ def _example(section: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line that an error says, with its cause's where Hydra only names the override."""
+    """Return the first line of the error's message, plus its cause's if Hydra only names the override."""
     said = str(error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error)
     return next((line.strip() for line in said.splitlines() if line.strip()), type(error).__name__)

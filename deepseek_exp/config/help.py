@@ -1,4 +1,4 @@
-"""The groups and keys that --help lists."""
+"""The lists of groups and keys in the --help text."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from deepseek_exp.config.keys import is_enum, schema_keys
 
 
 def register_help() -> None:
-    """Let the help text of conf/config.yaml list the groups and the keys."""
+    """Register the resolvers that insert the groups and keys into the help text of conf/config.yaml."""
     OmegaConf.register_new_resolver("groups", group_docs, replace=True)
     OmegaConf.register_new_resolver("keys", key_docs, replace=True)
 
 
 def group_docs() -> str:
-    """List every group with its options, a line each, for --help."""
+    """Return the groups with their options for --help, one line per group."""
     return "\n".join(f"  {name:12}{', '.join(options)}" for name, options in option_groups().items())
 
 
 def key_docs() -> str:
-    """List every key with its meaning and range, a line each, for --help."""
+    """Return the keys with their documentation and range for --help, one line per key."""
     lines = []
     for path, info in schema_keys().items():
         bounds = ", ".join(f"{SIGNS[k]} {v:g}" for k, v in info.metadata["bounds"].items())

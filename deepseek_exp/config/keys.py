@@ -10,7 +10,7 @@ from typing import Any
 
 from deepseek_exp.config import ExperimentConfig
 
-# groups that write into another section of the tree
+# Groups that write into another section of the tree.
 SECTION_OF = {"size": "model"}
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -25,7 +25,7 @@ class KeyInfo:
 
 
 def schema_keys(cls: type = ExperimentConfig, prefix: str = "") -> dict[str, KeyInfo]:
-    """Map every dotted key of the schema to its type and documentation, in the schema's order."""
+    """Return the type and documentation of every dotted key, in the schema's order."""
     found: dict[str, KeyInfo] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -40,10 +40,10 @@ def schema_keys(cls: type = ExperimentConfig, prefix: str = "") -> dict[str, Key
 
 
 def is_enum(kind: Any) -> bool:
-    """Return whether a type is a list of words."""
+    """Return whether a type is an enumeration."""
     return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 def is_mapping(kind: Any) -> bool:
-    """Return whether a type is a mapping with keys of the user's."""
+    """Return whether a type is a mapping with user-defined keys."""
     return typing.get_origin(kind) is dict

@@ -1,6 +1,6 @@
-"""The only list of configuration keys: their types, units, ranges and meaning.
+"""The only list of configuration keys, with their types, units, ranges and meaning.
 
-Values live in conf/*.yaml; this file gives each key its type, its documentation and its range. `validate.py` checks
+Values are in conf/*.yaml; this file declares the type, documentation and range of each key. `rules/validate.py` checks
 the ranges and the rules that span several keys.
 """
 
@@ -44,9 +44,9 @@ def key(
     lt: float | None = None,
     default: Any = MISSING,
 ) -> Any:
-    """Declare a configuration key: what it means (with its unit) and the range of its value.
+    """Declare a configuration key: its meaning (with its unit) and the range of its value.
 
-    A default is for entries of a mapping alone, which no YAML file lists; all other values live in conf/.
+    A default is only for entries of a mapping, which no YAML file lists; all other values are in conf/.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     return field(default=default, metadata={"doc": doc, "bounds": {k: v for k, v in bounds.items() if v is not None}})
@@ -54,7 +54,7 @@ def key(
 
 @dataclass
 class RopeScalingConfig:
-    """Longer contexts than the rotary embedding was trained for."""
+    """Scaling of the rotary embedding to contexts longer than it was trained for."""
 
     kind: RopeScalingKind = key("none, linear, llama3 (by wavelength) or yarn (by wavelength, with attention scaling)")
     factor: float = key("new length / original length", ge=1, le=1e6)
@@ -187,9 +187,9 @@ class DataConfig:
     cache_dir: str = key("folder for trained tokenizers and packed shards")
 
     def __post_init__(self) -> None:
-        """Make the entries of `mixture` that name no unknown key `MixturePart`s; `validate` tells about the others.
+        """Convert the entries of `mixture` without unknown keys to `MixturePart`; `validate` reports the others.
 
-        In the tree they are plain mappings, since OmegaConf cannot add a dataclass to one from the command line.
+        In the tree they are plain mappings, because OmegaConf cannot add a dataclass from the command line.
         """
         names = {f.name for f in fields(MixturePart)}
         if isinstance(self.mixture, dict):
@@ -256,7 +256,7 @@ class TrainerConfig:
 
 @dataclass
 class KernelsConfig:
-    """What computes each operation: torch, PyTorch's own kernels, or triton, one fused kernel of ours (needs a GPU)."""
+    """Implementation of each operation: torch (PyTorch's kernels) or triton (our fused kernel; needs a GPU)."""
 
     rms_norm: Kernel = key("RMSNorm, with the residual addition before it")
     rope: Kernel = key("rotary positions, with the norm of queries and keys before them")
@@ -278,7 +278,7 @@ class KernelsConfig:
 
 @dataclass
 class ParallelConfig:
-    """How many ways the work is cut: dp x tp x pp ranks. One of dp, tp and pp may be 0, what the others leave."""
+    """Parallel degrees, dp x tp x pp ranks. One of dp, tp and pp may be 0 to be derived from the other two."""
 
     auto: bool = key("take the fastest layout of the whole cluster that fits, by the plan; all degrees are 0 then")
     dp: int = key("data parallel: copies of the model, each with its share of the sequences; 0: auto", ge=0, le=10**6)
@@ -295,7 +295,7 @@ class ParallelConfig:
 
 @dataclass
 class LaunchConfig:
-    """How the ranks of a layout are started, where there are several."""
+    """How the ranks of a layout are started, if it has more than one."""
 
     launcher: Launcher = key(
         "local: on this machine, at once; torchrun: prints the command for each node; slurm: writes a batch script"
@@ -335,7 +335,7 @@ class ClusterConfig:
 
 @dataclass
 class TrackingConfig:
-    """Where and as what a run is recorded."""
+    """Where a run is recorded, and under which name."""
 
     uri: str = key("MLflow tracking store: sqlite:///file.db, a database URL or http(s)://server")
     experiment: str = key("MLflow experiment")
@@ -372,7 +372,7 @@ class ExportConfig:
 
 @dataclass
 class VerifyConfig:
-    """How far a layout may differ from one process; parallel=single is to repeat itself bit for bit instead."""
+    """How far a layout may differ from one process; parallel=single must instead repeat itself bit for bit."""
 
     steps: int = key("optimizer steps that are compared, with the schedule of trainer.max_steps", ge=1, le=10**12)
     loss_tolerance: float | None = key(
@@ -388,7 +388,7 @@ class VerifyConfig:
 
 @dataclass
 class ExperimentConfig:
-    """One experiment, completely."""
+    """The complete configuration of one experiment."""
 
     do: Do = key(
         "train, eval (validation loss of a checkpoint), sample (text from a checkpoint), export (a checkpoint for "
@@ -418,5 +418,5 @@ class ExperimentConfig:
 
     @property
     def last_step(self) -> int:
-        """The optimizer step that training ends with; the learning rate follows trainer.max_steps all the same."""
+        """The last optimizer step of training. The learning rate schedule always follows trainer.max_steps."""
         return self.verify.steps if self.do is Do.verify else self.trainer.max_steps

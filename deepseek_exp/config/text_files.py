@@ -1,8 +1,8 @@
-"""Which text files a path of the configuration names: a file, a folder or a glob; the standard library alone.
+"""Find the text files that a configured path names: a file, a folder or a glob. Uses only the standard library.
 
-Links are followed, in folders as in globs, and each folder is visited once, so links in a circle come to an end. Names
-that begin with a dot are left out unless the pattern names them. What is neither a file nor a folder (a pipe, a device)
-is left out without being opened.
+Links are followed, in folders and in globs. Each folder is visited once, so circular links terminate. Names that begin
+with a dot are skipped unless the pattern names them. Anything else than a file or folder (a pipe, a device) is skipped
+without being opened.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 
 
 def find_files(key: str, path: str, unreadable: list[str] | None = None) -> list[Path]:
-    """List the text files that a path names, in the order in which they are read.
+    """Return the text files that a path names, in the order in which they are read.
 
-    A file is itself; a folder is every file below it with a known suffix; anything else is a glob (`**` crosses
-    folders), of which files with an unknown suffix are left out.
+    A file names itself. A folder names every file below it with a known suffix. Anything else is a glob (`**` crosses
+    folders); matches with an unknown suffix are skipped.
 
     Args:
-        key: configuration key that holds the path, for the message.
+        key: configuration key of the path, for the message.
         path: file, folder or glob.
-        unreadable: takes the folders and links that cannot be read; None: the first of them is an error.
+        unreadable: list that collects folders and links that cannot be read. If None, the first one is an error.
 
     Returns:
         Absolute paths, sorted.
 
     Raises:
-        DataError: nothing matches, a file named by itself has an unknown suffix, or something cannot be read.
+        DataError: nothing matches, a file that is named directly has an unknown suffix, or something cannot be read.
     """
     known, noted = " ".join(SUFFIXES), [] if unreadable is None else unreadable
 
@@ -66,7 +66,7 @@ def find_files(key: str, path: str, unreadable: list[str] | None = None) -> list
 
 
 def exists(path: str) -> bool:
-    """Return whether a path names any file or folder; what may not be read counts, and is reported when it is read.
+    """Return whether a path names any file or folder. Unreadable ones count; they are reported when they are read.
 
     Raises:
         OSError: the path is in a folder that may not be entered.
@@ -79,12 +79,12 @@ def exists(path: str) -> bool:
 
 
 def shown(path: Path | str) -> str:
-    """Return a path as text that can be printed, also if its name is not valid UTF-8."""
+    """Return a path as printable text, even if its name is not valid UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def unreadable_error(key: str, place: str | Path, error: OSError) -> DataError:
-    """Describe that a file, link or folder cannot be read."""
+    """Return the error for a file, link or folder that cannot be read."""
     reason = f"{error.strerror or error}"
     if error.filename is not None and os.fspath(error.filename) != os.fspath(place):
         reason += f": {shown(error.filename)}"
@@ -105,8 +105,8 @@ class _Walk:
     """Finds files.
 
     Attributes:
-        note: takes what cannot be read, and the error.
-        wanted: whether a file of this name is looked for.
+        note: called with each path that cannot be read, and the error.
+        wanted: whether to yield a file of this name.
     """
 
     note: Callable[[str, OSError], None]
@@ -120,7 +120,7 @@ class _Walk:
         """Yield the files that match a glob; `**` at its end matches all files below."""
         parts = pattern.parts
         first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-        # a row of ** is one, and each would multiply the work
+        # Consecutive ** are the same as one, and each would multiply the work.
         magic = [part for i, part in enumerate(parts[first:]) if part != "**" or parts[first:][i - 1 : i] != ("**",)]
         return self._expand(Path(*parts[:first]), tuple(magic))
 
@@ -145,7 +145,7 @@ class _Walk:
             yield from self._expand(place / head, rest)
 
     def _folders(self, top: Path) -> Iterator[Path]:
-        """Yield a folder and all folders below, each once."""
+        """Yield a folder and all folders below it, each once."""
         todo, seen = [top], set()
         while todo:
             folder = todo.pop()
@@ -177,7 +177,7 @@ class _Walk:
             yield Path(entry.path)
 
     def _is(self, entry: os.DirEntry[str], kind: str) -> bool:
-        """Return whether an entry, or what it links to, is of a kind; a text file's dangling link is noted."""
+        """Return whether an entry, or its link target, is of the kind. Dangling links to text files are noted."""
         try:
             if entry.is_symlink():
                 entry.stat()

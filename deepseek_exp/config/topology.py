@@ -1,4 +1,4 @@
-"""Which rank does what: degrees of parallelism, coordinates and groups, by arithmetic alone."""
+"""Parallel degrees, rank coordinates and process groups, as pure arithmetic."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from enum import StrEnum
 
 from deepseek_exp.config.schema import ClusterConfig, ExperimentConfig
 
-AUTO = 0  # a degree that is worked out from the others
+AUTO = 0  # a degree that is derived from the others
 
 
 class Axis(StrEnum):
-    """What the ranks of one group share out among themselves.
+    """A mesh axis: what is sharded over the ranks of one group.
 
     Attributes:
         tp: the matrices of a layer.
         pp: the layers of the model.
         dp: the sequences of a step.
-        ep: the experts of a layer; ep neighbours of dp.
-        data: copies of one expert, dp / ep of them; DeepSpeed's data axis, over which ZeRO shards.
+        ep: the experts of a layer; each group is ep neighbours on the dp axis.
+        data: the dp / ep replicas of each expert; DeepSpeed's data axis, over which ZeRO shards.
         model: DeepSpeed's model axis, ep * tp.
     """
 
@@ -33,7 +33,7 @@ class Axis(StrEnum):
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where a rank stands: its place on the axes pp, dp and tp, and on ep and data, which dp is made of."""
+    """Coordinates of a rank on the axes pp, dp and tp, and on ep and data, into which dp factors."""
 
     pp: int
     dp: int
@@ -44,12 +44,12 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ways each axis is cut, all at least 1; ep divides dp.
+    """Parallel degree of each axis, at least 1; ep divides dp.
 
-    Expert parallelism takes no ranks of its own: the ep neighbours of a data-parallel group share the experts out. For
-    DeepSpeed, which knows three axes, it is folded into the model axis: pipe = pp, data = dp / ep, model = ep * tp, and
-    rank = (pipe * (dp / ep) + data) * ep * tp + e * tp + t. With the place on dp = data * ep + e, that is
-    (pp * dp + dp's place) * tp + tp's place, whatever ep.
+    Expert parallelism adds no ranks: the experts are sharded over ep neighbours of a data-parallel group. DeepSpeed has
+    three axes, so ep is folded into its model axis: pipe = pp, data = dp / ep, model = ep * tp, and
+    rank = (pipe * (dp / ep) + data) * ep * tp + e * tp + t. With the dp coordinate = data * ep + e, that equals
+    (pp * dp + dp coordinate) * tp + tp coordinate, for every ep.
     """
 
     dp: int
@@ -59,19 +59,19 @@ class Degrees:
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Total number of ranks."""
         return self.dp * self.tp * self.pp
 
     @property
     def n_data(self) -> int:
-        """Copies of each expert, and shards of ZeRO."""
+        """Number of replicas of each expert, which is also the number of ZeRO shards."""
         return self.dp // self.ep
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Give the place of a rank.
+        """Return the coordinates of a rank.
 
         Raises:
-            ValueError: there is no such rank.
+            ValueError: the rank does not exist.
         """
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is not in a world of {self.world_size}")
@@ -81,17 +81,17 @@ class Degrees:
         return Coordinates(pp=pp, dp=dp, tp=tp, ep=ep, data=data)
 
     def rank(self, *, pp: int, dp: int, tp: int) -> int:
-        """Give the rank at a place.
+        """Return the rank at the given coordinates.
 
         Raises:
-            ValueError: there is no such place.
+            ValueError: the coordinates are out of range.
         """
         if not (0 <= pp < self.pp and 0 <= dp < self.dp and 0 <= tp < self.tp):
             raise ValueError(f"pp={pp} dp={dp} tp={tp} is not within {self}")
         return (pp * self.dp + dp) * self.tp + tp
 
     def groups(self, axis: Axis) -> list[list[int]]:
-        """List the groups of an axis; each rank is in one of them, at its place on the axis."""
+        """Return the groups of an axis. Each rank is in exactly one, at the index of its coordinate on the axis."""
         found: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             at = self.coordinates(rank)
@@ -107,32 +107,32 @@ class Degrees:
         return list(found.values())
 
     def span(self, axis: Axis) -> int:
-        """Give the ranks from the first to the last of one group, both included."""
+        """Return the number of ranks from the first to the last of one group, inclusive."""
         stride = {Axis.pp: self.dp * self.tp, Axis.data: self.ep * self.tp, Axis.dp: self.tp, Axis.ep: self.tp}
         return (self.size(axis) - 1) * stride.get(axis, 1) + 1
 
     def size(self, axis: Axis) -> int:
-        """Give the ranks of one group."""
+        """Return the number of ranks in one group."""
         sizes = {Axis.tp: self.tp, Axis.pp: self.pp, Axis.dp: self.dp, Axis.ep: self.ep, Axis.data: self.n_data}
         return sizes.get(axis, self.ep * self.tp)
 
 
 def resolve(dp: int, tp: int, pp: int, ep: int, *, world_size: int, n_experts: int) -> Degrees:
-    """Work out the degrees that are AUTO.
+    """Return the degrees, with those that are AUTO derived from the others.
 
-    One of dp, tp and pp may be: it takes what the other two leave of the world. ep takes as many ways as the routed
-    experts and dp can both be cut, gcd(dp, n_experts); 1 without experts.
+    At most one of dp, tp and pp may be AUTO: it becomes world_size divided by the other two. An AUTO ep becomes
+    gcd(dp, n_experts), or 1 without experts.
 
     Args:
-        dp: data-parallel degree, or AUTO; so are the next three.
-        tp: tensor-parallel degree.
-        pp: pipeline stages.
-        ep: expert-parallel degree.
-        world_size: ranks there are.
-        n_experts: routed experts of a layer; 0: none.
+        dp: data-parallel degree, or AUTO.
+        tp: tensor-parallel degree, or AUTO.
+        pp: number of pipeline stages, or AUTO.
+        ep: expert-parallel degree, or AUTO.
+        world_size: number of ranks.
+        n_experts: number of routed experts per layer; 0 if none.
 
     Raises:
-        ValueError: two are AUTO, or the world cannot be cut like that.
+        ValueError: two are AUTO, or the degrees do not divide the world size.
     """
     fixed = [d for d in (dp, tp, pp) if d != AUTO]
     if len(fixed) < 2:
@@ -145,21 +145,21 @@ def resolve(dp: int, tp: int, pp: int, ep: int, *, world_size: int, n_experts: i
 
 
 def divisors(number: int) -> list[int]:
-    """List the whole numbers that divide one, in order, in time that grows with its square root."""
+    """Return the divisors of a number in ascending order, in O(sqrt(number)) time."""
     small = [d for d in range(1, math.isqrt(max(0, number)) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
 def n_gpus(cluster: ClusterConfig) -> int:
-    """Give the ranks that a cluster has room for."""
+    """Return the number of GPUs (ranks) of a cluster."""
     return cluster.gpus_per_node * cluster.n_nodes
 
 
 def degrees(exp: ExperimentConfig) -> Degrees:
-    """Give the degrees of an experiment, with those that are auto worked out from its cluster.
+    """Return the degrees of an experiment, with automatic ones derived from its cluster.
 
     Raises:
-        ValueError: they cannot be worked out; `layout_problems` has the words.
+        ValueError: they cannot be derived; `layout_problems` reports why.
     """
     p = exp.parallel
     world, experts = n_gpus(exp.cluster), exp.model.moe.n_routed_experts

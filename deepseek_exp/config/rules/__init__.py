@@ -1,1 +1,1 @@
-"""What a configuration must fulfil, one file per section; without torch."""
+"""Validation rules, one file per section of the configuration. Does not import torch."""

@@ -1,4 +1,4 @@
-"""The range of each number, as the schema declares it."""
+"""Check numbers against the ranges declared in the schema."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deepseek_exp.errors import Problem
 
 
 def range_problems(section: Any, prefix: str) -> Iterator[Problem]:
-    """Find numbers out of range in a section and the sections below it."""
+    """Yield a problem for each out-of-range number in a section and its subsections."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):

@@ -1,7 +1,7 @@
-"""Which classes a `_target_` may name, and what their arguments may be.
+"""The classes that a `_target_` may name, and the arguments they accept.
 
-The arguments are listed here, so that a mistake is found before PyTorch and Lightning are imported; `tests/
-test_class_rules.py` compares the lists with the signatures of the classes.
+The arguments are listed here so that mistakes are found before PyTorch and Lightning are imported.
+`tests/config/test_class_rules.py` compares the lists with the signatures of the classes.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ OPTIMIZER_MODULE, CALLBACK_MODULE, OWN_MODULE = (
     "pytorch_lightning.callbacks",
     "deepseek_exp.train.callbacks",
 )
-# what a YAML file can import is limited to classes of these modules
+# A YAML file can only import classes of these modules.
 ALLOWED_MODULES = (OPTIMIZER_MODULE, CALLBACK_MODULE, OWN_MODULE)
-# keys of `optim` that reach the optimizer as arguments of these names
+# Optimizer arguments that are set by keys of `optim`.
 SET_ELSEWHERE = {"lr": "optim.lr", "weight_decay": "optim.weight_decay"}
-# callbacks of ours that every run has
+# Our callbacks that are part of every run.
 BUILT_IN = ("Metrics", "Progress", "Checkpoints")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What an argument may be: the rule in words, a value for the remedy, and the test."""
+    """Accepted values of an argument: a description, an example for the fix, and the predicate."""
 
     words: str
     example: str
@@ -141,7 +141,7 @@ REQUIRED = {"EarlyStopping": "monitor", "Timer": "duration"}
 
 
 def class_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find classes that cannot work here, and arguments that they do not take."""
+    """Yield problems for classes that are not supported, and for arguments that they do not accept."""
     yield from _node_problems("optim.optimizer", exp.optim.optimizer, {OPTIMIZER_MODULE: OPTIMIZERS})
     for name, node in exp.trainer.callbacks.items():
         known = {CALLBACK_MODULE: CALLBACKS, OWN_MODULE: own_callbacks()}
@@ -194,13 +194,13 @@ ANY = Kind("anything", "null", lambda v: True)
 
 
 def own_callbacks() -> dict[str, dict[str, Kind]]:
-    """List the classes that were added to callbacks.py, with their arguments; those that every run has are left out."""
+    """Return the callback classes in callbacks.py with their arguments, except those that are part of every run."""
     source = (ROOT / "deepseek_exp" / "train" / "callbacks.py").read_text(encoding="utf-8")
     return {name: arguments for name, arguments in callbacks_in(source).items() if name not in BUILT_IN}
 
 
 def callbacks_in(source: str) -> dict[str, dict[str, Kind]]:
-    """List the subclasses of Callback in a module's text, with the arguments of each."""
+    """Return the subclasses of Callback in a module's source, with the arguments of each."""
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Callback") for base in node.bases):

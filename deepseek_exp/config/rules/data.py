@@ -20,7 +20,7 @@ from deepseek_exp.errors import Problem
 
 
 def vocabulary_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find a tokenizer with more entries than the embedding has rows."""
+    """Yield a problem if the tokenizer has more entries than the embedding has rows."""
     if exp.data.vocab_size > exp.model.vocab_size:
         rule = f"is more than model.vocab_size={exp.model.vocab_size}"
         yield Problem(
@@ -29,7 +29,7 @@ def vocabulary_problems(exp: ExperimentConfig) -> Iterator[Problem]:
 
 
 def data_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find texts that do not exist or that `data.source` does not read."""
+    """Yield problems for texts that do not exist or that `data.source` does not read."""
     d = exp.data
     if d.source is Source.text and d.path is None:
         rule = "is needed for data.source='text'"
@@ -54,7 +54,7 @@ def data_problems(exp: ExperimentConfig) -> Iterator[Problem]:
 
 
 def mixture_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find what is wrong with the parts of a mixture."""
+    """Yield the problems of the parts of a mixture."""
     d = exp.data
     if d.source is not Source.mixture:
         if d.mixture:
@@ -100,7 +100,7 @@ def _part(key: str, part: Any) -> Iterator[Problem]:
 
 def _exists(key: str, path: str) -> Iterator[Problem]:
     flaws = list(path_problems(key, path))
-    if flaws:  # those of a part of a mixture are found here alone
+    if flaws:  # the general check does not reach the parts of a mixture
         yield from flaws if key.startswith("data.mixture.") else ()
         return
     fix = "name a file, folder or glob that does"

@@ -1,4 +1,4 @@
-"""What a command line or a file may ask of Hydra itself: its flags, its section of the tree, options of groups."""
+"""Rules for Hydra itself: its flags, its section of the tree, and the options of groups."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from deepseek_exp.config import ROOT
 from deepseek_exp.config.rules.values import is_folder
 from deepseek_exp.errors import Problem
 
-# groups and keys of Hydra that a command line may set; the first two choose what runs the jobs of a sweep
+# Hydra's groups and keys that a command line may set. The launcher and sweeper decide what runs the jobs of a sweep.
 GROUPS = ("hydra/launcher", "hydra/sweeper")
 KEYS = ("hydra.launcher", "hydra.sweeper", "hydra.searchpath", "hydra.sweep.dir", "hydra.verbose")
-# what a recipe or another file may set: the values of a sweep
+# Keys that a recipe or another file may set: the values of a sweep.
 FILE_KEYS = ("hydra.sweeper.params",)
-# filled in by Hydra when it composes, or text that --help prints
+# Keys that Hydra fills in when it composes, and the text of --help.
 NOT_CHECKED = (
     "hydra.help",
     "hydra.hydra_help",
@@ -41,14 +41,14 @@ TARGETS = (
     r"hydra\._internal\.core_plugins\.basic_(launcher\.BasicLauncher|sweeper\.BasicSweeper)|"
     r"hydra_plugins(\.\w+)+\.[A-Z]\w*(Launcher|Sweeper)|optuna\.(samplers|pruners)\.[A-Z]\w*"
 )
-# the keys of Hydra's own launcher and sweeper
+# The keys of Hydra's own launcher and sweeper.
 BASIC = {"launcher": (), "sweeper": ("max_batch_size", "params")}
-# composing and recording a job takes a second or so, before its first step
+# Composing and recording a job takes about a second before its first step.
 MAX_JOBS = 1000
 
 
 def flag_problems(args: argparse.Namespace) -> Iterator[Problem]:
-    """Refuse flags of Hydra that run code from a file, do nothing or contradict each other."""
+    """Yield problems for Hydra flags that run code from a file, do nothing or contradict each other."""
     if args.experimental_rerun is not None:
         rule = "unpickles a file, which can run any code"
         fix = "go on from a checkpoint with resume=<MLflow run id>"
@@ -74,11 +74,11 @@ def flag_problems(args: argparse.Namespace) -> Iterator[Problem]:
 
 
 def override_problem(override: Override, groups: dict[str, list[str]]) -> Problem | None:
-    """Refuse an override of Hydra's section, or an option of a group, that may not be set.
+    """Return a problem if an override of Hydra's section, or a group option, may not be set.
 
     Args:
-        override: one word of the command line.
-        groups: the groups of the configuration; those of Hydra count too.
+        override: one override of the command line.
+        groups: the groups of the configuration, including Hydra's.
     """
     path, value = str(override.key_or_group), override.value()
     if path in groups or path.startswith("hydra/"):
@@ -107,7 +107,7 @@ def override_problem(override: Override, groups: dict[str, list[str]]) -> Proble
 
 
 def _option_problem(override: Override, group: str, options: list[str]) -> Problem | None:
-    """Refuse what cannot be an option of a group."""
+    """Return a problem if the value cannot be an option of the group."""
     value = override.value()
     if override.package is not None:
         rule = "would put a group's option into another place of the tree"
@@ -116,7 +116,7 @@ def _option_problem(override: Override, group: str, options: list[str]) -> Probl
         rule = "is what an experiment takes one option from"
         fix = f"use one of {', '.join(options)}" if options else "leave it out"
         return Problem(group, None, f"cannot be deleted: it {rule}", fix) if group != "recipes" else None
-    if override.is_sweep_override() or isinstance(value, dict):  # reported by what composes
+    if override.is_sweep_override() or isinstance(value, dict):  # reported when composing
         return None
     names = value if isinstance(value, list) else [value]
     for name in names:
@@ -133,7 +133,7 @@ def _option_problem(override: Override, group: str, options: list[str]) -> Probl
 
 
 def is_inside(path: str) -> bool:
-    """Return whether a path of a configuration file stays below the folders that are searched."""
+    """Return whether the path of a configuration file stays below the search folders."""
     parts = PurePosixPath(path.replace("\\", "/"))
     return ".." not in parts.parts and not parts.is_absolute() and "://" not in path
 
@@ -152,11 +152,11 @@ def _searchpath_problem(value: Any) -> Problem | None:
 
 
 def section_problems(composed: DictConfig, overrides: Mapping[str, str]) -> Iterator[Problem]:
-    """Refuse what a composed tree has in its section `hydra` beyond conf/config.yaml and the command line.
+    """Yield problems for values in the section `hydra` that come from neither conf/config.yaml nor the command line.
 
     Args:
-        composed: the tree with that section.
-        overrides: words of the command line -> the key or group that each names.
+        composed: the tree, including that section.
+        overrides: maps each override of the command line to the key or group that it names.
     """
     now = dict(_flat(OmegaConf.to_container(composed.hydra, resolve=False), "hydra"))
     before = _reference()
@@ -165,7 +165,7 @@ def section_problems(composed: DictConfig, overrides: Mapping[str, str]) -> Iter
         value = now.get(path)
         if _below(path, NOT_CHECKED):
             continue
-        if _below(path, OVERRIDES):  # Hydra adds the command line's words to them, and applies all to each job
+        if _below(path, OVERRIDES):  # Hydra adds the command line's overrides to them, and applies all to each job
             value = [word for word in value if word not in overrides] if isinstance(value, list) else value
         if path.endswith("._target_") and value is not None and not _is_known(path, str(value)):
             rule = "is not a launcher or sweeper of Hydra's"
@@ -181,7 +181,7 @@ def section_problems(composed: DictConfig, overrides: Mapping[str, str]) -> Iter
 
 
 def _sweep_dir_problem(composed: DictConfig) -> Problem | None:
-    """Refuse a folder of a sweep that is not below the output folder."""
+    """Return a problem if the folder of a sweep is not below the output folder."""
     key = "hydra.sweep.dir"
     try:
         folder, above = composed.hydra.sweep.dir, Path(composed.output_dir)
@@ -214,7 +214,7 @@ def _sweep_problems(composed: DictConfig) -> Iterator[Problem]:
 
 
 def n_values(override: Override) -> float:
-    """Count the values of a sweep over one key, without listing them; 1 of what is no sweep.
+    """Return the number of values of a sweep over one key, without listing them; 1 if it is not a sweep.
 
     Raises:
         ValueError: they cannot be listed.
@@ -231,14 +231,14 @@ def n_values(override: Override) -> float:
         return max(0, math.ceil((stop - start) / step))
     if isinstance(found, Glob):
         return len(list(override.sweep_iterator()))
-    assert isinstance(found, ChoiceSweep)  # is_sweep_override() has no other kinds
+    assert isinstance(found, ChoiceSweep)  # the only other kind of sweep
     return len(found.list)
 
 
 def sweep_problems(parsed: Sequence[Override]) -> Iterator[Problem]:
-    """Refuse a sweep that has no jobs, or more than can be run."""
+    """Yield a problem if a sweep has no jobs, or more than can be run."""
     n_jobs, longest = 1.0, ("", 0.0)
-    last = {o.get_key_element(): o for o in parsed}  # of a key that stands twice, the last counts
+    last = {o.get_key_element(): o for o in parsed}  # if a key occurs twice, the last one counts
     for override in last.values():
         path = str(override.key_or_group)
         try:
@@ -270,7 +270,7 @@ def _is_known(path: str, target: str) -> bool:
 
 @cache
 def _reference() -> dict[str, Any]:
-    """Return the leaves of the section `hydra` as conf/config.yaml and Hydra's own files have them."""
+    """Return the leaves of the section `hydra` as set by conf/config.yaml and Hydra's own files."""
     tree = OmegaConf.to_container(OmegaConf.structured(HydraConf()), resolve=False)
     assert isinstance(tree, dict)
     logging = {"job_logging": "stdout", "hydra_logging": "none"}
@@ -289,7 +289,7 @@ def _reference() -> dict[str, Any]:
 
 
 def _flat(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Walk the leaves of a tree under their full keys; an empty mapping or a list is a leaf."""
+    """Yield the leaves of a tree with their full keys. Empty mappings and lists are leaves."""
     if isinstance(tree, dict) and tree:
         for name, value in tree.items():
             yield from _flat(value, f"{path}.{name}")

@@ -1,4 +1,4 @@
-"""The rules of a model's shape: what must hold between its heads, its layers and its experts."""
+"""Rules of the section `model`: constraints between its heads, layers and experts."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from deepseek_exp.errors import Problem
 
 
 def model_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find what cannot be built as the model section describes it."""
+    """Yield a problem for each part of the model section that cannot be built."""
     yield from _heads(exp)
     yield from _latent_attention(exp)
     yield from _feed_forward(exp)
 
 
-# numbers of multi-head latent attention alone
+# Keys that only multi-head latent attention reads.
 OF_MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 def unread_problems(exp: ExperimentConfig, named: Collection[str]) -> Iterator[Problem]:
-    """Find keys of the model that the command line sets and nothing reads.
+    """Yield a problem for each model key that the command line sets and nothing reads.
 
     Args:
         exp: the experiment.
-        named: the keys that the command line names; a model's own file may keep what an override turned off.
+        named: the keys that the command line names. A model's own file may keep values of a part that is turned off.
     """
     m = exp.model
     off = {f"model.{name}": getattr(m, name) for name in OF_MLA if m.attention is AttentionKind.gqa}
@@ -126,7 +126,7 @@ def _experts(exp: ExperimentConfig) -> Iterator[Problem]:
 def _groups(e: MoEConfig) -> Iterator[Problem]:
     n = e.n_routed_experts
     if e.n_groups < 1:
-        return  # the range of the key says so
+        return  # reported by the range of the key
     if n % e.n_groups:
         legal = ", ".join(map(str, divisors(n)))
         rule = f"does not divide model.moe.n_routed_experts={n}"
@@ -169,7 +169,7 @@ def _domains(exp: ExperimentConfig) -> Iterator[Problem]:
         rule = "would even out the load across model.moe.domains, whose texts differ in amount"
         fix = "set model.moe.balance=bias" if key == "balance" else "set model.moe.sequence_loss_weight=0"
         yield Problem(f"model.moe.{key}", value, rule, fix)
-    for name in exp.data.mixture:  # the label of a text is the name of its part
+    for name in exp.data.mixture:  # the name of a part is the domain label of its text
         if name not in names:
             rule = f"is not one of model.moe.domains={names}"
             yield Problem("data.mixture", name, rule, "name the parts of the mixture after the domains")

@@ -1,4 +1,4 @@
-"""Which layouts are legal: what the degrees must divide, and what they cannot be combined with."""
+"""Rules of the section `parallel`: what the degrees must divide, and what they cannot be combined with."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from deepseek_exp.config import (
 from deepseek_exp.config.topology import AUTO, Degrees, degrees, divisors, n_gpus
 from deepseek_exp.errors import Problem
 
-# their update of a number depends on that number alone, so that ranks may hold any part of a parameter; not Adagrad,
-# which DeepSpeed replaces by another instance that the learning rate's schedule does not reach
+# Optimizers whose update is elementwise, so that ranks may hold any shard of a parameter. Adagrad is excluded because
+# DeepSpeed replaces it with another instance that the learning rate schedule does not reach.
 ELEMENTWISE = ("AdamW", "Adam", "SGD", "RMSprop", "NAdam", "RAdam", "Adamax")
-# what uses a checkpoint whole, in one process, however it was trained
+# Verbs that use the full checkpoint in one process, whatever layout it was trained with.
 IN_ONE_PROCESS = (Do.sample, Do.export)
 MOST_RANKS = 10**6
-# what PyTorch's products of 8-bit floating numbers want widths in multiples of
+# PyTorch's fp8 matrix products need widths that are multiples of this.
 FP8_MULTIPLE = 16
 
 
 def layout_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find what is wrong with the layout that an experiment asks for."""
+    """Yield the problems of an experiment's layout."""
     p = exp.parallel
     asked = {"dp": p.dp, "tp": p.tp, "pp": p.pp}
     if exp.do in IN_ONE_PROCESS:
@@ -35,7 +35,7 @@ def layout_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         yield from _chosen(exp)
         return
     if min(*asked.values(), p.ep) < 0 or n_gpus(exp.cluster) < 1:
-        return  # told by the ranges
+        return  # reported by the ranges
     auto = [name for name, degree in asked.items() if degree == AUTO]
     try:
         found = degrees(exp)
@@ -61,13 +61,13 @@ def layout_problems(exp: ExperimentConfig) -> Iterator[Problem]:
 
 
 def too_many(d: Degrees, there: str, fix: str) -> Problem:
-    """Word that a layout has more ranks than there is room for."""
+    """Return the problem for a layout with more ranks than are available."""
     first, product = largest(d), f"{d.world_size} ranks (dp={d.dp} x tp={d.tp} x pp={d.pp})"
     return Problem(f"parallel.{first}", getattr(d, first), f"makes {product} and {there}", fix)
 
 
 def _chosen(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find what stands against a layout that is yet to be chosen."""
+    """Yield problems that rule out parallel.auto, before a layout is chosen."""
     p = exp.parallel
     for name in ("dp", "tp", "pp", "ep"):
         if getattr(p, name) != AUTO:
@@ -81,7 +81,7 @@ def _chosen(exp: ExperimentConfig) -> Iterator[Problem]:
 
 
 def _several(exp: ExperimentConfig, n_ranks: int) -> Iterator[Problem]:
-    """Find what stands against any layout of several ranks."""
+    """Yield problems that rule out every layout of several ranks."""
     ranks, memory_len = f"cannot be used with {n_ranks:,} ranks", exp.model.memory_len
     if memory_len:
         rule = f"{ranks}: the memory of a segment lies on one"
@@ -89,10 +89,10 @@ def _several(exp: ExperimentConfig, n_ranks: int) -> Iterator[Problem]:
 
 
 def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
-    """Find what stands against a layout of the model and the batch of an experiment, whatever its degrees are there.
+    """Yield the problems of a layout for an experiment, regardless of the degrees that the experiment sets.
 
     Args:
-        exp: the model, its batch, the trainer, the optimizer, zero_stage and sequence_parallel count.
+        exp: the experiment. Its model, batch, trainer, optimizer, zero_stage and sequence_parallel are checked.
         d: the layout.
     """
     m, t = exp.model, exp.trainer
@@ -125,12 +125,12 @@ def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
 
 
 def is_elementwise(exp: ExperimentConfig) -> bool:
-    """Tell whether what the optimizer works on may be cut anywhere."""
+    """Return whether the optimizer is elementwise, so that its parameters may be sharded anywhere."""
     return str(exp.optim.optimizer.get("_target_")) in {f"torch.optim.{name}" for name in ELEMENTWISE}
 
 
 def _zero(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
-    """Find what stands against sharing out optimizer state, gradients and weights."""
+    """Yield problems that rule out sharding optimizer state, gradients and weights."""
     key, zero = "parallel.zero_stage", exp.parallel.zero_stage
     cut = next((f"parallel.{name}={getattr(d, name)}" for name in ("tp", "ep") if getattr(d, name) > 1), None)
     if zero != 1 and d.pp > 1:
@@ -151,7 +151,7 @@ def _zero(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
 
 
 def _sequence(exp: ExperimentConfig, tp: int) -> Iterator[Problem]:
-    """Find what stands against cutting the sequences over the tensor ranks."""
+    """Yield problems that rule out sharding the sequence over the tensor-parallel ranks."""
     key, off = "parallel.sequence_parallel", "set parallel.sequence_parallel=false"
     if tp == 1:
         yield Problem(key, True, "has no tensor ranks to cut a sequence over: parallel.tp=1", f"{off}, or parallel.tp")
@@ -164,7 +164,7 @@ def _sequence(exp: ExperimentConfig, tp: int) -> Iterator[Problem]:
 
 
 def _fp8(exp: ExperimentConfig, tp: int) -> Iterator[Problem]:
-    """Find matrices whose part on a rank is not as wide as products in 8 bits need it."""
+    """Yield problems for matrices whose shard on a rank has a width that fp8 products do not support."""
     for key, width, most in _widths(exp.model, routed=exp.kernels.fp8_experts):
         ways = min(tp, most)
         rule = f"not a multiple of {FP8_MULTIPLE}, which trainer.precision='fp8' needs"
@@ -178,9 +178,9 @@ def _fp8(exp: ExperimentConfig, tp: int) -> Iterator[Problem]:
 
 
 def _widths(m: ModelConfig, *, routed: bool) -> Iterator[tuple[str, int, int]]:
-    """List the widths of the blocks' matrices, of routed experts if asked for.
+    """Yield the widths of the blocks' matrices, with those of routed experts if `routed`.
 
-    Of each: a key that it follows from, the width, how many ways it is cut.
+    Each is a tuple of the key that determines it, the width, and the number of shards.
     """
     any_ways = m.n_heads
     yield "d_model", m.d_model, 1
@@ -205,7 +205,7 @@ def _value(m: ModelConfig, key: str) -> int:
 
 
 def _tensor_rule(m: ModelConfig, tp: int) -> str | None:
-    """Say what tensor parallelism of a degree breaks, if anything."""
+    """Return the rule that tensor parallelism of degree `tp` breaks, or None."""
     if m.n_heads % tp:
         return f"does not divide model.n_heads={m.n_heads}"
     if m.attention is AttentionKind.gqa and m.n_kv_heads > 0 and m.n_kv_heads % tp and tp % m.n_kv_heads:
@@ -220,7 +220,7 @@ def _tensor_rule(m: ModelConfig, tp: int) -> str | None:
 
 
 def _expert_rule(m: ModelConfig, d: Degrees, ep: int) -> str | None:
-    """Say what expert parallelism of a degree breaks, if anything."""
+    """Return the rule that expert parallelism of degree `ep` breaks, or None."""
     n = m.moe.n_routed_experts
     if ep > 1 and not n:
         return "has no experts to share out: model.moe.n_routed_experts=0"
@@ -230,7 +230,7 @@ def _expert_rule(m: ModelConfig, d: Degrees, ep: int) -> str | None:
 
 
 def _batch(d: Degrees, seqs: int, micro: int) -> Iterator[Problem]:
-    """Find what keeps the sequences of a step from being shared out in whole micro batches."""
+    """Yield a problem if the sequences of a step cannot be split evenly into complete micro-batches."""
     if d.dp == 1 or micro < 1 or seqs < 1 or seqs % (micro * d.dp) == 0:
         return
     rule = f"is not a multiple of trainer.micro_batch_seqs={micro} x parallel.dp={d.dp}"
@@ -242,7 +242,7 @@ def _batch(d: Degrees, seqs: int, micro: int) -> Iterator[Problem]:
 
 
 def largest(d: Degrees) -> str:
-    """Name the degree that cuts the most ways."""
+    """Return the name of the largest degree."""
     return max(("dp", "tp", "pp"), key=lambda name: int(getattr(d, name)))
 
 

@@ -1,4 +1,4 @@
-"""Rules of the section `trainer`, and of the lengths and the memory that a training needs."""
+"""Rules of the section `trainer`, and of sequence lengths and segment memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deepseek_exp.errors import Problem
 
 
 def length_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find sequences and segment memories of lengths that do not fit together."""
+    """Yield problems for inconsistent lengths of sequences and segment memories."""
     m, d = exp.model, exp.data
     if d.seq_len > m.max_seq_len:
         rule = f"is longer than model.max_seq_len={m.max_seq_len}"
@@ -32,7 +32,7 @@ def length_problems(exp: ExperimentConfig) -> Iterator[Problem]:
 
 
 def batch_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find batches that micro batches do not divide, and a warm-up that never ends."""
+    """Yield problems for batches that micro-batches do not divide, and for a warm-up that never ends."""
     t = exp.trainer
     if min(t.micro_batch_seqs, t.global_batch_seqs) >= 1 and t.global_batch_seqs % t.micro_batch_seqs:
         near = min(divisors(t.global_batch_seqs), key=lambda d: abs(d - t.micro_batch_seqs))

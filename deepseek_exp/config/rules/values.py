@@ -1,4 +1,4 @@
-"""What texts, paths and names may be: not empty, no longer than a file system or a database takes, no controls."""
+"""Rules for strings, paths and names: not empty, within file system and database limits, no control characters."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from urllib.parse import urlparse
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.errors import Problem
 
-# texts that may be empty
+# Strings that may be empty.
 MAY_BE_EMPTY = ("sample.prompt",)
-# keys that hold a path; those of `EXPANDED` may begin with ~
+# Keys that hold a path. Those in `EXPANDED` may begin with ~.
 EXPANDED = ("data.path", "data.valid_path", "data.tokenizer")
 PATHS = (*EXPANDED, "output_dir", "resume", "init_from", "data.cache_dir", "export.path")
-# names of runs, folders and experiments, with the most characters that each may have (MLflow's databases take 250)
+# Names of runs, folders and experiments, with the maximum length of each (MLflow's databases accept 250 characters).
 NAMES = {"model.version": 100, "tracking.run_name": 250, "tracking.experiment": 250}
-LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes that file systems take
-LONGEST_TAG = 5000  # characters that MLflow's databases take
+LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes that file systems accept
+LONGEST_TAG = 5000  # characters that MLflow's databases accept
 TRACKING_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
 
 def text_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find texts that would mean something else than they say, or that no file system or database takes."""
+    """Yield problems for strings that would be misread, or that no file system or database accepts."""
     for path, optional, value in _texts(exp, ""):
         if not value.strip() and path not in MAY_BE_EMPTY:
             fix = f"set {path}=null, or leave {path} out" if optional else f"leave {path} out"
@@ -43,7 +43,7 @@ def text_problems(exp: ExperimentConfig) -> Iterator[Problem]:
 
 
 def _texts(section: Any, prefix: str) -> Iterator[tuple[str, bool, str]]:
-    """Walk the texts of a section: key, whether it may be null, value."""
+    """Yield the strings of a section as (key, whether it may be null, value)."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
@@ -53,7 +53,7 @@ def _texts(section: Any, prefix: str) -> Iterator[tuple[str, bool, str]]:
 
 
 def is_file(path: str | Path) -> bool:
-    """Return whether a path is a file; one that cannot be looked at is none."""
+    """Return whether a path is a file; False if it cannot be accessed."""
     try:
         return Path(path).is_file()
     except OSError:
@@ -61,7 +61,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Return whether a path is a folder; one that cannot be looked at is none."""
+    """Return whether a path is a folder; False if it cannot be accessed."""
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):
@@ -69,7 +69,7 @@ def is_folder(path: str | Path) -> bool:
 
 
 def path_problems(key: str, path: str) -> Iterator[Problem]:
-    """Find what keeps a text from being a path."""
+    """Yield a problem if the text is not a valid path."""
     longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
     total = len(os.fsencode(path))
     if "\0" in path:
@@ -106,14 +106,14 @@ def _tags(tags: dict[str, str]) -> Iterator[Problem]:
 
 
 def tracking_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find an address of a tracking store that no store can have."""
+    """Yield a problem if tracking.uri is not a valid store address."""
     uri = exp.tracking.uri
-    if "://" not in uri:  # what stands before an @ may be a password
+    if "://" not in uri:  # the text before an @ may be a password
         uri = re.sub(r".*@", "***@", uri, flags=re.DOTALL)
     try:
         parts = urlparse(uri)
         scheme, host = parts.scheme.split("+")[0], parts.hostname
-    except ValueError:  # whose text may have a part of the password
+    except ValueError:  # its message may contain a part of the password
         yield Problem("tracking.uri", uri, "is no address", "use the form http://host:port")
         return
     if scheme not in TRACKING_SCHEMES:

@@ -1,4 +1,4 @@
-"""Rules of what one value of `do` alone reads: the sections `sample`, `export` and `verify`."""
+"""Rules of the sections that a single verb reads: `sample`, `export` and `verify`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOWEST_TEMPERATURE = 1e-6
 
 
 def sample_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find a domain that the model does not have."""
+    """Yield a problem if the model does not have the domain."""
     domain, names = exp.sample.domain, exp.model.moe.domains
     if domain is not None and domain not in names:
         rule = f"is not one of model.moe.domains={names}"
@@ -23,15 +23,15 @@ def sample_problems(exp: ExperimentConfig) -> Iterator[Problem]:
 
 
 def temperature_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find a temperature that float32 cannot divide by."""
+    """Yield a problem if the temperature is too small to divide float32 logits by."""
     t = exp.sample.temperature
-    if 0 < t < LOWEST_TEMPERATURE:  # the logits divided by it are beyond what float32 holds
+    if 0 < t < LOWEST_TEMPERATURE:  # logits divided by it overflow float32
         rule = f"must be 0 or at least {LOWEST_TEMPERATURE:g}"
         yield Problem("sample.temperature", t, rule, "use 0 for the most likely token")
 
 
 def export_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find a folder that an export cannot make."""
+    """Yield a problem if the export folder cannot be created."""
     if exp.do is not Do.export or exp.export.path is None or not exp.export.path.strip():
         return
     path = Path(exp.export.path)
@@ -46,7 +46,7 @@ def export_problems(exp: ExperimentConfig) -> Iterator[Problem]:
 
 
 def verify_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Find what keeps a layout from being compared with one process."""
+    """Yield problems that prevent a layout from being compared with one process."""
     if exp.do is not Do.verify:
         return
     if exp.verify.steps > exp.trainer.max_steps:

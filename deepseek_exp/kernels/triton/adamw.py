@@ -4,18 +4,18 @@
     w = (1 - lr wd) w - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
 Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; the definition is
-torch.optim.AdamW, which multiplies the decay by lr. c is the factor that clips. All of it is fp32; a bf16 parameter has
-an fp32 master w (Micikevicius et al. 2018, "Mixed Precision Training", section 3.1), rounded into it in the same pass.
-The moments may be kept in 8 bits, see `reference.quantize_blocks`; the update uses them before they are rounded.
+torch.optim.AdamW, which multiplies the decay by lr. c is the clipping factor. All arithmetic is fp32; a bf16 parameter
+has an fp32 master w (Micikevicius et al. 2018, "Mixed Precision Training", section 3.1), rounded into it in the same
+pass. The moments may be kept in 8 bits, see `reference.quantize_blocks`; the update uses them before they are rounded.
 
-One launch updates the tensors of a group, see multi_tensor.py; it runs between compiled graphs, not in them. What
-changes from step to step is passed as fp32 numbers, worked out in float64; Triton compiles nothing anew for these.
+One launch updates the tensors of a group, see multi_tensor.py; it runs between compiled graphs, not inside them. Values
+that change per step are passed as fp32 numbers, computed in float64; Triton does not recompile for them.
 
-Bytes moved a parameter (the floor): fp32 without master 28; bf16 with a bf16 gradient 28, with an fp32 gradient 30;
+Bytes moved per parameter (the floor): fp32 without master 28; bf16 with a bf16 gradient 28, with an fp32 gradient 30;
 with 8-bit moments 16 of the 28, and 1/16 for their scales. Measured with clipping, 293 million parameters in bf16 on an
 H200: 2.18 ms, 95% of the floor; with 8-bit moments 1.79 ms, 70%.
 
-Suffixes: B blocks of 256 elements, D elements of a block.
+Suffixes: B blocks of 256 elements, D elements per block.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from deepseek_exp.kernels.triton.multi_tensor import (
 )
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# blocks of a tile: 4 elements a thread, which all types load alike, so that none is moved between threads
+# Blocks per tile: 4 elements per thread, a layout that all types load alike, so that no data moves between threads.
 ROWS = 4
-# of moments in 8 bits: each of their blocks is one warp's then; with 8 an H100 took 1.14 times as long
+# Warps for 8-bit moments: each of their blocks then belongs to one warp; with 8 warps an H100 took 1.14 times as long.
 NARROW_WARPS = 4
-# the smallest number of fp32 that has an inverse there
+# The smallest fp32 number whose inverse is computed.
 LEAST: tl.constexpr = tl.constexpr(2.0**-126)
 
 
 @triton.jit
 def _inverse(top_B):
-    """Give 1 / the largest of each block, 0 where fp32 has no such number: nothing of that block is worth a code."""
+    """Return 1 / the maximum of each block; 0 if that overflows fp32, since all codes of such a block are 0."""
     return tl.where(top_B >= LEAST, 1 / tl.maximum(top_B, LEAST), 0.0)
 
 
@@ -113,7 +113,7 @@ def _update(
     entry = tiles + 2 * tl.program_id(0)
     row, start = table + tl.load(entry) * 8, tl.load(entry + 1).to(tl.int64) * (ROWS * COLS)
     n = tl.load(row)
-    # a mask only where it is needed, as in multi_tensor.py
+    # Mask only if needed, as in multi_tensor.py.
     if start + ROWS * COLS <= n:
         _update_tile(
             row, start, n, grad_scale, keep, step_size, rest1, beta2, rest2, root, eps,
@@ -127,17 +127,18 @@ def _update(
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW with its fp32 masters, its clipping and its rounding to bf16 in one pass.
+    """torch.optim.AdamW fused with fp32 masters, clipping and rounding to bf16 in one pass.
 
-    `param_groups` and `state` are those of the masters; an fp32 parameter is its own. The gradient that the next step
-    uses is the master's: a bf16 parameter's is moved there as the backward pass makes it. It stays bf16 while it comes
-    from one micro batch, and is added up in fp32 from the second on. `state_dict` is the one of torch.optim.AdamW, or
-    of optim.MasterWeights over it where a parameter is bf16, moments in fp32 whatever they are kept in.
+    `param_groups` and `state` are those of the masters; an fp32 parameter is its own master. The gradient that the next
+    step uses is the master's: a bf16 parameter's gradient is moved there as the backward pass computes it. It stays
+    bf16 while it comes from one micro-batch, and is accumulated in fp32 from the second on. `state_dict` is that of
+    torch.optim.AdamW, or that of optim.MasterWeights over it if a parameter is bf16, with fp32 moments for any
+    state_bits.
 
     Attributes:
         params: the model's parameters in the order of the groups.
-        masters: what is updated, fp32, in the same order.
-        grad_scale: an fp32 scalar on the device that the gradients are multiplied by in the next step, then None again.
+        masters: the updated fp32 tensors, in the same order.
+        grad_scale: an fp32 scalar on the device that multiplies the gradients in the next step, then None again.
     """
 
     def __init__(
@@ -152,17 +153,18 @@ class FusedAdamW(torch.optim.Optimizer):
         masters: bool = True,
         wide_gradients: bool = False,
     ) -> None:
-        """Make masters of bf16 parameters and take their gradients over.
+        """Make masters of bf16 parameters and take over their gradients.
 
         Args:
             params: tensors, (name, tensor) pairs or groups of either, as for torch.optim.AdamW.
             lr: learning rate; this and the next three may differ between groups and change between steps.
             betas: decay of the first and second moment.
             eps: added to the root of the second moment.
-            weight_decay: share of the weight that a step at lr 1 takes away.
-            state_bits: 32, or 8 for moments in blocks of 256 with one fp32 number each.
-            masters: keep fp32 masters; without, another puts fp32 tensors into `param_groups` before the first step.
-            wide_gradients: give masters fp32 gradients from the first micro batch on, to sum them over ranks.
+            weight_decay: fraction of the weight that a step at lr 1 removes.
+            state_bits: 32, or 8 for moments in blocks of 256 with one fp32 scale per block.
+            masters: keep fp32 masters. If False, the caller puts fp32 tensors into `param_groups` before the first
+                step.
+            wide_gradients: use fp32 gradients from the first micro-batch on, to sum them over ranks.
 
         Raises:
             ValueError: state_bits is neither, or a parameter is not contiguous or neither fp32 nor bf16.
@@ -177,7 +179,7 @@ class FusedAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch.optim.Optimizer does, and put the masters in the place of its parameters."""
+        """Add a group as torch.optim.Optimizer does, and replace its parameters by their masters."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         held = [self._hold(p) for p in group["params"]]
@@ -196,13 +198,13 @@ class FusedAdamW(torch.optim.Optimizer):
         if any(param is p for p in self._copies.values()):
             raise ValueError("some parameters appear in more than one parameter group")
         master = param.detach().float()
-        master.grad_dtype = None  # of either type
+        master.grad_dtype = None  # allow both types
         self._copies[master] = param
         param.register_post_accumulate_grad_hook(_take_gradient(master, wide=self.wide_gradients))
         return master
 
     def clip(self, clip_norm: float) -> Tensor:
-        """Let the next step scale all gradients so that their global norm is at most `clip_norm`; 0 leaves them.
+        """Scale all gradients in the next step so that their global norm is at most `clip_norm`; 0 means no clipping.
 
         Returns:
             The norm before clipping, a float64 scalar.
@@ -214,7 +216,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update everything that has a gradient; gives the closure's loss."""
+        """Update every tensor that has a gradient; return the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -231,7 +233,7 @@ class FusedAdamW(torch.optim.Optimizer):
         return loss
 
     def _count(self, master: Tensor) -> float:
-        """Count a step of a tensor, which makes its state the first time; gives the count."""
+        """Increment and return the step count of a tensor; create its state on the first call."""
         state = self.state[master]
         if "step" not in state:
             state["step"] = torch.tensor(0.0)
@@ -263,16 +265,16 @@ class FusedAdamW(torch.optim.Optimizer):
         torch.autograd.graph.increment_version([*masters, *copies])
 
     def _kept(self, name: str, moment: Tensor) -> dict[str, Tensor]:
-        """Give the entries of the state that keep an fp32 moment."""
+        """Return the state entries that hold an fp32 moment."""
         if self.state_bits == 32:
             return {name: moment}
         codes, largest = quantize_blocks(moment, is_signed=name == "exp_avg")
         return {name: codes, f"{name}_largest": largest}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what torch.optim.AdamW gives, inside what optim.MasterWeights gives if a parameter is bf16.
+        """Return the state of torch.optim.AdamW, inside that of optim.MasterWeights if a parameter is bf16.
 
-        8-bit moments are widened into the host's memory, exactly: loading makes the same 8 bits of them.
+        8-bit moments are dequantized exactly into host memory: loading restores the same 8 bits.
         """
         inner = super().state_dict()
         if self.state_bits == 8:
@@ -281,7 +283,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict`, torch.optim.AdamW or optim.MasterWeights over it gave.
+        """Restore the state_dict of this class, of torch.optim.AdamW or of optim.MasterWeights over it.
 
         Raises:
             ValueError: it was made with amsgrad or maximize.
@@ -296,7 +298,7 @@ class FusedAdamW(torch.optim.Optimizer):
             if index in inner["state"]:
                 state = self.state[master]
                 state["step"] = torch.tensor(float(state["step"]))
-                for name in MOMENTS:  # one after the other: 8-bit moments are never all wide at once
+                for name in MOMENTS:  # one at a time: 8-bit moments are never all fp32 at once
                     moment = inner["state"][index][name].to(master, copy=True)
                     state.update(self._kept(name, moment.contiguous()))
         if self._copies:
@@ -305,7 +307,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
 
 def _take_gradient(master: Tensor, *, wide: bool) -> Callable[[Tensor], None]:
-    """Make the hook that moves a parameter's gradient to its master."""
+    """Return the hook that moves a parameter's gradient to its master."""
 
     def hook(param: Tensor) -> None:
         gradient, param.grad = param.grad, None

@@ -1,29 +1,29 @@
-"""The routed experts of a layer, from tokens to the weighted sum of their experts, with little kept for the backward.
+"""The routed experts of a layer, from tokens to the weighted sum of their experts, with few saved activations.
 
     y_t = sum over the rows r of token t of down_e (weight_r silu(gate_e x_t) (up_e x_t)),  e the expert of row r
 
 Sources: Dai et al. 2024, "DeepSeekMoE", section 2; Shazeer 2020, "GLU Variants Improve Transformer", equation 6; the
 definition is reference.py's. A weight is applied before `down`, which is linear: the sum over a token's rows is then
-a plain one, and the weight's gradient is a sum over the hidden layer of what the backward pass has at hand anyway, so
-the experts' outputs are not kept. The products are PyTorch's grouped GEMM (see grouped.py), or those of fp8_experts.py;
-the rest is Triton, in fp32 between load and store. A token is copied to its rows and collects them again, one program
-for each token, and no value is added up in an order that could change: results repeat bit for bit.
+unweighted, and the weight's gradient is a sum over the hidden layer of values that the backward pass computes anyway,
+so the experts' outputs are not kept. The products are PyTorch's grouped GEMM (see grouped.py), or those of
+fp8_experts.py; the rest is Triton, in fp32 between load and store. One program per token copies it to its rows and sums
+them again, always in the same order: results are bit-reproducible.
 
-Kept for the backward pass, of e bytes an element: 2 F e a row (gate and up) and the tokens, D e / K a row; rows are
-gathered and the hidden layer is computed again. Plain PyTorch keeps (2 D + 4 F) e a row: the gathered row and the
+Kept for the backward pass, at e bytes per element: 2 F e per row (gate and up) and the tokens, D e / K per row; rows
+are gathered and the hidden layer is computed again. Plain PyTorch keeps (2 D + 4 F) e per row: the gathered row and the
 expert's output, gate, silu(gate), up and the hidden layer.
 
-Bytes moved outside of the products (the floor), T tokens: forward (2 R + 2 T) D e + 3 R F e, backward
-(4 R + 3 T) D e + 6 R F e. Work of the products: 6 R D F operations forward, 12 R D F backward. Where experts are on
-other ranks `spread` and `collect` do what comes before and after the sending, (2 R + 2 T) D e in each pass, and the
-operation gets each row as a token of its own: 11 R D e in place of (6 R + 5 T) D e.
-Measured, both ways, 16384 tokens, top 6 of 64, 2048 x 1408, bf16 on an H200: 10.6 ms, of which the products at this
-machine's 706 TFLOP/s would be 7.2; with PyTorch's operations 14.4 ms, compiled 11.8.
+Bytes moved outside the products (the floor), T tokens: forward (2 R + 2 T) D e + 3 R F e, backward
+(4 R + 3 T) D e + 6 R F e. Work of the products: 6 R D F operations forward, 12 R D F backward. If experts are on other
+ranks, `spread` and `collect` run before and after the exchange, (2 R + 2 T) D e in each pass, and the operation gets
+each row as a separate token: 11 R D e instead of (6 R + 5 T) D e.
+Measured, forward and backward, 16384 tokens, top 6 of 64, 2048 x 1408, bf16 on an H200: 10.6 ms, of which the products
+at this machine's 706 TFLOP/s would be 7.2; with PyTorch's operations 14.4 ms, compiled 11.8.
 
-Rows past the last expert's end were dropped by a capacity. No product writes them, so their memory holds anything, NaN
-too: they are never read.
+Rows past the last expert's end were dropped by a capacity. No product writes them, so their memory is undefined and may
+contain NaN: they are never read.
 
-Suffixes: T tokens, K experts of a token, R = T * K rows sorted by expert, E experts, D d_model, F d_expert.
+Suffixes: T tokens, K experts per token, R = T * K rows sorted by expert, E experts, D d_model, F d_expert.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def routed_experts(
 ) -> Tensor:
     """Compute `reference.routed_experts`; same arguments and result, in fp32 and bf16.
 
-    Tokens and matrices are of one type, the weights of a token's experts may be fp32. D and F are multiples of 8.
-    `products`: the name of one of `PRODUCTS`.
+    Tokens and matrices have the same type, the weights of a token's experts may be fp32. D and F are multiples of 8.
+    `products`: a key of `PRODUCTS`.
     """
     return _routed_experts(x_TD, weights_TK, order_R, inverse_R, ends_E, w_gate, w_up, w_down, products)[0]
 
@@ -67,7 +67,7 @@ def spread(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def collect(y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
-    """Compute `reference.collect`; same arguments and result, added up in fp32 and rounded once."""
+    """Compute `reference.collect`; same arguments and result, summed in fp32 and rounded once."""
     return _Collect.apply(y_RD, inverse_TK, ends_E)
 
 
@@ -114,7 +114,7 @@ def _swiglu_backward(
     hidden, gate, up, weights, order, ends, dgate, dup, dweights, n_rows, n_cols, n_experts,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Put the hidden layer where its gradient was: every element is written by the thread that has just read it."""
+    """Overwrite the hidden gradient in place with the hidden layer. Safe: each thread writes only what it has read."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     taken = rows < tl.load(ends + n_experts - 1)
     place_R = tl.load(order + rows, rows < n_rows, 0)
@@ -139,13 +139,13 @@ def _swiglu_backward(
 
 
 def _tile(n_columns: int) -> Tile:
-    """Choose tiles that cut long rows: d_expert is seldom a power of two, and no tile is to be half empty."""
+    """Choose tiles that split long rows: d_expert is seldom a power of two, and no tile should be half empty."""
     width = min(512, triton.next_power_of_2(n_columns))
     return Tile(TILE // width, width, 8)
 
 
 def rows_of(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
-    """Copy each token, read once, to its rows: (rows, d_model); dropped ones stay undefined."""
+    """Copy each token, read once, to its rows: (rows, d_model); dropped rows stay undefined."""
     x_TD, (n_tokens, k), n_cols = x_TD.contiguous(), inverse_TK.shape, x_TD.shape[1]
     x_RD, width = x_TD.new_empty(n_tokens * k, n_cols), min(1024, triton.next_power_of_2(n_cols))
     _spread[(n_tokens, triton.cdiv(n_cols, width))](
@@ -155,7 +155,7 @@ def rows_of(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def sum_rows(y_RD: Tensor, z_RD: Tensor | None, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
-    """Add up each token's rows of y, and of z where there is one: (tokens, d_model), rounded once."""
+    """Sum each token's rows of y, and of z if given: (tokens, d_model), rounded once."""
     (n_tokens, k), n_cols, two = inverse_TK.shape, y_RD.shape[1], z_RD is not None
     out_TD, width = y_RD.new_empty(n_tokens, n_cols), min(1024, triton.next_power_of_2(n_cols))
     _collect[(n_tokens, triton.cdiv(n_cols, width))](
@@ -166,7 +166,7 @@ def sum_rows(y_RD: Tensor, z_RD: Tensor | None, inverse_TK: Tensor, ends_E: Tens
 
 
 def hidden(gate_RF: Tensor, up_RF: Tensor, weights_TK: Tensor, order_R: Tensor, ends_E: Tensor) -> Tensor:
-    """Give the hidden layer of each row, times its weight; dropped rows stay undefined."""
+    """Return the hidden layer of each row, times its weight; dropped rows stay undefined."""
     hidden_RF, (n_rows, n_cols) = torch.empty_like(gate_RF), gate_RF.shape
     tile = _tile(n_cols)
     _swiglu[(triton.cdiv(n_rows, tile.rows), triton.cdiv(n_cols, tile.width))](
@@ -179,7 +179,7 @@ def hidden(gate_RF: Tensor, up_RF: Tensor, weights_TK: Tensor, order_R: Tensor, 
 def hidden_backward(
     grad_RF: Tensor, gate_RF: Tensor, up_RF: Tensor, weights_TK: Tensor, order_R: Tensor, ends_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the gradients of gate, up and weights, and write the hidden layer over its own gradient."""
+    """Return the gradients of gate, up and weights, and overwrite the hidden gradient with the hidden layer."""
     weights_TK, (n_rows, n_cols) = weights_TK.contiguous(), gate_RF.shape
     dgate_RF, dup_RF, dweights_TK = (torch.empty_like(t) for t in (gate_RF, up_RF, weights_TK))
     tile = _tile(n_cols)
@@ -191,7 +191,7 @@ def hidden_backward(
 
 
 class _Spread(torch.autograd.Function):
-    """Tokens to rows; backward adds up each token's."""
+    """Tokens to rows; backward sums each token's rows."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """Each token's rows added up; backward copies its gradient to them."""
+    """Sum of each token's rows; backward copies its gradient to them."""
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
@@ -217,17 +217,17 @@ class _Collect(torch.autograd.Function):
 
 
 class Products:
-    """The experts' products, in the type of the operands; another form may round operands first.
+    """The experts' products, in the type of the operands; a subclass may round operands first.
 
-    Operands that are rows are whatever `tokens` and `rows` of the same form give.
+    Operands that are rows are the return values of `tokens` and `rows` of the same class.
     """
 
     def n_parts(self, w_EMN: Tensor) -> int:
-        """Give how many numbers `parts` has for a stack of matrices."""
+        """Return the number of values in `parts` for a stack of matrices."""
         return 0
 
     def parts(self, stacks: Sequence[Tensor]) -> Tensor:
-        """Give what rounds stacks of matrices the same way in both passes: (stacks, parts), fp32."""
+        """Return what both passes need to round stacks of matrices identically: (stacks, parts), fp32."""
         return stacks[0].new_empty(len(stacks), 0, dtype=torch.float32)
 
     def tokens(self, x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Any:
@@ -235,19 +235,19 @@ class Products:
         return rows_of(x_TD, inverse_TK, ends_E)
 
     def rows(self, x_RN: Tensor) -> Any:
-        """Make rows an operand."""
+        """Convert rows to an operand."""
         return x_RN
 
     def mm(self, rows: Any, w_EMN: Tensor, part: Tensor, ends_E: Tensor, *, transposed: bool = False) -> Tensor:
-        """Multiply each row with the matrix of its expert, or with that one transposed: (rows, M), or (rows, N)."""
+        """Multiply each row by its expert's matrix, optionally transposed: (rows, M), or (rows, N)."""
         return F.grouped_mm(rows, w_EMN if transposed else w_EMN.transpose(1, 2), offs=ends_E)
 
     def exact(self, rows: Any, x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
-        """Give the rows that `tokens` made an operand of, not rounded."""
+        """Return the unrounded rows that `tokens` converted to an operand."""
         return rows
 
 
-# the forms there are by name: an operation takes no objects
+# The available products by name, since an operator takes no Python objects.
 PRODUCTS = {"wide": Products()}
 
 
@@ -263,7 +263,7 @@ def _routed_experts(
     w_down: Tensor,
     products: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give the sums; for the backward pass gate and up of each row, and the parts of the three stacks."""
+    """Return the sums and, for backward, gate and up of each row and the parts of the three stacks."""
     form, inverse_TK = PRODUCTS[products], inverse_R.view(weights_TK.shape)
     parts = form.parts((w_gate, w_up, w_down))
     rows = form.tokens(x_TD, order_R, inverse_TK, ends_E)
@@ -290,10 +290,10 @@ def _routed_experts_backward(
     parts: Tensor,
     products: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Give the gradients of tokens, weights and the three stacks of matrices."""
+    """Return the gradients of tokens, weights and the three stacks of matrices."""
     form, inverse_TK = PRODUCTS[products], inverse_R.view(weights_TK.shape)
     rows = form.tokens(grad_TD, order_R, inverse_TK, ends_E)
-    hidden_RF = form.mm(rows, w_down, parts[2], ends_E, transposed=True)  # its gradient as yet
+    hidden_RF = form.mm(rows, w_down, parts[2], ends_E, transposed=True)  # holds its gradient until hidden_backward
     grad_RD = form.exact(rows, grad_TD, inverse_TK, ends_E)
     del rows
     dgate_RF, dup_RF, dweights_TK = hidden_backward(hidden_RF, gate_RF, up_RF, weights_TK, order_R, ends_E)

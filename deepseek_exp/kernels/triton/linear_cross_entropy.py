@@ -1,35 +1,35 @@
-"""The output table's product and the cross-entropy of its logits, without ever holding the logits of all tokens.
+"""The output head's product and the cross-entropy of its logits, without ever holding the logits of all tokens.
 
     l_nv = h_n . w_v,  nll_n = log(sum over v of exp(l_nv)) - l_n,target(n)
     g_nv = (softmax(l_n)_v - [v = target(n)]) / N,  dh = g w,  dw = sum over n of g_n h_n^T
 
-Only the mean of the nll can be differentiated, so each token's gradient is known before the backward pass but for one
-factor, and both dh and dw are made in the forward pass: chunk by chunk, in which a kernel writes g over the logits
-(Hsu et al. 2024, "Liger Kernel", section 3.2, fused linear cross-entropy). The backward pass multiplies by that factor,
-in place. Largest logit and sum of exponentials come from one reading (Milakov and Gimelshein 2018, "Online normalizer
+Only the mean of the nll is differentiable, so each token's gradient is known before the backward pass up to one factor,
+and both dh and dw are computed in the forward pass: per chunk, in which a kernel overwrites the logits with g (Hsu et
+al. 2024, "Liger Kernel", section 3.2, fused linear cross-entropy). The backward pass multiplies by that factor, in
+place. The largest logit and the sum of exponentials come from one read (Milakov and Gimelshein 2018, "Online normalizer
 calculation for softmax", algorithm 3), the gradient from a second one that finds most of its row in the L2 cache.
 
-With the table's entries shared out over ranks, each token's largest logit, sum and chosen logit are exchanged (Shoeybi
-et al. 2019, "Megatron-LM", section 3), all three at once.
+If the vocabulary is sharded over ranks, each token's largest logit, sum and target logit are exchanged (Shoeybi et al.
+2019, "Megatron-LM", section 3), all three at once.
 
-Rounding: logits and g are rounded to the inputs' type where plain PyTorch rounds them; between them all is fp32. 1 / N
-is in g, not left for the end: a factor before the rounding of g costs nothing, bf16 reaches as far down as fp32, and dh
-and dw are then final unless the loss is scaled. dw is added up in the weight's type, so in bf16 it is rounded once a
-chunk. Off by (norm of the difference from float64, 16384 tokens, H200): 16 chunks 0.45%, 6 chunks 0.34%, one rounding
-0.17%; without bias. So there are 4 chunks at most. An fp32 sum would be as exact as one rounding, but take 0.25 GiB in
-the example below, and its traffic 0.06 ms a chunk.
+Rounding: logits and g are rounded to the inputs' type where plain PyTorch rounds them; everything between is fp32.
+1 / N is in g, not applied at the end: a factor before the rounding of g costs nothing, since bf16 has the exponent
+range of fp32, and dh and dw are then final unless the loss is scaled. dw is accumulated in the weight's type, so in
+bf16 it is rounded once per chunk. Error (norm of the difference from float64, 16384 tokens, H200): 16 chunks 0.45%, 6
+chunks 0.34%, one rounding 0.17%; without bias. So there are at most 4 chunks. An fp32 sum would be as exact as one
+rounding, but take 0.25 GiB in the example below, and its traffic 0.06 ms per chunk.
 
-Memory beyond the arguments: dh and dw, which any form ends with, and a chunk's logits. For 16384 tokens of width 2048,
-32768 entries and bf16: 64 + 128 + 256 MiB = 0.44 GiB; all logits would take 1 GiB. No float atomics; chunks follow one
-another in one order, so results repeat bit for bit.
+Memory beyond the arguments: dh and dw, which any implementation needs, and one chunk's logits. For 16384 tokens of
+width 2048, 32768 entries and bf16: 64 + 128 + 256 MiB = 0.44 GiB; all logits would take 1 GiB. There are no float
+atomics and chunks run in a fixed order, so results are bit-reproducible.
 
-Work (the floor): 6 N D V FLOP, 6.6e12 there or 8.3 ms at 790 TFLOP/s. Beside the products a chunk's logits are read and
+Work (the floor): 6 N D V FLOP, 6.6e12 there or 8.3 ms at 790 TFLOP/s. In addition, a chunk's logits are read and
 written once, 2 N V e bytes in all or 0.6 ms at 3.35 TB/s, and the backward pass reads and writes dh and dw, 0.1 ms. dw
-is read and written by each chunk's product, 2 V D e bytes: 0.08 of its 0.17 ms. Measured
-on an H200: 10.4 ms for a floor of 9.3 (6 chunks take as long); PyTorch 14.8 and 6 GiB, compiled 10.6 and 1.2.
+is read and written by each chunk's product, 2 V D e bytes: 0.08 of its 0.17 ms. Measured on an H200: 10.4 ms for a
+floor of 9.3 (6 chunks take as long); PyTorch 14.8 and 6 GiB, compiled 10.6 and 1.2.
 
-Suffixes: N tokens, T tokens of a chunk, V entries of the table, D width, R ranks, F the three figures of a token: its
-largest logit, the sum of exp(logit - largest), and the target's logit, or 0 where that is another rank's.
+Suffixes: N tokens, T tokens per chunk, V vocabulary entries, D width, R ranks, F the three figures per token: its
+largest logit, the sum of exp(logit - largest), and the target's logit, or 0 if the target is on another rank.
 """
 
 from __future__ import annotations
@@ -44,41 +44,42 @@ from torch import Tensor
 
 from deepseek_exp.kernels.triton.tiles import TILE
 
-# A chunk has this many logits or more, 64 MiB in bf16: a table cut over ranks, or a small one, gets longer chunks.
+# Minimum logits per chunk, 64 MiB in bf16: a vocabulary that is sharded over ranks, or small, gets longer chunks.
 CHUNK_LOGITS = 2**25
-# Nor fewer tokens than this: less is too little work for a product that goes over all of dw, and too few rows for dh's
-# to fill a GPU.
+# Minimum tokens per chunk: fewer are too little work for a product that reads and writes all of dw, and too few rows of
+# dh to fill a GPU.
 LEAST_TOKENS = 1024
-# Nor are there more chunks than this, for the rounding of dw; and their tokens are a multiple of this, a tile of the
-# products.
+# The maximum number of chunks, limited by the rounding of dw. Tokens per chunk are a multiple of TOKEN_TILE, a tile of
+# the products.
 MOST_CHUNKS, TOKEN_TILE = 4, 128
-# Columns of a row that a program takes at once, and its warps: 16 elements for each of 512 threads. sm_90 needs 40
-# registers for a thread, so that 396 rows are under way, 25 MiB there: still in the L2 cache when they are read again.
+# Columns of a row that a program processes at once, and its warps: 16 elements for each of 512 threads. sm_90 needs 40
+# registers per thread, so that 396 rows are in flight, 25 MiB: still in the L2 cache when they are read again.
 WIDTH, WARPS = 8192, 16
 
 
 def linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, share: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute `reference.linear_cross_entropy`; same results, in fp32 and bf16, which h and weight have in common.
+    """Compute `reference.linear_cross_entropy`; same results, in fp32 and bf16; h and weight have the same type.
 
-    A second backward pass through one result is refused: the first one has used its gradients up.
+    A second backward pass through one result raises an error: the first one has consumed its gradients.
 
     Args:
         h: (..., d_model).
-        weight: (vocab, d_model), the table, or with `share` this rank's rows of it, as many as on every other rank.
+        weight: (vocab, d_model), the output head, or with `share` this rank's rows of it, as many as on every other
+            rank.
         targets: (...), int64, counted from the first row of weight; with `share` some are below 0 or above the last.
-        share: takes what this rank knows of some tokens, (tokens, 3) fp32, and gives what each rank does, (ranks,
-            tokens, 3), in one order on all of them: an all-gather. dh is then this rank's part of a sum over ranks.
+        share: an all-gather: maps this rank's figures of some tokens, (tokens, 3) fp32, to those of all ranks, (ranks,
+            tokens, 3), in the same order on all ranks. dh is then this rank's term of a sum over ranks.
 
     Returns:
-        The mean nll, (), and the nll of each token, (...), which no gradient flows through; fp32.
+        The mean nll, (), and the nll of each token, (...), without gradient; fp32.
     """
     wanted = torch.is_grad_enabled()
     with_dh, with_dw = wanted and h.requires_grad, wanted and weight.requires_grad
     apply = _LinearCrossEntropy.apply
     if share is not None and torch.compiler.is_compiling():
-        apply = torch.compiler.disable(apply)  # a compiled graph cannot hold the exchange
+        apply = torch.compiler.disable(apply)  # a compiled graph cannot contain the exchange
     return apply(h, weight, targets, share, with_dh, with_dw)
 
 
@@ -125,7 +126,7 @@ def _multiply(x, by, n, SIZE: tl.constexpr):
 
 
 def tokens_of_chunk(n_tokens: int, n_entries: int) -> int:
-    """Say how many of the tokens have their logits at once."""
+    """Return the number of tokens per chunk of logits."""
     even = triton.cdiv(triton.cdiv(n_tokens, MOST_CHUNKS), TOKEN_TILE) * TOKEN_TILE
     return min(n_tokens, max(LEAST_TOKENS, CHUNK_LOGITS // n_entries, even))
 
@@ -137,15 +138,15 @@ def _through_chunks(
     dw_VD: Tensor | None,
     turn: Callable[[Tensor, slice], None],
 ) -> None:
-    """Make the logits of one chunk of tokens after the other, and the gradients from what is made of them.
+    """Compute the logits chunk by chunk, and the gradients from what `turn` makes of them.
 
     Args:
         h_ND: all tokens.
-        weight_VD: the table.
-        dh_ND: filled with the gradient of h; None: not wanted.
-        dw_VD: filled with the gradient of weight; None: not wanted.
-        turn: takes a chunk's logits (T, V) and says the place of its tokens among all; where a gradient is wanted it
-            leaves that of the logits in their place.
+        weight_VD: the output head.
+        dh_ND: filled with the gradient of h; None if not needed.
+        dw_VD: filled with the gradient of weight; None if not needed.
+        turn: called with a chunk's logits (T, V) and the slice of its tokens; if a gradient is needed it overwrites the
+            logits with theirs.
     """
     n_tokens, n_entries = len(h_ND), len(weight_VD)
     chunk = tokens_of_chunk(n_tokens, n_entries)
@@ -169,7 +170,7 @@ def _compute(
     with_dh: bool,
     with_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give the mean nll, each token's nll and the gradients of the mean, empty where they are not wanted."""
+    """Return the mean nll, each token's nll and the gradients of the mean, empty if not needed."""
     h_ND, targets_N = h.reshape(-1, h.shape[-1]), targets.reshape(-1).contiguous()
     figures_NF = h.new_empty(len(targets_N), 3, dtype=torch.float32)
     with_grad = with_dh or with_dw
@@ -198,7 +199,7 @@ def _compute(
 
 
 def _together(figures_RTF: Tensor) -> Tensor:
-    """Give the figures of tokens (T, F) over all ranks' entries."""
+    """Combine the figures (T, F) over the entries of all ranks."""
     largest_RT, total_RT, chosen_RT = figures_RTF.unbind(-1)
     largest_T = largest_RT.amax(0)
     total_T = (total_RT * (largest_RT - largest_T).exp()).sum(0)
@@ -213,7 +214,7 @@ def _empty_gradients(h: Tensor, weight: Tensor, with_dh: bool, with_dw: bool) ->
 def _linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, with_dh: bool, with_dw: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give what `_compute` does, on one rank."""
+    """Run `_compute` on one rank."""
     return _compute(h, weight, targets, None, with_dh, with_dw)
 
 
@@ -227,12 +228,12 @@ def _(
 
 @torch.library.custom_op("deepseek_exp::multiply_gradient", mutates_args=("x",))
 def _multiply_gradient(x: Tensor, by: Tensor) -> None:
-    """Multiply by a scalar tensor in fp32, where PyTorch would first round the scalar to bf16."""
+    """Multiply by a scalar tensor in fp32; PyTorch would first round the scalar to bf16."""
     _multiply[(triton.cdiv(x.numel(), TILE),)](x, by, x.numel(), SIZE=TILE, num_warps=8)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Ties the gradients to the mean; no `register_autograd`, whose backward pass may not work in place on results."""
+    """Attach the gradients to the mean; `register_autograd` does not allow backward to modify results in place."""
 
     @staticmethod
     def forward(
@@ -262,7 +263,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _multiplied(gradient: Tensor, by: Tensor) -> Tensor:
-    """Multiply in place; a compiled graph sees to that itself, by giving the result the memory of what it was."""
+    """Multiply in place; in a compiled graph, the compiler reuses the memory for the result itself."""
     if torch.compiler.is_compiling():
         return (gradient.float() * by).to(gradient.dtype)
     _multiply_gradient(gradient, by)

@@ -1,12 +1,12 @@
-"""The Triton kernels of local_global_attention.py, which says what they compute.
+"""The Triton kernels of local_global_attention.py, which describes what they compute.
 
-Every tensor is read through its strides but for the last, which is 1, and written as (B, S or T, heads, width). With
+Every tensor is read with arbitrary strides except the last, which is 1, and written as (B, S or T, heads, width). With
 TMA the rows that loops read come through descriptors of (B, S or T, numbers of a token's heads), each for tiles of one
 head: in forward those of q, k and v, in backward_queries of k and v, in backward_keys of q and grad. far_k and far_v
-are k and v by their addresses, always.
+are always k and v by address.
 
-Suffixes: M queries and N keys of a tile, G global keys of a tile, D width of queries and keys, V of values. Positions
-i of queries and j of keys are counted from the first key, the memory's.
+Suffixes: M queries and N keys per tile, G global keys per tile, D width of queries and keys, V of values. Positions i
+of queries and j of keys are counted from the first key, the memory's.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# a row's largest score before its first key: finite, for differences of two are taken
+# The initial maximum of a row's scores: finite, because differences of two maxima are computed.
 NO_SCORE = tl.constexpr(-1e30)
-# of products of fp32 numbers: no other type is rounded for a product
+# The precision of fp32 products: no other type is rounded for a product.
 EXACT = tl.constexpr("ieee")
-# lse and delta lie in stats, each at the head of four numbers: of a tile with fewer numbers than a program has threads,
-# the compiler would make every thread load its own part, number by number
+# lse and delta are stored in stats, each in the first of four numbers: for a tile with fewer numbers than a program has
+# threads, the compiler would make every thread load its part number by number.
 FOUR = tl.constexpr(4)
-# blocks of a loop: where ptxas cannot see that there is one, it makes each product wait for the one before
+# Minimum number of blocks in a loop: if ptxas cannot prove that there is one, it serialises the products.
 AT_LEAST_ONE = tl.constexpr(1)
-# numbers of tokens, for whose values the compiler shall not make kernels of their own
+# Token counts that Triton must not specialise kernels on.
 COUNTS = ["n_queries", "n_keys", "n_memory", "window", "n_global", "first_far"]
 
 
 @triton.jit
 def _at(batch, head, stride_b, stride_h, TMA: tl.constexpr):
-    """Say where a head's rows begin: at a batch and column of a descriptor, or so many numbers past an address."""
+    """Return where a head's rows begin: a batch and column of a descriptor, or an offset from an address."""
     if TMA:
         return batch.to(tl.int32), (head * stride_h).to(tl.int32)
     else:
@@ -41,7 +41,7 @@ def _at(batch, head, stride_b, stride_h, TMA: tl.constexpr):
 def _load(
     x, at, start, stride, n_rows, COLS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
-    """Load the rows from start on of a head's n_rows by COLS numbers, 0 outside of them."""
+    """Load the rows from start on of a head's n_rows by COLS numbers; 0 out of bounds."""
     if TMA:
         return tl.reshape(x.load([at[0], start, at[1]]), (ROWS, WIDTH))
     else:
@@ -54,7 +54,7 @@ def _load(
 
 @triton.jit
 def _load_column(stats, at, here, ROWS: tl.constexpr):
-    """Load one number of stats for each row."""
+    """Load one number of stats per row."""
     all_R4 = tl.load(stats + at[:, None] * (2 * FOUR) + tl.arange(0, FOUR)[None, :], here[:, None], 0.0)
     left_R2, _ = tl.split(tl.reshape(all_R4, (ROWS, FOUR // 2, 2)))
     left_R, _ = tl.split(left_R2)
@@ -79,7 +79,7 @@ def _store(x, base, start, stride, n_rows, COLS: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def _bias(gate, head, scale, GATED: tl.constexpr):
-    """Give what is added to the products of queries and global keys: -gate, before they are scaled."""
+    """Return the term added to the unscaled products of queries and global keys: -gate / scale."""
     bias = 0.0
     if GATED:
         bias = -tl.load(gate + head).to(tl.float32) / scale
@@ -88,9 +88,9 @@ def _bias(gate, head, scale, GATED: tl.constexpr):
 
 @triton.jit
 def _masked(scores, i, j, bias, n_memory, window, n_global, GATED: tl.constexpr, FAR: tl.constexpr):
-    """Bias the global keys, and hide what is not a local pair, or not a far pair, of the positions i and j."""
+    """Bias the global keys, and mask everything but the local pairs, or the far pairs, of the positions i and j."""
     distance = i - j
-    # one comparison for both ends of the window: as numbers without a sign, distances below 0 are the largest
+    # One comparison for both ends of the window: as unsigned numbers, negative distances are the largest.
     local = distance.to(tl.uint32, bitcast=True) < window.to(tl.uint32, bitcast=True)
     is_global = (j >= n_memory) & (j < n_memory + n_global)
     if GATED:
@@ -101,10 +101,10 @@ def _masked(scores, i, j, bias, n_memory, window, n_global, GATED: tl.constexpr,
 
 @triton.jit
 def _key_blocks(first, last, n_memory, window, n_global, GATED: tl.constexpr, KEYS: tl.constexpr):
-    """Say where the windows of queries at the positions first to last begin, and which blocks from there are whole.
+    """Return where the windows of queries at the positions first to last begin, and which blocks need no mask or bias.
 
     Returns:
-        The first key; the blocks before the whole ones, up to their end, and in all. Others need a mask or a bias.
+        The first key; the number of blocks before the unmasked ones, up to their end, and in total.
     """
     start = tl.maximum(first - window + 1, 0)
     partial = last - window + 1
@@ -116,7 +116,7 @@ def _key_blocks(first, last, n_memory, window, n_global, GATED: tl.constexpr, KE
 
 @triton.jit
 def _add_keys(scores, v, top, total, out, scale):
-    """Take one more tile of keys into the running maximum, sum and result of each query (online softmax)."""
+    """Add one tile of keys to the running maximum, sum and result of each query (online softmax)."""
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     p = tl.exp2(scores * scale - new_top[:, None])
     shrink = tl.exp2(top - new_top)
@@ -126,7 +126,7 @@ def _add_keys(scores, v, top, total, out, scale):
 
 @triton.jit
 def _gradient_of_scores(scores, grad, v, lse, delta, scale):
-    """Give the weights of keys for queries, and the gradient of scores and gate alike."""
+    """Return the weights of keys for queries, and the gradient of the scores, also used for the gate."""
     p = tl.exp2(scores * scale - lse[:, None])
     return p, p * (tl.dot(grad, tl.trans(v), input_precision=EXACT) - delta[:, None])
 
@@ -138,9 +138,9 @@ def _any_global(key, n_memory, n_global, KEYS: tl.constexpr):
 
 @triton.jit
 def _add_to_gate(dgate, share, error, p, ds, key, j, n_memory, n_global, KEYS: tl.constexpr):
-    """Take one more tile of keys j, from key on, into the sums of which `backward_queries` makes the gate's gradient.
+    """Add one tile of keys j, from key on, to the sums that `backward_queries` computes the gate's gradient from.
 
-    Few tiles hold global keys.
+    Few tiles contain global keys.
     """
     if _any_global(key, n_memory, n_global, KEYS):
         is_global = (j >= n_memory) & (j < n_memory + n_global)
@@ -156,8 +156,8 @@ def forward(
     TMA: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, N_REP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     D_TILE: tl.constexpr, V_TILE: tl.constexpr, G_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Attend: one tile of the queries of a head a program."""
-    # the last queries see most keys where there is no window: they start first
+    """Compute attention: one program per tile of a head's queries."""
+    # Without a window the last queries see the most keys: they start first.
     block, n_heads = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1)
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = block * QUERIES
@@ -183,7 +183,7 @@ def forward(
     last = tl.minimum(first + QUERIES, n_keys) - 1
     start, whole, whole_end, n_blocks = _key_blocks(first, last, n_memory, window, n_global, GATED, KEYS)
     k_at, v_at = _at(batch, head // N_REP, k_b, k_h, TMA), _at(batch, head // N_REP, v_b, v_h, TMA)
-    # after the loop over far keys ptxas overlaps products as it is, and with AT_LEAST_ONE it does not
+    # After the loop over far keys ptxas overlaps products without AT_LEAST_ONE; with it, it does not.
     for tile in range(n_blocks if FAR else tl.maximum(n_blocks, AT_LEAST_ONE)):
         key = start + tile * KEYS
         k_ND, v_NV = _load_both(k, v, k_at, v_at, key, k_s, v_s, n_keys, D, V, KEYS, D_TILE, V_TILE, TMA)
@@ -205,7 +205,7 @@ def _far_gradients(
     GATED: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     D_TILE: tl.constexpr, V_TILE: tl.constexpr, G_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add far keys to dq and the gate's sums, and store these queries' part of dk, not yet scaled, and of dv."""
+    """Add far keys to dq and the gate's sums, and store these queries' term of dk, not yet scaled, and of dv."""
     for tile in range(tl.cdiv(n_global, G_TILE)):
         key = n_memory + tile * G_TILE
         k_GD, v_GV = _load_both(
@@ -236,11 +236,11 @@ def backward_queries(
     TMA: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, N_REP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     D_TILE: tl.constexpr, V_TILE: tl.constexpr, G_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Make dq, stats, and sums of one tile of queries a program: of dgate, and of dk and dv of far keys.
+    """Compute dq, stats, and partial sums of dgate and of far keys' dk and dv: one program per tile of queries.
 
-    delta comes from a result that was rounded to its type, so all ds of a query are off by its error times their p. In
-    dgate, a sum of ds, these errors add up. A query's ds add up to 0, so the sum of what was computed is the error;
-    it is taken off again, times the global keys' share of p.
+    delta comes from a rounded result, so all ds of a query have an error: the error of delta times their p. In dgate, a
+    sum of ds, these errors accumulate. The exact ds of a query sum to 0, so the sum of the computed ones is the error;
+    it is subtracted, times the global keys' total p.
     """
     block, n_heads = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1)
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -284,7 +284,7 @@ def backward_queries(
         far += ((batch * n_heads + head) * n_far + block - first_far) * n_global * (D + V)
         far_k += _at(batch, head // N_REP, k_b, k_h, False)
         far_v += _at(batch, head // N_REP, v_b, v_h, False)
-        # loaded again: what is kept through the loop above takes the room of the next program
+        # Loaded again: registers held through the loop above would leave no room for a second program.
         q_MD, grad_MV = _load_both(
             q, grad, q_at, grad_at, row, q_s, g_s, n_queries, D, V, QUERIES, D_TILE, V_TILE, False
         )  # fmt: skip
@@ -307,7 +307,7 @@ def backward_keys(
     TMA: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, N_REP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     D_TILE: tl.constexpr, V_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Make dk and dv: one tile of the keys of a key-value head a program, over all its query heads."""
+    """Compute dk and dv: one program per tile of a key-value head's keys, over all its query heads."""
     key, n_kv_heads = tl.program_id(0) * KEYS, tl.num_programs(1)
     kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     offset = n_keys - n_queries
@@ -323,14 +323,14 @@ def backward_keys(
         cols_D, cols_V = tl.arange(0, D_TILE)[None, :], tl.arange(0, V_TILE)[None, :]
         dk_ND = tl.load(far + rows * (D + V) + cols_D, here & (cols_D < D), 0.0)
         dv_NV = tl.load(far + rows * (D + V) + D + cols_V, here & (cols_V < V), 0.0)
-    # queries from the block's first key to the end of the last one's window; those between see the block whole
+    # Queries from the block's first key to the end of the last one's window; those in between see the full block.
     start = tl.maximum(key - offset, 0)
     n_blocks = tl.cdiv(tl.maximum(tl.minimum(key + KEYS - 1 + window - offset, n_queries) - start, 0), QUERIES)
     whole = tl.cdiv(tl.maximum(key + KEYS - 1 - offset - start, 0), QUERIES)
     whole_end = tl.maximum(window + key - offset - start, 0) // QUERIES
     if GATED:
         whole_end = tl.where(_any_global(key, n_memory, n_global, KEYS), 0, whole_end)
-    n_blocks = tl.maximum(n_blocks, AT_LEAST_ONE)  # for keys that nobody sees a block that is hidden whole
+    n_blocks = tl.maximum(n_blocks, AT_LEAST_ONE)  # keys that no query sees get one fully masked block
     for step in range(N_REP * n_blocks):
         head, tile = kv_head * N_REP + step // n_blocks, step % n_blocks
         row = start + tile * QUERIES

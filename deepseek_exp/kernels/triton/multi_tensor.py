@@ -1,12 +1,12 @@
 """One launch over many tensors: a table of their addresses on the device, and the norm of all of them in one pass.
 
-Each program gets its tensor and tile from a map, which is made once for tensors of the same sizes; the table is made
-again when an address changes, and goes to the device without waiting for it. PyTorch cannot see what a kernel does
-through addresses: what writes through them raises version counters by hand and is no operator for torch.compile.
+Each program gets its tensor and tile from a map, which is cached for tensors of the same sizes; the table is rebuilt if
+an address changes, and is copied to the device asynchronously. PyTorch cannot see what a kernel does through addresses:
+code that writes through them increments version counters itself and is not an operator for torch.compile.
 
-The norm reads each gradient once (the floor), squares and adds in float64, each program over its own tiles and then
-over programs in one order, so that results repeat bit for bit. Squares of bf16 numbers have 16 bits and are first added
-in fours, in fp32, which holds those of magnitudes between 1e-18 and 1e18.
+The norm reads each gradient once (the floor), squares and sums in float64, each program over its own tiles and then
+over programs in a fixed order, so that results are bit-reproducible. Squares of bf16 numbers have 16 bits and are first
+summed in groups of four, in fp32, which holds those of magnitudes between 1e-18 and 1e18.
 
 Suffixes: D elements of a tile, S sums of neighbours, T neighbours.
 """
@@ -25,14 +25,14 @@ from torch import Tensor
 from deepseek_exp.kernels.triton.tiles import TILE, n_programs
 
 WARPS = 8
-# bf16 numbers whose squares, exact in fp32, are added there: float64 for each of them took 2.1 times as long as reading
+# Number of bf16 values whose squares, exact in fp32, are summed in fp32: float64 for each took 2.1 times the read time.
 NEIGHBOURS = 4
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
 def pointer(slot, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Load an address from a table; ALIGNED promises that 16 divides it."""
+    """Load an address from a table; ALIGNED asserts that it is divisible by 16."""
     address = tl.load(slot).to(tl.pointer_type(TYPE))
     if ALIGNED:
         address = tl.multiple_of(address, 16)
@@ -41,7 +41,7 @@ def pointer(slot, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _squares(x_D, TOGETHER: tl.constexpr):
-    """Give the sums, in float64, of the squares of TOGETHER neighbours; these are added in fp32."""
+    """Return float64 sums of the squares of TOGETHER neighbours, which are summed in fp32."""
     if TOGETHER == 1:
         return x_D.to(tl.float64) * x_D.to(tl.float64)
     x_ST = tl.reshape(x_D.to(tl.float32), (x_D.shape[0] // TOGETHER, TOGETHER))
@@ -57,7 +57,7 @@ def _square_sums(
     for tile in range(program, n_tiles, tl.num_programs(0)):
         row, start = table + tl.load(tiles + 2 * tile) * 2, tl.load(tiles + 2 * tile + 1).to(tl.int64) * SIZE
         n, x, at = tl.load(row), pointer(row + 1, TYPE, ALIGNED), start + tl.arange(0, SIZE)
-        # only the last tile of a tensor is masked: a mask of unknown length keeps loads from being 16 bytes wide
+        # Only the last tile of a tensor is masked: a mask of unknown length prevents 16-byte loads.
         if start + SIZE <= n:
             sum_S += _squares(tl.load(x + at), TOGETHER)
         else:
@@ -66,10 +66,10 @@ def _square_sums(
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Compute `optim.gradient_norm`, squares always summed in the same order.
+    """Compute `optim.gradient_norm`, with squares always summed in the same order.
 
-    Of bf16 to about 1e-9, and for magnitudes between 1e-18 and 1e18, whose squares fp32 holds: what is smaller counts
-    for less or for nothing, what is larger makes the norm infinite.
+    For bf16 the relative error is about 1e-9 for magnitudes between 1e-18 and 1e18, whose squares fp32 holds: smaller
+    ones are partly or fully lost, larger ones make the norm infinite.
 
     Args:
         gradients: fp32 and bf16 tensors of any shapes on one device.
@@ -85,7 +85,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def _sums_of(tensors: list[Tensor]) -> Tensor:
-    """Give the square sums of tensors of one type, one for each program (programs,)."""
+    """Return the sums of squares of tensors of one type, one per program: (programs,)."""
     device = tensors[0].device
     tiles = tile_map(tuple(t.numel() for t in tensors), TILE, device)
     rows = tuple((t.numel(), t.data_ptr()) for t in tensors)
@@ -101,7 +101,7 @@ def _sums_of(tensors: list[Tensor]) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def tile_map(sizes: tuple[int, ...], tile_size: int, device: torch.device) -> Tensor:
-    """Cut tensors into tiles: which tensor and which of its tiles each is, (tiles, 2) int32."""
+    """Split tensors into tiles: the index of the tensor and of the tile within it, (tiles, 2) int32."""
     counts = torch.tensor([triton.cdiv(size, tile_size) for size in sizes])
     tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)  # (tiles,)
     first = counts.cumsum(0) - counts
@@ -111,11 +111,11 @@ def tile_map(sizes: tuple[int, ...], tile_size: int, device: torch.device) -> Te
 
 @functools.lru_cache(maxsize=32)
 def table_of(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """Put sizes and addresses on the device, int64, without waiting for it."""
+    """Copy sizes and addresses to the device, int64, asynchronously."""
     table = torch.tensor(rows, dtype=torch.int64)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def are_aligned(rows: tuple[tuple[int, ...], ...]) -> bool:
-    """Say whether all addresses, which follow the size in each row, allow 16-byte loads."""
+    """Return whether all addresses, which follow the size in each row, allow 16-byte loads."""
     return all(address % 16 == 0 for row in rows for address in row[1:])

@@ -1,23 +1,25 @@
-"""Rotary positions in one pass each way, with the norm of each head before them where a model has one.
+"""Rotary positions in one pass each way, optionally fused with the norm of each head before them.
 
     n = x, or x r w with r = 1 / sqrt(mean(x^2) + eps)
-    y_i = n_i cos - n_j sin,  y_j = n_j cos + n_i sin  for the pairs i, j of the columns that turn,  y = n elsewhere
-    dn = g turned by the negative angle;  dx = dn, or r (dn w - x r mean(dn w x r)),  dw = sum over heads of dn x r
+    y_i = n_i cos - n_j sin,  y_j = n_j cos + n_i sin  for the pairs i, j of the rotated columns,  y = n elsewhere
+    dn = g rotated by the negative angle;  dx = dn, or r (dn w - x r mean(dn w x r)),  dw = sum over heads of dn x r
 
-Sources: Su et al. 2021, "RoFormer", section 3.2.2; DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.3 (a part of each head
-turns); Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", section 4. The definition is reference.py's.
-Everything between load and store is fp32, so in bf16 a normed head is not rounded before it turns. Without the norm
-nothing but cos and sin is kept for the backward pass; with it x is, and r is made again from the head in registers.
-dw is summed by each program over its own tiles and then over programs in one order, so results repeat bit for bit.
+Sources: Su et al. 2021, "RoFormer", section 3.2.2; DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.3 (heads that rotate in
+part); Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", section 4. The definition is reference.py's.
+Everything between load and store is fp32, so in bf16 a normed head is not rounded before the rotation. Without the norm
+only cos and sin are kept for the backward pass; with it x is too, and r is recomputed from the head in registers.
+dw is summed by each program over its own tiles and then over programs in a fixed order, so results are
+bit-reproducible.
 
-x is read by its strides. Results and gradients lie as (B, S, heads, D): what the projections before and after read.
+x is read with any strides. Results and gradients are stored as (B, S, heads, D): the layout that the projections before
+and after read.
 
 Bytes moved for N = B S heads rows of D elements of e bytes (the floor): forward 2 N D e; backward 2 N D e, with the
-norm 3 N D e; and cos and sin, 4 / (heads e) of N D e at most, as the heads of a token share them.
-Measured, both ways, 16384 tokens in bf16 on an H200: queries of 16 and keys of 4 heads of 128 0.095 ms, 83% of the
-floor; 16 heads with the norm 0.114 ms, 70%; the last 64 columns of 16 heads of 192 0.107 ms, 89%.
+norm 3 N D e; and cos and sin, at most 4 / (heads e) of N D e, as the heads of a token share them.
+Measured, forward and backward, 16384 tokens in bf16 on an H200: queries of 16 and keys of 4 heads of 128 0.095 ms, 83%
+of the floor; 16 heads with the norm 0.114 ms, 70%; the last 64 columns of 16 heads of 192 0.107 ms, 89%.
 
-Suffixes: R rows of a tile, each one head of one token; H pairs that turn; N columns that stay; D all; P programs.
+Suffixes: R rows per tile, each one head of one token; H rotated pairs; N columns not rotated; D all; P programs.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ from torch import Tensor
 from deepseek_exp.kernels.operation import operation
 from deepseek_exp.kernels.triton.tiles import n_programs, row_tile
 
-# programs on a multiprocessor in the norm's backward pass: each needs 80 registers for a thread
+# Programs per multiprocessor in the norm's backward pass: each needs 80 registers per thread.
 NORM_PROGRAMS = 3
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, norm_weight: Tensor | None = None, eps: float = 0.0) -> Tensor:
     """Compute `reference.rope`; same arguments and result, in fp32 and bf16; cos and sin get no gradient.
 
-    The result is a view of storage that lies as (B, S, heads, D).
+    The result is a view of storage laid out as (B, S, heads, D).
     """
     if norm_weight is None:
         return _rope(x, cos, sin, False)
@@ -48,7 +50,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, norm_weight: Tensor | None = None,
 
 @triton.jit
 def _place(tile, n_rows, n_heads, seq, ROWS: tl.constexpr):
-    """Give a tile's rows, in the order batch, token, head, and which of them exist; batch, head and token of each."""
+    """Return a tile's rows, in the order batch, token, head, and which of them exist; batch, head and token of each."""
     row_R = tile * ROWS + tl.arange(0, ROWS)[:, None]  # more rows than int32 counts would not fit into memory
     token_R = row_R // n_heads
     b_R, h_R, s_R = token_R // seq, row_R % n_heads, token_R % seq
@@ -57,7 +59,7 @@ def _place(tile, n_rows, n_heads, seq, ROWS: tl.constexpr):
 
 @triton.jit
 def _load(row_R, here_R, START: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
-    """Read LENGTH columns from START on of the rows that exist, in fp32, 0 elsewhere."""
+    """Read LENGTH columns from START on of the rows that exist, in fp32; 0 elsewhere."""
     cols = tl.arange(0, WIDTH)[None, :]
     return tl.load(row_R + START + cols, here_R & (cols < LENGTH), 0.0).to(tl.float32)
 
@@ -71,7 +73,7 @@ def _store(row_R, values_RC, here_R, START: tl.constexpr, LENGTH: tl.constexpr, 
 
 @triton.jit
 def _inverse_rms(squares_R, here_R, D: tl.constexpr, eps):
-    """Give 1 / the root mean square of rows from their sums of squares; 1 where no row is, as eps may be 0."""
+    """Return 1 / the root mean square of rows from their sums of squares; 1 for missing rows, as eps may be 0."""
     return tl.rsqrt(tl.where(here_R, squares_R / D + eps, 1.0))
 
 
@@ -160,7 +162,7 @@ def _norm_backward(
 
 
 def _constants(x: Tensor, cos: Tensor, sin: Tensor) -> dict[str, int]:
-    """Choose the launch constants, and stop where tables and heads do not fit: a kernel would read beyond them."""
+    """Choose the launch constants; raise if tables and heads do not fit, since a kernel would read out of bounds."""
     d, half = x.shape[3], cos.shape[1]
     if cos.shape != sin.shape or len(cos) != x.shape[2] or 2 * half > d:
         raise ValueError(f"tables {tuple(cos.shape)}, {tuple(sin.shape)} do not fit heads {tuple(x.shape)}")
@@ -174,7 +176,7 @@ def _side_by_side(x: Tensor) -> Tensor:
 
 
 def _like(x: Tensor) -> Tensor:
-    """Make an empty (B, heads, S, D) that lies as (B, S, heads, D)."""
+    """Make an empty (B, heads, S, D) tensor that is stored as (B, S, heads, D)."""
     batch, n_heads, seq, d = x.shape
     return x.new_empty(batch, seq, n_heads, d).transpose(1, 2)  # (batch, heads, seq, head_dim)
 
@@ -194,7 +196,7 @@ def _launch_forward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, 
 
 @operation("rope")
 def _rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """Turn by the angle, or where `inverse` by the negative angle."""
+    """Rotate by the angle, or by the negative angle if `inverse`."""
     return _launch_forward(x, cos, sin, None, 0.0, inverse)
 
 

@@ -1,19 +1,19 @@
-"""Routing after the product with the router's matrix, in one pass each way: scores, groups, the best, their weights.
+"""Routing after the product with the router's matrix, in one pass each way: scores, groups, top-k, weights.
 
     s = softmax(l) or sigmoid(l),  ids = the K largest of s + bias in the best groups,  w_k = c s_k / (sum of the s_k)
     ds_e = gs_e + sum over k with ids_k = e of (g_k - sum_j g_j s_j / S) c / S,  S = sum of the s_k
     dl = s (ds - sum(ds s)) for softmax, ds s (1 - s) for sigmoid
 
 Sources: DeepSeek-AI 2024, "DeepSeek-V2", section 2.2.2, and "DeepSeek-V3 Technical Report", section 2.1.2; the
-definition is reference.py's. All of it is fp32. A program holds all experts of a few tokens in registers. To choose, a
-value becomes an integer of the same order with the column below it, so that one maximum finds value and place, equals
-are ordered and, NaN or not, K different experts come out.
+definition is reference.py's. All arithmetic is fp32. A program holds all experts of a few tokens in registers. To
+choose, a value is mapped to an integer of the same order with the column in the low bits, so that one maximum finds
+value and position, ties are ordered and, even with NaN, K different experts are chosen.
 
 Bytes moved for T tokens, E experts of 4 bytes (the floor): forward 8 T E + 12 T K, backward 12 T E + 12 T K, and 4 T E
-less where the scores have no gradient of their own. Measured, both
-ways, 16384 tokens and 256 experts, top 8, on an H200: 0.064 ms, 31% of the floor; PyTorch compiled 0.62 ms.
+less if the scores have no gradient. Measured, forward and backward, 16384 tokens and 256 experts, top 8, on an H200:
+0.064 ms, 31% of the floor; PyTorch compiled 0.62 ms.
 
-Suffixes: T tokens, E experts, K experts of a token, G groups, S experts of a group, N candidates of any kind.
+Suffixes: T tokens, E experts, K experts per token, G groups, S experts per group, N candidates of any kind.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from deepseek_exp.config import GroupScore, Score
 from deepseek_exp.kernels.operation import operation
 
-# elements of a tile: 8 for each of the 32 threads of one warp, so that a token's maxima need no barrier
+# Elements per tile: 8 for each of the 32 threads of one warp, so that a token's maxima need no barrier.
 TILE = 256
 
 LOWEST = tl.constexpr(-(2**63))
@@ -56,7 +56,7 @@ def route(
 
 @triton.jit
 def _keys(x_TN, WIDTH: tl.constexpr):
-    """Give different integers in the order of x, of equals the first the largest, with the column in the low bits."""
+    """Return distinct integers ordered like x, the first of ties the largest, with the column in the low bits."""
     bits_TN = x_TN.to(tl.int32, bitcast=True)
     ordered_TN = bits_TN ^ ((bits_TN >> 31) & 0x7FFFFFFF)
     return (ordered_TN.to(tl.int64) << 32) + (WIDTH - 1 - tl.arange(0, WIDTH))[None, :]
@@ -67,7 +67,7 @@ def _within_groups(
     choice_TE, TOP: tl.constexpr, SCORE: tl.constexpr, SIZE: tl.constexpr,
     TOKENS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Put -inf where a group is not among the TOP best; what pads groups and their SIZE members is -inf already."""
+    """Mask groups outside the TOP best with -inf; the padding of groups and of their SIZE members is -inf already."""
     in_groups = tl.reshape(choice_TE, (TOKENS, GROUPS, MEMBERS))
     member_S = tl.arange(0, MEMBERS)[None, None, :]
     if SCORE == "sum":
@@ -177,7 +177,7 @@ def _route(
     norm_top_k: bool,
     route_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give weights, scores and ids."""
+    """Return weights, scores and ids."""
     logits_TE, (n_tokens, n_experts) = logits_TE.contiguous(), logits_TE.shape
     weights_TK, scores_TE, ids_TK = _empty(logits_TE, top_k)
     size = n_experts // n_groups
@@ -203,7 +203,7 @@ def _route_backward(
     norm_top_k: bool,
     route_scale: float,
 ) -> Tensor:
-    """Give the gradient of the logits, fp32, from those of the weights and of the scores, where there are any."""
+    """Return the gradient of the logits, fp32, from those of the weights and of the scores, if any."""
     (n_tokens, n_experts), dlogits_TE = scores_TE.shape, torch.empty_like(scores_TE)
     width = triton.next_power_of_2(n_experts)
     tokens = max(1, TILE // width)
@@ -217,7 +217,7 @@ def _route_backward(
 
 
 def _empty(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Make room for weights, scores and ids."""
+    """Allocate weights, scores and ids."""
     ids_TK = logits_TE.new_empty(len(logits_TE), top_k, dtype=torch.int64)
     weights_TK, scores_TE = (
         logits_TE.new_empty(shape, dtype=torch.float32) for shape in (ids_TK.shape, logits_TE.shape)

@@ -1,15 +1,14 @@
-"""Rows sorted by expert: a stable counting sort in two passes with a sum over (expert, block) between them.
+"""Sort rows by expert: a stable counting sort in two passes with a prefix sum over (expert, block) between them.
 
-Blocks of rows count their experts. The running sum of these counts, expert by expert and in each by block, says where
-the rows of one expert in one block end in the sorted order; counting back from there within the block places them. Only
-integers are added and no place is taken twice, so nothing depends on which program runs first. Source: Knuth 1998, "The
+Blocks of rows count their experts. The prefix sum of these counts, by expert and then by block, gives the end of each
+(expert, block) run in the sorted order; counting back from there within the block places its rows. Only integers are
+added and no position is used twice, so the result does not depend on the order of programs. Source: Knuth 1998, "The
 Art of Computer Programming", volume 3, section 5.2, algorithm D; its definition here is reference.py's.
 
-Bytes moved for R rows (the floor): 8 R in and 16 R out. Beside that come 8 R for the second reading and three passes
-over 4 (n_experts + 1) R / BLOCK. Measured only inside of
-a training step, where it is not among the 40 kernels that take longest.
+Bytes moved for R rows (the floor): 8 R in and 16 R out. In addition, 8 R for the second read and three passes over
+4 (n_experts + 1) R / BLOCK. Measured only inside a training step, where it is not among the 40 slowest kernels.
 
-Suffixes: T tokens, K experts of a token, R = T * K rows, E experts, C rows of a chunk.
+Suffixes: T tokens, K experts per token, R = T * K rows, E experts, C rows per chunk.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from deepseek_exp.kernels.operation import operation
 
-# rows of a block, one for each thread of 8 warps, and how many of them each is compared with at a time
+# Rows per block, one per thread of 8 warps, and the number of rows that each is compared with at a time.
 BLOCK, CHUNK = 256, 32
 
 
@@ -33,7 +32,7 @@ def sort_by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tens
 @triton.jit
 def _count(ids, counts, n_rows, n_blocks, n_bins, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    id_R = tl.load(ids + rows, rows < n_rows, n_bins).to(tl.int32)  # past the last row: a bin that is not stored
+    id_R = tl.load(ids + rows, rows < n_rows, n_bins).to(tl.int32)  # rows past the end go to a bin that is not stored
     bins = tl.arange(0, WIDTH)
     tl.store(counts + bins * n_blocks + tl.program_id(0), tl.histogram(id_R, WIDTH), bins < n_bins)
 

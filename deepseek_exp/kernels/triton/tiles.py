@@ -1,4 +1,4 @@
-"""How rows are cut into tiles for the Triton kernels: one place for block sizes and program counts."""
+"""How rows are split into tiles for the Triton kernels: one place for block sizes and program counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-# elements of a tile: 16 for each of 256 threads
+# Elements per tile: 16 for each of 256 threads.
 TILE = 4096
 
 
@@ -16,8 +16,8 @@ class Tile(NamedTuple):
     """Launch constants of a kernel that works on tiles of whole rows.
 
     Attributes:
-        rows: of a tile.
-        width: columns of a tile, a power of two, no less than the row has.
+        rows: rows per tile.
+        width: columns per tile, a power of two, at least the columns of a row.
         warps: groups of 32 threads that share a tile.
     """
 
@@ -35,8 +35,8 @@ def row_tile(n_columns: int, elements: int = TILE) -> Tile:
 
 @functools.cache
 def n_programs(device: torch.device, on_each: int = 4) -> int:
-    """Give how many programs a kernel starts that walks over all tiles and keeps sums: some on each multiprocessor.
+    """Return the number of programs of a kernel that loops over all tiles and keeps sums: `on_each` per multiprocessor.
 
-    On a CPU, where the interpreter runs them one after the other, 3: so that tests see sums of several.
+    On a CPU, where the interpreter runs them sequentially, it is 3, so that tests cover several sums.
     """
     return on_each * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

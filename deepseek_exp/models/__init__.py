@@ -1,4 +1,4 @@
-"""Language models: one Transformer whose parts the configuration chooses."""
+"""Language models: one Transformer whose parts are chosen by the configuration."""
 
 from deepseek_exp.models.transformer import Loss, Transformer, init_weights
 

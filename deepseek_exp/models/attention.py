@@ -18,7 +18,7 @@ from deepseek_exp.models.rope import rope_table
 class Attention(nn.Module):
     """Multi-head attention with shared key-value heads, RoPE, and a local window with global tokens.
 
-    The gate that balances window and global tokens exists when there are both (`kernels/reference.py` has the formula).
+    The gate that balances window and global tokens exists only if both do (formula in `kernels/reference.py`).
     Optional, by configuration: biases of queries, keys and values; RMSNorm over each head of queries and keys before
     RoPE.
     """
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.gate = new_gate(cfg)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Attend.
+        """Compute attention.
 
         Args:
             x: (batch, seq, d_model), normalised.
@@ -67,11 +67,11 @@ class Attention(nn.Module):
         return self.ops.linears(out.transpose(1, 2).reshape(batch, seq, -1), (self.wo,))[0]  # (batch, seq, d_model)
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> KVCache:
-        """Make an empty cache for `max_len` tokens, of the type of `like`."""
+        """Return an empty cache for `max_len` tokens, of the type of `like`."""
         shape = (batch, self.cfg.n_kv_heads, max_len, self.head_dim)
         return KVCache(like.new_zeros(shape), like.new_zeros(shape))
 
 
 def new_gate(cfg: ModelConfig) -> nn.Parameter | None:
-    """Make the gate of each head, where there are both a window and global tokens to balance."""
+    """Return one gate per head if there are both a window and global tokens to balance, else None."""
     return nn.Parameter(torch.empty(cfg.n_heads)) if cfg.window and cfg.n_global_tokens else None

@@ -16,7 +16,7 @@ from deepseek_exp.models.mla import LatentAttention
 from deepseek_exp.models.moe import FeedForward, MoE
 from deepseek_exp.models.norm import RMSNorm
 
-# operations whose results selective checkpointing keeps, by their names without the overload: they cost by far the most
+# Operations whose results selective checkpointing keeps, by name without the overload: the most expensive ones by far.
 KEPT = {
     *(f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm")),
     "deepseek_exp::grouped_product",
@@ -48,7 +48,7 @@ class Block(nn.Module):
             cfg: the model.
             ops: the operations to build from.
             index: which block of the model this is; the first ones may be dense.
-            checkpointing: what is kept for the backward pass beside the block's input; the rest is computed again.
+            checkpointing: what is kept for the backward pass in addition to the block's input; the rest is recomputed.
         """
         super().__init__()
         self.checkpointing = checkpointing
@@ -67,7 +67,7 @@ class Block(nn.Module):
             x: (batch, seq, d_model).
             memory: (batch, n_memory, d_model), this block's inputs for the tokens just before x, without gradient.
             cache: this block's keys and values for the tokens before x.
-            domain: (batch,) int64, the domain of each sequence, -1 where it is not known; None: nowhere.
+            domain: (batch,) int64, the domain of each sequence, -1 if unknown; None if all are unknown.
 
         Returns:
             (batch, seq, d_model).
@@ -75,12 +75,12 @@ class Block(nn.Module):
         if self.checkpointing is not ActivationCheckpointing.none and torch.is_grad_enabled():
             args = (x, memory, cache, domain)
             selective = self.checkpointing is ActivationCheckpointing.selective
-            kept = {"context_fn": _keeping_products} if selective else {}  # the compiler takes no other function here
+            kept = {"context_fn": _keeping_products} if selective else {}  # the compiler accepts no other function here
             x, counts = checkpoint(self._compute, *args, use_reentrant=False, preserve_rng_state=False, **kept)
         else:
             x, counts = self._compute(x, memory, cache, domain)
         if counts is not None:
-            self.feed_forward.record(counts)  # out here, since a recomputed pass must not count again
+            self.feed_forward.record(counts)  # outside the checkpoint, since a recomputed pass must not count again
         return x
 
     def _compute(
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 def _keeping_products() -> tuple[Any, Any]:
-    """Give the contexts of the first and of the repeated computation that keep the results of `KEPT`."""
+    """Return the contexts of the first and of the recomputed pass that keep the results of `KEPT`."""
     return create_selective_checkpoint_contexts(_policy)
 
 

@@ -1,4 +1,4 @@
-"""What attention keeps of past tokens while text is generated."""
+"""The cache of past tokens in attention during generation."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass
 class KVCache:
-    """What one block keeps of the tokens so far.
+    """The cache of one block.
 
     Attributes:
-        k: keys, turned by their positions: (batch, n_kv_heads, max_len, head_dim) for GQA; for MLA the part that all
-            heads share, (batch, 1, max_len, qk_rope_head_dim).
-        v: values: (batch, n_kv_heads, max_len, head_dim) for GQA; for MLA the latent that keys and values are made
+        k: keys, rotated by their positions: (batch, n_kv_heads, max_len, head_dim) for GQA; for MLA the part shared by
+            all heads, (batch, 1, max_len, qk_rope_head_dim).
+        v: values: (batch, n_kv_heads, max_len, head_dim) for GQA; for MLA the latent that keys and values are computed
             from, (batch, 1, max_len, kv_lora_rank).
-        length: tokens stored.
+        length: number of tokens stored.
     """
 
     k: Tensor
@@ -24,7 +24,7 @@ class KVCache:
     length: int = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of new tokens and give all so far."""
+        """Store the keys and values of new tokens and return all so far."""
         end = self.length + k.shape[2]
         if end > self.k.shape[2]:
             raise ValueError(f"cache of {self.k.shape[2]} tokens is too short for {end}")
@@ -34,5 +34,5 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Memory of one token of one sequence."""
+        """Return the bytes per token of one sequence."""
         return sum(t[0, :, 0].numel() * t.element_size() for t in (self.k, self.v))

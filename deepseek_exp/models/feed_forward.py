@@ -8,20 +8,20 @@ from deepseek_exp.kernels import Ops
 
 
 class FeedForward(nn.Module):
-    """The SwiGLU feed-forward network: w_down(silu(w_gate x) * w_up x), of all hidden units or of the largest gates."""
+    """SwiGLU network: w_down(silu(w_gate x) * w_up x), over all hidden units or those with the largest gates."""
 
     def __init__(self, d_model: int, d_ff: int, ops: Ops, d_ff_active: int = 0) -> None:
         """Build with uninitialised weights.
 
         Args:
             d_model: width of the residual stream.
-            d_ff: hidden units.
+            d_ff: number of hidden units.
             ops: the operations to build from.
-            d_ff_active: hidden units that a token keeps; 0: all.
+            d_ff_active: number of hidden units that a token keeps; 0 means all.
         """
         super().__init__()
         self.ops, self.d_ff_active = ops, d_ff_active
-        self.active_fraction: Tensor | None = None  # hidden units that were not 0 in the last pass outside of training
+        self.active_fraction: Tensor | None = None  # of hidden units that were not 0 in the last pass outside training
         self.w_gate = nn.Linear(d_model, d_ff, bias=False)
         self.w_up = nn.Linear(d_model, d_ff, bias=False)
         self.w_down = nn.Linear(d_ff, d_model, bias=False)
@@ -31,7 +31,7 @@ class FeedForward(nn.Module):
         return self.ops.linears(self.hidden(x), (self.w_down,))[0]
 
     def hidden(self, x: Tensor) -> Tensor:
-        """Give the hidden units (..., d_ff)."""
+        """Return the hidden units (..., d_ff)."""
         gate, up = self.ops.linears(x, (self.w_gate, self.w_up))  # (..., d_ff)
         if not self.d_ff_active:
             return self.ops.swiglu(gate, up)

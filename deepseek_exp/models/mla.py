@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values made from one narrow latent, which is all that a cache stores.
+"""Multi-head latent attention: keys and values computed from one narrow latent, which is all that a cache stores.
 
 Shapes: batch, seq (queries), keys (memory or cache, then the sequence), heads, nope and rope (the parts of a head
 without and with positions), latent (kv_lora_rank).
@@ -24,7 +24,7 @@ class LatentAttention(nn.Module):
     its query is [q, rope(q')] from W_q_b norm(W_q_a x). Source: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.
 
     With a cache, W_k is applied to the query and W_v to the result instead (section 2.1.2: they are absorbed), so that
-    one new token reads the cached latents themselves and no key or value of an old token is made again.
+    a new token reads the cached latents directly and no key or value of an old token is recomputed.
     """
 
     def __init__(self, cfg: ModelConfig, ops: Ops) -> None:
@@ -46,7 +46,7 @@ class LatentAttention(nn.Module):
         self.scale = softmax_scale(cfg, self.nope + self.rope)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Attend; arguments and result are those of `Attention.forward`."""
+        """Compute attention; arguments and result are those of `Attention.forward`."""
         batch, seq, _ = x.shape
         context = x if memory is None else torch.cat([memory, x], dim=1)  # (batch, n_memory + seq, d_model)
         n_memory, n_cached = context.shape[1] - seq, cache.length if cache is not None else 0
@@ -64,12 +64,12 @@ class LatentAttention(nn.Module):
         return self.ops.linears(out.transpose(1, 2).reshape(batch, seq, -1), (self.wo,))[0]  # (batch, seq, d_model)
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> KVCache:
-        """Make an empty cache for `max_len` tokens: kv_lora_rank + qk_rope_head_dim numbers a token, as `like`."""
+        """Return an empty cache for `max_len` tokens: kv_lora_rank + qk_rope_head_dim numbers per token, as `like`."""
         widths = self.rope, self.cfg.kv_lora_rank
         return KVCache(*(like.new_zeros(batch, 1, max_len, width) for width in widths))
 
     def _down(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Give queries (batch, seq, heads * (nope + rope)) and latent and rotary keys (batch, keys, latent + rope)."""
+        """Return queries (batch, seq, heads * (nope + rope)), latent and rotary keys (batch, keys, latent + rope)."""
         first, linears = self.wq_a if self.cfg.q_lora_rank else self.wq, self.ops.linears
         if context is x:
             q, down = linears(x, (first, self.wkv_a))

@@ -21,5 +21,5 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
     def after_adding(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Give x + y, and that normalised."""
+        """Return x + y, and its normalisation."""
         return self.ops.add_rms_norm(x, y, self.weight, self.eps)

@@ -1,4 +1,4 @@
-"""Rotary position tables, and their stretching to contexts longer than were trained."""
+"""Rotary position tables, and their scaling to contexts longer than in training."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SCALING = tuple(f.name for f in dataclasses.fields(RopeScalingConfig))
 
 
 def rope_table(cfg: ModelConfig, dim: int, n_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Give cosine and sine of position * frequency, each (n_positions, dim / 2), fp32.
+    """Return cosine and sine of position * frequency, each (n_positions, dim / 2), fp32.
 
-    frequency_i = theta^(-2i / dim), changed by rope_scaling. Kept outside of the modules in fp32, so that casting a
-    model to bf16 cannot round the angles.
+    frequency_i = theta^(-2i / dim), modified by rope_scaling. Kept outside the modules in fp32, so that casting a model
+    to bf16 cannot round the angles.
     """
-    scaling = tuple(getattr(cfg.rope_scaling, name) for name in SCALING)  # the compiler of torch 2.11 knows no astuple
+    scaling = tuple(getattr(cfg.rope_scaling, name) for name in SCALING)  # torch 2.11 cannot compile astuple
     return _table(dim, cfg.rope_theta, scaling, n_positions, device)
 
 
 def softmax_scale(cfg: ModelConfig, dim: int) -> float:
-    """Give the factor of attention scores: 1 / sqrt(dim), and for MLA under YaRN times its mscale squared.
+    """Return the factor of attention scores: 1 / sqrt(dim), and for MLA under YaRN times its mscale squared.
 
     Source: modeling_deepseek.py of deepseek-ai/DeepSeek-V3, `DeepseekV3Attention`.
     """
@@ -52,7 +52,7 @@ def _table(dim: int, theta: float, scaling: tuple, n_positions: int, device: tor
 
 
 def _llama3(frequency: Tensor, s: RopeScalingConfig) -> Tensor:
-    """Stretch long waves whole, keep short ones, and go from one to the other linearly in the number of turns.
+    """Scale long wavelengths fully and short ones not at all; interpolate linearly in the number of turns between.
 
     Source: meta-llama/llama-models, `models/llama3/model.py`, `apply_scaling`.
     """
@@ -62,7 +62,7 @@ def _llama3(frequency: Tensor, s: RopeScalingConfig) -> Tensor:
 
 
 def _yarn(frequency: Tensor, s: RopeScalingConfig, dim: int, theta: float) -> Tensor:
-    """Keep waves that turn more than beta_fast times, stretch those that turn less than beta_slow times, blend between.
+    """Keep waves with more than beta_fast turns, scale those with fewer than beta_slow, and blend in between.
 
     Source: Peng et al. 2023, "YaRN", section 3.2; the borders are rounded to whole pairs as in DeepSeek's code.
     """
@@ -83,5 +83,5 @@ def _yarn_table_scale(s: RopeScalingConfig) -> float:
 
 
 def _mscale(factor: float, weight: float) -> float:
-    """Give YaRN's growth of the attention scale: 0.1 weight ln(factor) + 1 (section 3.4; the weight is DeepSeek's)."""
+    """Return YaRN's attention scale factor: 0.1 weight ln(factor) + 1 (section 3.4; the weight is DeepSeek's)."""
     return 0.1 * weight * math.log(factor) + 1.0

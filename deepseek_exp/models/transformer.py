@@ -20,9 +20,9 @@ from deepseek_exp.models.moe import MoE
 from deepseek_exp.models.mtp import MTPModule
 from deepseek_exp.models.norm import RMSNorm
 
-# the mean nll in nats, and each token's without gradient
+# The mean nll in nats, and the nll of each token without gradient.
 Loss = tuple[Tensor, Tensor]
-# matrices that write into the residual stream
+# Matrices that write into the residual stream.
 RESIDUAL = ("wo.weight", "w_down.weight", "experts.w_down")
 
 
@@ -39,7 +39,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The last layer: vectors to logits; with tied embeddings it has no table of its own."""
+    """The last layer: vectors to logits; with tied embeddings it has no table."""
 
     def __init__(self, cfg: ModelConfig, ops: Ops, embedding: Embedding) -> None:
         super().__init__()
@@ -48,16 +48,16 @@ class Head(nn.Module):
         self.weight = embedding.weight if tied else nn.Parameter(torch.empty(cfg.vocab_size, cfg.d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the logits (batch, seq, vocab_size) of (batch, seq, d_model)."""
+        """Return the logits (batch, seq, vocab_size) of (batch, seq, d_model)."""
         return nn.functional.linear(self.norm(x), self.weight)
 
     def loss(self, h: Tensor, targets: Tensor) -> Loss:
-        """Give the loss of (batch, seq) targets from (batch, seq, d_model), which is normalised already."""
+        """Return the loss of (batch, seq) targets from (batch, seq, d_model), which is already normalised."""
         return self.ops.linear_cross_entropy(h, self.weight, targets)
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model; `layers()` is the flat list that a pipeline cuts into stages."""
+    """Decoder-only language model; `layers()` is the flat list that a pipeline splits into stages."""
 
     def __init__(
         self, cfg: ModelConfig, ops: Ops, checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
@@ -67,7 +67,7 @@ class Transformer(nn.Module):
         Args:
             cfg: widths, depths and counts.
             ops: the operations to build from.
-            checkpointing: what blocks compute again in the backward pass.
+            checkpointing: what blocks recompute in the backward pass.
         """
         super().__init__()
         self.cfg, self.ops = cfg, ops
@@ -77,17 +77,17 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(MTPModule(cfg, ops, checkpointing) for _ in range(cfg.n_mtp_layers))
 
     def layers(self) -> list[nn.Module]:
-        """List the layers in order: embedding, blocks, head; each takes what the one before gives."""
+        """List the layers in order: embedding, blocks, head; each takes the output of the one before."""
         return [self.embedding, *self.blocks, self.head]
 
     def forward(self, tokens: Tensor, caches: Sequence[KVCache] | None = None, domain: Tensor | None = None) -> Tensor:
-        """Give the logits of every next token.
+        """Return the logits of every next token.
 
         Args:
             tokens: (batch, seq), int64.
-            caches: one a block, holding the tokens before these; extended in place.
-            domain: (batch,) int64, index of each sequence's domain in moe.domains, -1 where it is not known; None:
-                nowhere.
+            caches: one per block, holding the tokens before these; extended in place.
+            domain: (batch,) int64, index of each sequence's domain in moe.domains, -1 if unknown; None if all are
+                unknown.
 
         Returns:
             (batch, seq, vocab_size).
@@ -95,26 +95,26 @@ class Transformer(nn.Module):
         return self.head(self._hidden(tokens, caches, domain))
 
     def losses(self, tokens: Tensor, domain: Tensor | None = None) -> tuple[Loss, list[Loss]]:
-        """Give the loss of every next token, and in training of those further ahead.
+        """Return the loss of every next token and, in training, of those further ahead.
 
         Args:
             tokens: (batch, seq + 1), int64: the inputs and the last target.
             domain: as in `forward`.
 
         Returns:
-            The mean nll of the next tokens, which can be differentiated, and each one's nll, (batch, seq); and for
-            depth k = 1 .. n_mtp_layers the same of the token k + 1 ahead, (batch, seq - k).
+            The differentiable mean nll of the next tokens, and each token's nll, (batch, seq); and for depth
+            k = 1 .. n_mtp_layers the same of the token k + 1 ahead, (batch, seq - k).
         """
         return self.losses_of(self._hidden(tokens[:, :-1], None, domain), tokens, domain)
 
     def segment_losses(
         self, tokens: Tensor, memory: Tensor, domain: Tensor | None = None
     ) -> tuple[Loss, list[Loss], Tensor]:
-        """Do `losses` on a segment that goes on where the one before ended.
+        """Return the losses of a segment that continues the previous one, and the memory for the next.
 
-        Each block's keys include its inputs for the last `memory_len` tokens before the segment, through which no
-        gradient flows. Source: Dai et al. 2019, "Transformer-XL", section 3.2; positions are rotary here, so the
-        paper's relative encoding (3.3) is not needed. Modules that look ahead see the segment only.
+        Each block's keys include its inputs for the last `memory_len` tokens before the segment, without gradient.
+        Source: Dai et al. 2019, "Transformer-XL", section 3.2; positions are rotary here, so the paper's relative
+        encoding (3.3) is not needed. MTP modules see the segment only.
 
         Args:
             tokens: (batch, seq + 1), int64: the inputs and the last target.
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
             domain: as in `forward`.
 
         Returns:
-            What `losses` gives, and the memory for the next segment,
+            The result of `losses`, and the memory for the next segment,
             (n_layers, batch, min(n_memory + seq, memory_len), d_model).
         """
         x = self.embedding(tokens[:, :-1])  # (batch, seq, d_model)
@@ -133,12 +133,12 @@ class Transformer(nn.Module):
         return *self.losses_of(x, tokens, domain), torch.stack(kept)
 
     def losses_of(self, x: Tensor, tokens: Tensor, domain: Tensor | None) -> tuple[Loss, list[Loss]]:
-        """Do what `losses` does from what the last block gives, (batch, seq, d_model)."""
+        """Return the result of `losses` from the last block's output, (batch, seq, d_model)."""
         main, ahead = self.head.loss(self.head.norm(x), tokens[:, 1:]), []
         modules = self.mtp if self.training else []
-        h = self.head.norm(x) if modules else x  # once more: gradients of the two add up before the norm, not behind it
+        h = self.head.norm(x) if modules else x  # normed twice: gradients add up before the norm, not behind it
         for k, module in enumerate(modules, start=1):
-            # h sees tokens up to its own position + k - 1, this depth is given the next one
+            # h has seen tokens up to its own position + k - 1; this depth gets the next one.
             h = module(
                 h[:, : tokens.shape[1] - 1 - k], self.embedding(tokens[:, k:-1]), domain
             )  # (batch, seq - k, ...)
@@ -146,15 +146,15 @@ class Transformer(nn.Module):
         return main, ahead
 
     def routed_layers(self) -> list[MoE]:
-        """List the mixtures of experts of the blocks."""
+        """List the MoE layers of the blocks."""
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoE)]
 
     def empty_memory(self, batch: int) -> Tensor:
-        """Give the memory at the start of a text: (n_layers, batch, 0, d_model)."""
+        """Return the memory at the start of a text: (n_layers, batch, 0, d_model)."""
         return self.embedding.weight.new_empty(self.cfg.n_layers, batch, 0, self.cfg.d_model)
 
     def new_caches(self, batch: int, max_len: int) -> list[KVCache]:
-        """Make empty caches for `max_len` tokens, one a block."""
+        """Return empty caches for `max_len` tokens, one per block."""
         return [block.attention.new_cache(batch, max_len, self.embedding.weight) for block in self.blocks]
 
     def _hidden(self, tokens: Tensor, caches: Sequence[KVCache] | None, domain: Tensor | None) -> Tensor:
@@ -165,16 +165,16 @@ class Transformer(nn.Module):
 
 
 def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
-    """Set every weight from its name and the seed alone, so that any layout of the model starts equal.
+    """Set every weight from its name and the seed only, so that every layout of the model starts equal.
 
-    Matrices are normal with deviation init_std; those that write into the residual stream (wo, w_down) are divided by
-    sqrt(2 n_layers) (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3). Norm
-    scales are 1, gates and biases 0. Drawn on the CPU in fp32 whatever the device, several parameters at a time: each
-    has random numbers of its own.
+    Matrices are normal with standard deviation init_std; those that write into the residual stream (wo, w_down) are
+    divided by sqrt(2 n_layers) (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section
+    2.3). Norm scales are 1, gates and biases 0. Drawn on the CPU in fp32 for any device, several parameters at a time:
+    each has its own random numbers.
 
     Args:
         model: with parameters on a real device.
-        cfg: gives init_std and n_layers.
+        cfg: provides init_std and n_layers.
         seed: the experiment's seed.
     """
 
@@ -183,7 +183,7 @@ def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
         p.data.copy_(initial_weight(name, p.shape, cfg, seed))
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(fill, model.named_parameters()))  # which raises what one of them does
+        list(pool.map(fill, model.named_parameters()))  # raises the first exception of a thread
 
 
 def initial_weight(name: str, shape: Sequence[int], cfg: ModelConfig, seed: int) -> Tensor:

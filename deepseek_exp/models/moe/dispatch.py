@@ -1,8 +1,8 @@
-"""Bring tokens to their experts and results back: sort by expert, gather, and gather back.
+"""Permute tokens to their experts and results back: sort by expert, gather, and gather back.
 
-Both ways are gathers, in the backward pass too: no value is added up in an order that changes from run to run.
+Both directions are gathers, in the backward pass too: the order of every sum is the same from run to run.
 
-Suffixes of tensors: T tokens, K experts of a token, R rows = T * K, E experts, D d_model.
+Suffixes of tensors: T tokens, K experts per token, R rows = T * K, E experts, D d_model.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 
 
 class Dispatched(NamedTuple):
-    """Rows in the order of their experts.
+    """Rows sorted by expert.
 
     Attributes:
-        x_RD: one row for each token and expert.
+        x_RD: one row per token and expert.
         ends_E: int32, where each expert's rows end.
-        load_E: int64, rows that chose each expert, dropped ones included.
-        order_R: sorted row -> token * K + which of its experts.
-        inverse_R: the other way round.
-        kept_R: which sorted rows an expert takes; None: all. Dropped ones come last.
+        load_E: int64, rows that chose each expert, including dropped ones.
+        order_R: sorted row -> token * K + index of its expert.
+        inverse_R: the inverse permutation.
+        kept_R: which sorted rows an expert takes; None means all. Dropped rows come last.
     """
 
     x_RD: Tensor
@@ -35,29 +35,29 @@ class Dispatched(NamedTuple):
 
 
 class Dispatcher(Protocol):
-    """How rows get to the experts; what a layer needs of it whether or not all experts are here.
+    """How rows get to the experts: what a layer needs, whether or not all experts are on this rank.
 
     Attributes:
-        n_ranks: devices that the experts are shared out over.
+        n_ranks: number of devices that the experts are sharded over.
     """
 
     n_ranks: int
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, n_experts: int, capacity: int | None) -> Dispatched:
-        """Give the experts their rows."""
+        """Send each expert its rows."""
         ...
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Dispatched) -> Tensor:
-        """Add up each token's rows with its weights: (tokens, d_model)."""
+        """Sum each token's rows with its weights: (tokens, d_model)."""
         ...
 
     def through(self, experts: Callable[..., Tensor], x_TD: Tensor, weights_TK: Tensor, *by_expert: Tensor) -> Tensor:
-        """Do both with one operation between them, `Experts.weighted`; its arguments and result."""
+        """Dispatch, run one operation (`Experts.weighted`) and combine; its arguments and result."""
         ...
 
 
 class LocalDispatcher:
-    """All experts are on this device."""
+    """Dispatcher for experts that are all on this device."""
 
     n_ranks = 1
 
@@ -66,10 +66,11 @@ class LocalDispatcher:
 
         Args:
             x_TD: tokens.
-            ids_TK: experts of each.
-            n_experts: experts there are.
-            capacity: rows that one expert takes at most, the first tokens' first; None: all. Later tokens cannot push
-                out earlier ones, so what a token gets does not depend on what follows it.
+            ids_TK: experts of each token.
+            n_experts: number of experts.
+            capacity: maximum rows per expert, the first tokens' first; None means no limit. Later tokens cannot
+                displace
+                earlier ones, so a token's result does not depend on what follows it.
         """
         expert_R, order_R = ids_TK.flatten().sort(stable=True)
         ends_E = ends_of(expert_R, n_experts)
@@ -82,34 +83,34 @@ class LocalDispatcher:
         inverse_R = order_R.argsort()
         x_RD = _Gather.apply(x_TD, order_R, inverse_R, ids_TK.shape[1])
         if kept_R is not None:
-            x_RD = torch.where(kept_R[:, None], x_RD, 0)  # and no gradient from rows that no expert worked on
+            x_RD = torch.where(kept_R[:, None], x_RD, 0)  # and no gradient from rows that no expert processed
         return Dispatched(x_RD, ends_E.int(), load_E, order_R, inverse_R, kept_R)
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Dispatched) -> Tensor:
-        """Add up each token's rows with its weights: (tokens, d_model)."""
+        """Sum each token's rows with its weights: (tokens, d_model)."""
         if sent.kept_R is not None:
-            y_RD = torch.where(sent.kept_R[:, None], y_RD, 0)  # rows that no expert worked on are undefined
+            y_RD = torch.where(sent.kept_R[:, None], y_RD, 0)  # rows that no expert processed are undefined
         y_TKD = reorder(y_RD, sent.inverse_R, sent.order_R).unflatten(0, weights_TK.shape)
         return (weights_TK[:, None].to(y_TKD.dtype) @ y_TKD).squeeze(1)  # (tokens, d_model)
 
     def through(self, experts: Callable[..., Tensor], x_TD: Tensor, weights_TK: Tensor, *by_expert: Tensor) -> Tensor:
-        """Give the experts the tokens as they are."""
+        """Call the experts with the tokens as they are."""
         return experts(x_TD, weights_TK, *by_expert)
 
 
 def ends_of(sorted_ids: Tensor, n: int) -> Tensor:
-    """Give for each of the ids 0..n-1 how many of the (..., ids) sorted ids are not greater: (..., n), int64."""
+    """Return, for each id in 0..n-1, how many of the (..., ids) sorted ids are not greater: (..., n), int64."""
     wanted = torch.arange(n, device=sorted_ids.device).expand(*sorted_ids.shape[:-1], n).contiguous()
     return torch.searchsorted(sorted_ids, wanted, right=True)
 
 
 def reorder(y_RD: Tensor, to_R: Tensor, back_R: Tensor) -> Tensor:
-    """Give rows in another order, of which back_R is the inverse; the gradient is gathered by that, not scattered."""
+    """Permute rows by to_R, of which back_R is the inverse; the gradient is gathered by back_R, not scattered."""
     return _Reorder.apply(y_RD, to_R, back_R)
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of tokens in sorted order; backward adds up each token's K rows after gathering them."""
+    """Rows of tokens in sorted order; backward gathers each token's K rows and sums them."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor, k: int) -> Tensor:
@@ -124,7 +125,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Reorder(torch.autograd.Function):
-    """Rows in another order; backward gathers by the inverse."""
+    """Permuted rows; backward gathers by the inverse."""
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, to_R: Tensor, back_R: Tensor) -> Tensor:

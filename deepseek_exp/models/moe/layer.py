@@ -1,7 +1,7 @@
-"""The mixture-of-experts layer: router, dispatch, experts and shared experts side by side.
+"""The mixture-of-experts layer: router, dispatch, experts, and shared experts in parallel.
 
-Suffixes of tensors: B sequences, S tokens of one, T = B * S, E routed experts, K experts of a token, R = T * K rows,
-D d_model, F d_expert, N domains.
+Suffixes of tensors: B sequences, S tokens per sequence, T = B * S, E routed experts, K experts per token, R = T * K
+rows, D d_model, F d_expert, N domains.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deepseek_exp.models.feed_forward import FeedForward
 from deepseek_exp.models.moe.dispatch import Dispatcher, LocalDispatcher, ends_of
 from deepseek_exp.models.moe.router import Router, Routing
 
-# what a layer counts beside the load of each expert
+# What a layer counts in addition to the load of each expert.
 COUNTS = ("passes", "dropped", "balance_loss", "domain_loss", "domain_hits", "domain_labels")
 
 
@@ -40,7 +40,7 @@ class Experts(nn.Module):
         return self.ops.grouped_mm(self.ops.swiglu(gate_RF, up_RF), self.w_down, ends_E)  # (rows, d_model)
 
     def weighted(self, x_TD: Tensor, weights_TK: Tensor, *by_expert: Tensor) -> Tensor:
-        """Add up each token's experts with their weights in one operation: `reference.routed_experts`."""
+        """Return the weighted sum of each token's experts in one operation: `reference.routed_experts`."""
         assert self.ops.routed_experts is not None
         return self.ops.routed_experts(x_TD, weights_TK, *by_expert, self.w_gate, self.w_up, self.w_down)
 
@@ -48,16 +48,16 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Mixture of experts: y = shared(x) + sum over a token's experts of weight * expert(x).
 
-    Source: Dai et al. 2024, "DeepSeekMoE", section 3 (fine-grained and shared experts). In training an expert takes at
-    most capacity_factor x the mean load, rounded down, and one row at least, where that is set: its load factor, load /
-    mean load, is then bounded by it. Otherwise, and always outside of training, nothing is dropped.
+    Source: Dai et al. 2024, "DeepSeekMoE", section 3 (fine-grained and shared experts). In training, if capacity_factor
+    is set, an expert takes at most capacity_factor x the mean load, rounded down, but at least one row: this bounds its
+    load factor, load / mean load. Otherwise, and always outside training, nothing is dropped.
 
-    The losses that keep the load even and teach the domain classifier are tied to the output: the backward pass adds
-    their gradient, times `loss_scale`, and no loss has to be carried to the end of the model.
+    The losses that balance the load and train the domain classifier are attached to the output: the backward pass adds
+    their gradient, times `loss_scale`, and no loss has to be passed to the end of the model.
 
     Attributes:
-        loss_scale: 1 / micro batches of a step.
-        counts: float64, loads of the experts, then COUNTS, added up since `reset_counts`.
+        loss_scale: 1 / micro-batches per step.
+        counts: float64, loads of the experts, then COUNTS, accumulated since `reset_counts`.
     """
 
     def __init__(self, cfg: ModelConfig, ops: Ops, dispatcher: Dispatcher | None = None) -> None:
@@ -69,17 +69,17 @@ class MoE(nn.Module):
         self.shared = FeedForward(cfg.d_model, n_shared * cfg.moe.d_expert, ops) if n_shared else None
         counts = torch.zeros(cfg.moe.n_routed_experts + len(COUNTS), dtype=torch.float64)
         self.register_buffer("counts", counts, persistent=False)
-        self.register_buffer("slot_of_E", None, persistent=False)  # where an expert is when some are unloaded
+        self.register_buffer("slot_of_E", None, persistent=False)  # position of each expert when some are unloaded
 
     def forward(self, x: Tensor, domain: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map tokens through their experts.
 
         Args:
             x: (batch, seq, d_model).
-            domain: (batch,) int64, each sequence's domain, -1 where it is not known; None: nowhere.
+            domain: (batch,) int64, each sequence's domain, -1 if unknown; None if all are unknown.
 
         Returns:
-            (batch, seq, d_model), and what to give to `record`: (experts + len(COUNTS),) float64.
+            (batch, seq, d_model), and the argument of `record`: (experts + len(COUNTS),) float64.
         """
         x_TD = x.flatten(0, 1)
         domain_T = None if domain is None else domain.repeat_interleave(x.shape[1])
@@ -99,7 +99,7 @@ class MoE(nn.Module):
         return y_TD.view_as(x), torch.cat([load_E.double(), rest])
 
     def _through_experts(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Bring tokens to their experts and back: their sums (tokens, d_model), the load of each, and rows dropped."""
+        """Send tokens to their experts and back: their sums (tokens, d_model), each expert's load, and dropped rows."""
         sent = self.dispatcher.dispatch(x_TD, slots_TK, len(self.experts.w_gate), self._capacity(slots_TK))
         y_TD = self.dispatcher.combine(self.experts(sent.x_RD, sent.ends_E), weights_TK, sent)
         dropped = 0 * sent.load_E.sum() if sent.kept_R is None else (~sent.kept_R).sum()
@@ -108,7 +108,7 @@ class MoE(nn.Module):
     def _through_fused_experts(
         self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Do `_through_experts` with one operation from tokens, or the rows that come of them, to their sums."""
+        """Do `_through_experts` with one operation from tokens, or their exchanged rows, to their sums."""
         n, capacity = len(self.experts.w_gate) * self.dispatcher.n_ranks, self._capacity(slots_TK)
         order_R, inverse_R, ends_E = self.ops.sort_by_expert(slots_TK, n)
         load_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
@@ -122,26 +122,26 @@ class MoE(nn.Module):
         return y_TD, load_E, len(order_R) - ends_E[-1].long()
 
     def exchange_by(self, dispatcher: Dispatcher) -> None:
-        """Bring tokens to experts on other ranks; how many rows that makes no compiled graph can know beforehand."""
+        """Route tokens to experts on other ranks. Not compiled, because row counts are data-dependent."""
         self.dispatcher = dispatcher
         for name in ("_through_experts", "_through_fused_experts"):
             setattr(self, name, torch.compiler.disable(getattr(self, name)))
 
     def record(self, counts: Tensor) -> None:
-        """Add what one forward pass counted."""
+        """Add the counts of one forward pass."""
         self.counts += counts
 
     def reset_counts(self) -> None:
-        """Start counting anew."""
+        """Reset the counts to 0."""
         self.counts.zero_()
 
     def update_bias(self) -> None:
-        """Balance by the loads counted since the last reset, where balance=bias."""
+        """Update the router's bias from the loads counted since the last reset, if balance=bias."""
         if self.cfg.balance is Balance.bias:
             self.router.update_bias(self.counts[: self.cfg.n_routed_experts])
 
     def domain_state(self, domain: int) -> dict[str, Tensor]:
-        """Give the weights that belong to one domain, by name; views, not copies."""
+        """Return the weights that belong to one domain, by name; views, not copies."""
         first, last = self._experts_of(domain)
         slots = slice(first, last) if self.slot_of_E is None else self.slot_of_E[first:last]
         state = {f"experts.{name}": p[slots] for name, p in self.experts.named_parameters()}
@@ -150,7 +150,7 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def remove_domain(self, domain: int) -> None:
-        """Take the experts of a domain out of memory; its tokens go to the first domain's until it is back."""
+        """Remove a domain's experts from memory; until they are inserted again, its tokens go to the first domain's."""
         first, last = self._experts_of(domain)
         gone = self._slots()[first:last]
         for name, p in list(self.experts.named_parameters()):
@@ -161,7 +161,7 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def insert_domain(self, domain: int, state: dict[str, Tensor]) -> None:
-        """Put the experts of a domain back, with the weights of `domain_state`."""
+        """Insert the experts of a domain, with the weights of `domain_state`."""
         self.router.loaded[domain] = True
         slots = self._slots()
         first, last = self._experts_of(domain)
@@ -183,7 +183,7 @@ class MoE(nn.Module):
         return self.router.domain_weight[domain : domain + 1]
 
     def _slots(self) -> Tensor:
-        """Say where each expert lies in the stacks: (experts,) int64; for an unloaded one the place it would have."""
+        """Return where each expert lies in the stacks: (experts,) int64; for an unloaded one, where it would lie."""
         size = self.cfg.n_routed_experts // len(self.cfg.domains)
         here_E = self.router.loaded.repeat_interleave(size)
         return here_E.cumsum(0) - here_E.long()
@@ -194,7 +194,7 @@ class MoE(nn.Module):
         return max(1, int(self.cfg.capacity_factor * slots_TK.numel() / self.cfg.n_routed_experts))
 
     def _losses(self, routing: Routing, load_E: Tensor, domain_T: Tensor | None, seq: int) -> dict[str, Tensor]:
-        """Give the weighted losses of this batch, and how the domain classifier did."""
+        """Return the weighted losses of this batch, and the accuracy counts of the domain classifier."""
         zero = routing.scores_TE.new_zeros(())
         losses = dict.fromkeys(("balance_loss", "domain_loss", "domain_hits", "domain_labels"), zero)
         if not self.training:
@@ -218,16 +218,16 @@ class MoE(nn.Module):
 
 
 def balance_loss(scores_BSE: Tensor, load_BE: Tensor, top_k: int) -> Tensor:
-    """Mean over rows of sum over experts of f * P; 1 when the load is even, up to experts / top_k when it is not.
+    """Return the mean over rows of sum over experts of f * P; 1 for an even load, at most experts / top_k otherwise.
 
     f = experts * load / (top_k * tokens), P = mean over tokens of the scores divided by their sum. Gradients flow
-    through P alone. Sources: Dai et al. 2024, "DeepSeekMoE", equations 12 to 14; DeepSeek-AI 2024, "DeepSeek-V3
+    through P only. Sources: Dai et al. 2024, "DeepSeekMoE", equations 12 to 14; DeepSeek-AI 2024, "DeepSeek-V3
     Technical Report", equations 17 to 20, where a row is one sequence.
 
     Args:
         scores_BSE: scores of all experts.
-        load_BE: times that each expert was chosen in each row.
-        top_k: experts of a token.
+        load_BE: how often each expert was chosen in each row.
+        top_k: experts per token.
     """
     f_BE = load_BE.to(scores_BSE.dtype) * scores_BSE.shape[2] / (top_k * scores_BSE.shape[1])
     p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
@@ -235,7 +235,7 @@ def balance_loss(scores_BSE: Tensor, load_BE: Tensor, top_k: int) -> Tensor:
 
 
 def _as_count(value: Tensor | int, device: torch.device) -> Tensor:
-    """Give a scalar in float64 on the device, where a number is made without a copy that the host would wait for."""
+    """Return a float64 scalar on the device; a number is created there without a synchronising copy."""
     if isinstance(value, Tensor):
         return value.detach().double()
     return torch.full((), value, dtype=torch.float64, device=device)

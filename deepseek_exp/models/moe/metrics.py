@@ -1,4 +1,4 @@
-"""How even the load of the experts is, from what the layers counted.
+"""Load-balance metrics of the experts, from what the layers counted.
 
 Suffixes of tensors: L layers, E routed experts, N domains.
 """
@@ -14,20 +14,20 @@ from deepseek_exp.models.moe.router import mean_load
 
 
 def routing_metrics(cfg: MoEConfig, counts: Tensor, *, labelled: bool = False) -> dict[str, Tensor]:
-    """Measure the routing since the counts were reset.
+    """Return metrics of the routing since the counts were reset.
 
-    With the load factor = load / mean load of an expert (of its domain, where there are domains): load_factor_max is
-    the largest of all; max_violation = largest of a layer - 1, mean over layers (MaxVio of Wang et al. 2024,
+    With the load factor = load / mean load of an expert (of its domain, if there are domains): load_factor_max is the
+    largest of all; max_violation = largest of a layer - 1, mean over layers (MaxVio of Wang et al. 2024,
     "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts"); utilisation = mean load / max load, mean over
     layers; load_cv = standard deviation / mean, mean over layers.
 
     Args:
-        cfg: of the layers.
+        cfg: the configuration of the layers.
         counts: (layers, experts + COUNTS), what each layer counted; each saw tokens.
-        labelled: the text has labels of domains, so that the classifiers can be measured.
+        labelled: the text has domain labels, so that the classifiers can be measured.
 
     Returns:
-        Name after moe/ -> scalar on the device of the counts.
+        Name without the moe/ prefix -> scalar on the device of the counts.
     """
     load_LE = counts[:, : cfg.n_routed_experts]
     rest = dict(zip(COUNTS, counts[:, cfg.n_routed_experts :].unbind(1), strict=True))

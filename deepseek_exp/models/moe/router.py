@@ -1,6 +1,6 @@
-"""Which experts a token goes to, and with which weights.
+"""The router: which experts a token goes to, and with which weights.
 
-Suffixes of tensors: T tokens, E routed experts, K experts of a token (top_k), G groups, N domains, D d_model.
+Suffixes of tensors: T tokens, E routed experts, K experts per token (top_k), G groups, N domains, D d_model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deepseek_exp.kernels import Ops
 
 
 class Routing(NamedTuple):
-    """What a router decides.
+    """The result of a router.
 
     Attributes:
         ids_TK: experts of each token.
@@ -35,14 +35,14 @@ class Router(nn.Module):
     """Token-choice routing.
 
     s = softmax(W x) or sigmoid(W x); the experts are the top_k of s + bias among the candidates, their weights
-    s / sum(s) or s, times route_scale. Candidates are narrowed in two ways, each optional:
+    s / sum(s) or s, times route_scale. Candidates can be restricted in two ways:
 
     - Groups: only experts of the top_k_groups groups with the best group score (the best of the group's s + bias, the
       sum of its two best, or the sum of all, which under softmax is the probability of the group: coarse, then fine).
-    - Domains: only experts of the token's domain and of the first, general one; scores are over these alone. The domain
-      is the label where there is one, else the choice of a linear classifier on the same x.
+    - Domains: only experts of the token's domain and of the first, general one; scores are over these only. The domain
+      is the label if there is one, else the choice of a linear classifier on the same x.
 
-    Computed in fp32 whatever the type of x. Sources: DeepSeek-AI 2024, "DeepSeek-V2", section 2.2.2 (groups), and
+    Computed in fp32 for any type of x. Sources: DeepSeek-AI 2024, "DeepSeek-V2", section 2.2.2 (groups), and
     "DeepSeek-V3 Technical Report", section 2.1.2 (sigmoid scores, bias for the choice only; groups by their best two).
     Domains are ours.
     """
@@ -53,18 +53,18 @@ class Router(nn.Module):
         moe = cfg.moe
         self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, cfg.d_model))
         bias = torch.zeros(moe.n_routed_experts) if moe.balance is Balance.bias else None
-        self.register_buffer("bias", bias)  # moved by the loads, not by a gradient
+        self.register_buffer("bias", bias)  # updated from the loads, not by a gradient
         n_domains = len(moe.domains)
         self.domain_weight = nn.Parameter(torch.empty(n_domains, cfg.d_model)) if n_domains else None
         loaded = torch.ones(n_domains, dtype=torch.bool) if n_domains else None
-        self.register_buffer("loaded", loaded, persistent=False)  # domains whose experts are there
+        self.register_buffer("loaded", loaded, persistent=False)  # domains whose experts are in memory
 
     def forward(self, x_TD: Tensor, domain_T: Tensor | None = None) -> Routing:
         """Route tokens.
 
         Args:
             x_TD: tokens.
-            domain_T: int64 label of each token's domain, -1 where it is not known; None: nowhere.
+            domain_T: int64 label of each token's domain, -1 if unknown; None if all are unknown.
         """
         wide = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
         logits_TE = F.linear(wide, self.weight.to(wide.dtype))
@@ -80,19 +80,19 @@ class Router(nn.Module):
         return Routing(ids_TK, weights_TK, scores_TE, domain_logits_TN)
 
     def update_bias(self, load_E: Tensor) -> None:
-        """Move each expert's bias by bias_update_rate, up where its load is under the mean, down where it is over.
+        """Change each expert's bias by bias_update_rate: up if its load is below the mean, down if it is above.
 
         Source: Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", algorithm 1.
-        With domains the mean is that of the expert's own domain, since domains have text of different amounts.
+        With domains, the mean is that of the expert's domain, since domains have different amounts of text.
 
         Args:
-            load_E: token slots that each expert was chosen for in the whole step.
+            load_E: number of token slots that each expert was chosen for in the whole step.
         """
         mean_E = mean_load(load_E, max(1, len(self.cfg.domains)))
         self.bias += self.cfg.bias_update_rate * torch.sign(mean_E - load_E).to(self.bias.dtype)
 
     def _open_to(self, domain_logits_TN: Tensor, domain_T: Tensor | None) -> Tensor:
-        """Say which experts each token may go to: those of the first domain and of its own, where that is loaded."""
+        """Return which experts each token may use: those of the first domain, and of its own if that is loaded."""
         n_domains = domain_logits_TN.shape[1]
         inferred_T = domain_logits_TN.argmax(-1)
         known_T = inferred_T if domain_T is None else torch.where(domain_T >= 0, domain_T, inferred_T)
@@ -104,6 +104,6 @@ class Router(nn.Module):
 
 
 def mean_load(load: Tensor, n_domains: int) -> Tensor:
-    """Give the mean load of each expert's domain: (..., experts) to the same shape, float64."""
+    """Return the mean load of each expert's domain: (..., experts) to the same shape, float64."""
     by_domain = load.double().unflatten(-1, (n_domains, -1))  # (..., domains, experts of a domain)
     return by_domain.mean(-1, keepdim=True).expand_as(by_domain).flatten(-2)

@@ -1,4 +1,4 @@
-"""What a configuration costs before anything is built: parameters, FLOPs, memory, time, price, by arithmetic alone."""
+"""The cost of a configuration before anything is built: parameters, FLOPs, memory, time, price, by arithmetic only."""
 
 from deepseek_exp.planner.choice import choose, misfit
 from deepseek_exp.planner.cost import flops_per_token, parameters

@@ -1,4 +1,4 @@
-"""Which layout `parallel=auto` takes, and which one is refused before its ranks start."""
+"""Which layout `parallel=auto` chooses, and which layouts are rejected before their ranks start."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from deepseek_exp.planner.memory import USABLE
 from deepseek_exp.planner.report import GB, describe, duration, keys_of, overrides
 from deepseek_exp.planner.search import asked_layout, best_plans, make_plan
 
-# how far the remedies are tried: 2, 4, ... times as many machines, sequences of half, a quarter, ... the length
+# Factors that remedies try: 2, 4, ... times as many machines, sequences of half, a quarter, ... the length.
 TIMES = (2, 4, 8, 16, 32, 64)
 PARTS = (2, 4, 8)
-# what conf/cluster/cpu_host.yaml, the default, calls a rank
+# The name of a rank in conf/cluster/cpu_host.yaml, the default.
 CPU_PROCESS = "CPU process"
 
 
@@ -26,7 +26,7 @@ def choose(exp: ExperimentConfig) -> tuple[dict[str, Any], str]:
     """Choose the fastest layout that fits the cluster.
 
     Returns:
-        The keys that the layout sets with their values, and a sentence that names it.
+        The keys that the layout sets with their values, and a sentence that describes it.
 
     Raises:
         ConfigError: none fits.
@@ -45,7 +45,7 @@ def choose(exp: ExperimentConfig) -> tuple[dict[str, Any], str]:
 
 
 def misfit(exp: ExperimentConfig) -> Problem | None:
-    """Say what is wrong with a layout of several ranks that needs more memory than a rank has; None: it fits."""
+    """Return the problem of a layout of several ranks that needs more memory than a rank has; None if it fits."""
     layout = asked_layout(exp)
     if layout.degrees.world_size == 1:
         return None
@@ -71,13 +71,13 @@ def _remedy(exp: ExperimentConfig) -> str:
 
 
 def _gpus_first(exp: ExperimentConfig, fix: str) -> str:
-    """Ask for the GPUs' description first, where the ranks may be GPUs but are planned as processes of a CPU."""
+    """Ask for the GPUs' description first if the ranks may be GPUs but are planned as CPU processes."""
     planned_as_cpu = exp.cluster.gpu == CPU_PROCESS and exp.device is not Device.cpu
     return f"name your GPUs, if the ranks are GPUs, as in cluster=h100_8, or {fix}" if planned_as_cpu else fix
 
 
 def _remedies(exp: ExperimentConfig) -> Iterator[str]:
-    """Find changes of one key with which a layout fits."""
+    """Yield changes of one key that make a layout fit."""
     t, c, seq_len = exp.trainer, exp.cluster, exp.data.seq_len
     bf16 = dataclasses.replace(exp, trainer=dataclasses.replace(t, precision=Precision.bf16))
     if t.precision is Precision.fp32 and best_plans(bf16, 1):

@@ -1,4 +1,4 @@
-"""The memory of a plan as a picture, and what of a plan goes into the record of a run."""
+"""The memory of a plan as a picture, and the plan's artifacts in the record of a run."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from deepseek_exp.planner.memory import USABLE
 from deepseek_exp.planner.report import GB, MEMORY, describe, report
 from deepseek_exp.planner.search import Plan, asked_layout, make_plan
 
-# the parts of the memory from the bottom up; colours that the colour-blind tell apart (Okabe and Ito 2008)
+# The parts of the memory from the bottom up, in colours that the colour-blind can distinguish (Okabe and Ito 2008).
 COLOURS = dict(zip(MEMORY, ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7"), strict=True))
 LIMIT = "#d55e00"
 CENTRED = 'text-anchor="middle"'
-# pixels: the plot's top left corner and size, a bar and the gap after it at most
+# In pixels: the plot's left, top and height.
 LEFT, TOP, HEIGHT = 76, 88, 300
 WIDTH, BAR, GAP = 760, 72, 28
-# bars lower than this share of what is usable would be lines: the axis ends above them instead
+# If the highest bar is lower than this fraction of the usable memory, the axis ends above the bars instead.
 FAR = 0.1
 
 
 def plan_artifacts(exp: ExperimentConfig) -> dict[str, str]:
-    """Give the files that tell what was planned: path in the run's artifacts, and text."""
+    """Return the plan's artifacts: path in the run's artifacts -> text."""
     plan = make_plan(exp, asked_layout(exp), layers_of(exp.model, exp.data.seq_len))
     return {"plan/memory.svg": graph(exp, plan), "plan/plan.txt": report(exp) + "\n"}
 
 
 def graph(exp: ExperimentConfig, plan: Plan) -> str:
-    """Draw the memory of one rank of each stage as stacked bars, beside the line of what is usable.
+    """Draw the memory of one rank of each stage as stacked bars, with a line at the usable memory.
 
     Args:
-        exp: gives the model's name and the cluster.
+        exp: provides the model's name and the cluster.
         plan: what to draw.
 
     Returns:
-        An SVG picture that needs nothing from elsewhere.
+        A self-contained SVG picture.
     """
     usable = USABLE * exp.cluster.memory_bytes / GB
     fullest = max(m.total for m in plan.memory) / GB
@@ -96,7 +96,7 @@ def _limit(usable: float, top: float) -> Iterator[str]:
 
 
 def _labels(plan: Plan, top: float) -> Iterator[str]:
-    """Write each stage's number below it and its sum above it, as far as there is room."""
+    """Write each stage's number below its bar and its sum above it, if there is room."""
     n = len(plan.memory)
     named = math.ceil(24 * n / WIDTH)
     for i, memory in enumerate(plan.memory):
@@ -110,7 +110,7 @@ def _labels(plan: Plan, top: float) -> Iterator[str]:
 
 
 def _place(stage: int, n: int) -> tuple[float, float]:
-    """Give the middle and the width of a bar."""
+    """Return the centre and the width of a bar."""
     pitch = min(BAR + GAP, WIDTH / n)
     return LEFT + WIDTH / 2 + (stage + 0.5 - n / 2) * pitch, pitch * BAR / (BAR + GAP)
 
@@ -120,13 +120,13 @@ def _y(size: float, top: float) -> float:
 
 
 def _step(most: float) -> float:
-    """Give a round distance, 1, 2 or 5 times a power of ten, with four to nine lines on the axis."""
+    """Return a round step, 1, 2 or 5 times a power of ten, for four to nine lines on the axis."""
     unit = 10.0 ** math.floor(math.log10(most / 4))
     return next(n * unit for n in (5, 2, 1) if most / (n * unit) >= 4)
 
 
 def _ceiling(most: float) -> float:
-    """Give the round end of an axis, with room for a label above the highest bar."""
+    """Return the round end of an axis, with room for a label above the highest bar."""
     step = _step(most)
     return step * math.ceil(most * 1.08 / step)
 

@@ -1,4 +1,4 @@
-"""A model as a list of layers with what each weighs and computes, and the list cut into stages of equal time."""
+"""A model as a list of layers with the weights and FLOPs of each, and its split into stages of equal time."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from deepseek_exp.planner import cost
 
 @dataclass(frozen=True)
 class Layers:
-    """What one layer, or several together, weigh and compute.
+    """Weights and FLOPs of one or several layers.
 
     Attributes:
-        split: parameters that tensor parallelism cuts: matrices by heads or hidden units, tables by vocabulary entries.
-        kv: wk and wv of gqa, cut by key-value heads, so at most n_kv_heads ways.
-        whole: parameters that every tensor rank has: norms, routers, the way down to MLA's latents, and the projection
-            of multi-token prediction.
-        experts: parameters of routed experts, cut by ep and tp.
-        copies: entries of tables that another stage has too: the embedding at the end, for a tied output table or for
-            multi-token prediction; cut by tp, and not among the parameters.
-        flops: FLOPs of one token, forward and backward, but for those of the routed experts.
-        expert_flops: those of the top_k experts of a token.
-        product_flops: of `flops` those of the blocks' linear layers, which precision=fp8 computes in 8 bits.
-        n_dense: blocks with a dense feed-forward network.
-        n_moe: blocks with experts; those of multi-token prediction count too.
-        n_mtp: modules for multi-token prediction.
-        n_heads_out: output tables: 1 at the end, 0 elsewhere.
+        split: parameters sharded by tensor parallelism: matrices by heads or hidden units, tables by vocabulary
+            entries.
+        kv: wk and wv of gqa, sharded by key-value heads, so at most n_kv_heads ways.
+        whole: parameters replicated on every tensor rank: norms, routers, the projections down to MLA's latents, and
+            the MTP projection.
+        experts: parameters of routed experts, sharded by ep and tp.
+        copies: entries of tables that another stage also has: the embedding on the last stage, for a tied output head
+            or MTP; sharded by tp, and not counted as parameters.
+        flops: FLOPs per token, forward and backward, except those of the routed experts.
+        expert_flops: those of a token's top_k experts.
+        product_flops: those of `flops` in the blocks' linear layers, which precision=fp8 computes in 8 bits.
+        n_dense: number of blocks with a dense feed-forward network.
+        n_moe: number of blocks with experts, including those of MTP modules.
+        n_mtp: number of MTP modules.
+        n_heads_out: number of output heads: 1 on the last stage, 0 elsewhere.
     """
 
     split: int = 0
@@ -46,41 +47,41 @@ class Layers:
     n_heads_out: int = 0
 
     def __add__(self, other: Layers) -> Layers:
-        """Take two together."""
+        """Return the sum of two."""
         return Layers(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters, each once."""
+        """Return the number of trainable parameters, each once."""
         return self.split + self.kv + self.whole + self.experts
 
     def dense_on_rank(self, tp: int, n_kv_heads: int) -> float:
-        """Count the parameters on one rank that are no expert's, copies of tables among them."""
+        """Return the non-expert parameters on one rank, including copies of tables."""
         return (self.split + self.copies) / tp + self.kv / min(tp, n_kv_heads) + self.whole
 
     def flops_on_rank(self, tp: int) -> float:
-        """Count the FLOPs of `flops` on one rank: all tensor ranks do the same with what each has whole."""
+        """Return the part of `flops` on one rank: all tensor ranks repeat the work of replicated parameters."""
         same = 6 * self.whole
         return (self.flops - same) / tp + same
 
     def experts_on_rank(self, tp: int, ep: int) -> float:
-        """Count the experts' parameters on one rank."""
+        """Return the experts' parameters on one rank."""
         return self.experts / (tp * ep)
 
 
 def layers_of(cfg: ModelConfig, seq_len: int) -> list[Layers]:
-    """List what a pipeline may cut between: each block, the first with the embedding, then all that makes logits.
+    """List the units that a pipeline can split between: each block, the first with the embedding, then the head.
 
-    The last entry holds the modules for multi-token prediction, the last norm and the output table, which belong
-    together since the modules use the table.
+    The last entry holds the MTP modules, the last norm and the output head, which belong together since the modules use
+    the output head.
 
     Args:
         cfg: the model.
         seq_len: length of a training sequence, tokens.
 
     Returns:
-        n_layers + 1 entries; together they have the parameters of `cost.parameters` and, but for multi-token
-        prediction, the FLOPs of `cost.flops_per_token`.
+        n_layers + 1 entries; together they have the parameters of `cost.parameters` and, except for MTP, the FLOPs of
+        `cost.flops_per_token`.
     """
     table = cfg.vocab_size * cfg.d_model
     n_dense = min(cfg.moe.n_dense_layers, cfg.n_layers) if cfg.moe.n_routed_experts else cfg.n_layers
@@ -99,7 +100,7 @@ def layers_of(cfg: ModelConfig, seq_len: int) -> list[Layers]:
 
 
 def _block(cfg: ModelConfig, seq_len: int, *, is_moe: bool) -> Layers:
-    """Weigh one block."""
+    """Return the weights and FLOPs of one block."""
     frame = cost.count_block_without_feed_forward(cfg)
     latent = cfg.attention is AttentionKind.mla
     kv = 0 if latent else 2 * cfg.d_model * cfg.n_kv_heads * cfg.head_dim
@@ -126,7 +127,7 @@ def _block(cfg: ModelConfig, seq_len: int, *, is_moe: bool) -> Layers:
 
 
 def _linears(cfg: ModelConfig) -> int:
-    """Count the weights of attention's linear layers, but for MLA's wkv_b, which no precision rounds to 8 bits."""
+    """Return the weights of attention's linear layers, except MLA's wkv_b, which no precision rounds to 8 bits."""
     d, n = cfg.d_model, cfg.n_heads
     if cfg.attention is not AttentionKind.mla:
         return 2 * d * (n + cfg.n_kv_heads) * cfg.head_dim
@@ -136,40 +137,40 @@ def _linears(cfg: ModelConfig) -> int:
 
 
 def _latents(cfg: ModelConfig) -> int:
-    """Count what leads down to MLA's latents: wq_a and q_norm, wkv_a and kv_norm."""
+    """Return the parameters of the projections to MLA's latents: wq_a and q_norm, wkv_a and kv_norm."""
     down = (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * cfg.d_model + cfg.kv_lora_rank
     return down + (cfg.q_lora_rank * (cfg.d_model + 1) if cfg.q_lora_rank else 0)
 
 
 def stages_of(layers: Sequence[Layers], pp: int, cluster: ClusterConfig) -> list[Layers]:
-    """Cut a model into stages so that the slowest takes as little time as may be.
+    """Split a model into stages so that the slowest takes as little time as possible.
 
-    The time of a layer is flops / matmul_efficiency + expert_flops / grouped_efficiency. Where stages may differ the
-    first ones are the lighter, since they keep the activations of the most micro batches.
+    The time of a layer is flops / matmul_efficiency + expert_flops / grouped_efficiency. If stages can differ, the
+    first ones are lighter, since they keep the activations of the most micro-batches.
 
     Args:
         layers: from `layers_of`.
-        pp: stages, at most as many as there are layers.
-        cluster: gives the efficiencies.
+        pp: number of stages, at most the number of layers.
+        cluster: provides the efficiencies.
 
     Returns:
         The sum of each stage's layers.
     """
     ends = _ends(layers, pp, cluster)
     stages = [_total(layers[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
-    return stages if pp > 1 else [replace(stages[0], copies=0)]  # one stage has every table itself
+    return stages if pp > 1 else [replace(stages[0], copies=0)]  # one stage has no copies
 
 
 def stage_bounds(exp: ExperimentConfig, pp: int) -> list[int]:
-    """Cut the model of an experiment into stages as its plan does.
+    """Split the model of an experiment into stages as its plan does.
 
     Args:
-        exp: gives the model, the length of a sequence and the cluster.
-        pp: stages, at most n_layers + 1.
+        exp: provides the model, the length of a sequence and the cluster.
+        pp: number of stages, at most n_layers + 1.
 
     Returns:
-        For each stage the index after its last entry of `layers_of`; the last is n_layers + 1, and every stage has an
-        entry at least.
+        For each stage, the index after its last entry of `layers_of`; the last is n_layers + 1, and every stage has at
+        least one entry.
     """
     return _ends(layers_of(exp.model, exp.data.seq_len), pp, exp.cluster)
 
@@ -180,7 +181,7 @@ def _ends(layers: Sequence[Layers], pp: int, cluster: ClusterConfig) -> list[int
 
 
 def largest_gathered(cfg: ModelConfig, seq_len: int) -> int:
-    """Count the parameters of the largest of what ZeRO 3 gathers at once: a block, or a table."""
+    """Return the parameters of the largest unit that ZeRO 3 gathers at once: a block, or a table."""
     table = cfg.vocab_size * cfg.d_model
     first, *others = (x.parameters for x in layers_of(cfg, seq_len)[:-1])
     return max(table, first - table, *others)
@@ -188,12 +189,12 @@ def largest_gathered(cfg: ModelConfig, seq_len: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def balance(costs: tuple[float, ...], n: int) -> list[int]:
-    """Cut a row of costs into n runs, none empty, so that the most expensive run is as cheap as may be.
+    """Split a list of costs into n non-empty runs that minimise the cost of the most expensive run.
 
-    Bisection over that cost; a run is filled from the end of the row as far as the cost allows.
+    Bisects over that cost; runs are filled from the end of the list up to the cost.
 
     Returns:
-        Where each run ends.
+        The end of each run.
 
     Raises:
         ValueError: there are more runs than costs.
@@ -212,11 +213,11 @@ def balance(costs: tuple[float, ...], n: int) -> list[int]:
 
 
 def _fill(costs: Sequence[float], n: int, most: float) -> list[int]:
-    """Cut from the end into n runs of at most `most` each, or into more where n do not do."""
+    """Split from the end into n runs of at most `most` each, or into more if n are not enough."""
     ends, total = [len(costs)], 0.0
     for i in range(len(costs) - 1, -1, -1):
         room = total + costs[i] <= most
-        needed = i + 1 <= n - len(ends)  # every layer that is left starts a run of its own
+        needed = i + 1 <= n - len(ends)  # every remaining layer starts a new run
         if ends[-1] > i + 1 and (needed or not room):
             ends.append(i + 1)
             total = 0.0

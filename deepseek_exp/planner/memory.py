@@ -1,4 +1,4 @@
-"""Bytes of one rank: weights, gradients, optimizer state, activations, and buffers of the loss and of experts."""
+"""Bytes on one rank: weights, gradients, optimizer state, activations, and buffers of the loss and of experts."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from deepseek_exp.config import (
 from deepseek_exp.config.topology import Degrees
 from deepseek_exp.planner.layers import Layers, largest_gathered
 
-# assumption: what a GPU's memory holds of ours; the rest is the driver's, the links' buffers and gaps between tensors
+# Assumed usable fraction of a GPU's memory; the rest is the driver's, communication buffers and fragmentation.
 USABLE = 0.92
-# of one fp32 master weight, by optimizer class; assumption: any other keeps two numbers, as Adam does
+# State bytes per fp32 master weight, by optimizer class. Assumption: any other keeps two numbers, as Adam does.
 STATE_BYTES = {"torch.optim.SGD": 0, "torch.optim.Adafactor": 0}
 ADAM_BYTES = 8
-# the fused attention kernel wants widths in multiples of eight (kernels/attention.py)
+# The fused attention kernel needs widths in multiples of eight (kernels/attention.py).
 GATE_PAD = 8
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is cut: the degrees, and what else of the configuration decides about memory and speed."""
+    """How a step is parallelised: the degrees, and the other settings that determine memory and speed."""
 
     degrees: Degrees
     zero_stage: int
@@ -38,11 +38,11 @@ class Layout:
 
     @property
     def cut(self) -> int:
-        """Ways that the positions between the cut matrices are shared out."""
+        """Return the number of ranks that shard the positions between the sharded matrices."""
         return self.degrees.tp if self.sequence_parallel else 1
 
     def n_micro_batches(self, global_batch_seqs: int) -> int:
-        """Give the micro batches that one rank works on in a step."""
+        """Return the number of micro-batches per rank and step."""
         return global_batch_seqs // (self.micro_batch_seqs * self.degrees.dp)
 
 
@@ -58,50 +58,50 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Return the sum."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
 def element_bytes(exp: ExperimentConfig) -> int:
-    """Give the bytes of one weight or activation."""
+    """Return the bytes per weight or activation."""
     return 2 if exp.trainer.precision.keeps_masters else 4
 
 
 def input_bytes(exp: ExperimentConfig) -> int:
-    """Give the bytes that one element of a linear layer's input is kept in for the backward pass."""
+    """Return the bytes per element in which a linear layer's input is kept for the backward pass."""
     return 1 if exp.trainer.precision is Precision.fp8 else element_bytes(exp)
 
 
 def optimizer_bytes(exp: ExperimentConfig) -> float:
-    """Give the bytes of state that the optimizer keeps of one parameter, the fp32 master of a bf16 one among it."""
+    """Return the bytes of optimizer state per parameter, including the fp32 master of a bf16 parameter."""
     state: float = STATE_BYTES.get(str(exp.optim.optimizer.get("_target_")), ADAM_BYTES)
-    if exp.optim.state_bits == 8:  # and a scale in fp32 for each 256 elements of the two
+    if exp.optim.state_bits == 8:  # and an fp32 scale for each 256 elements of the two
         state = 2 + 2 * 4 / 256
     return state + (4 if element_bytes(exp) == 2 else 0)
 
 
 def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: int) -> Memory:
-    """Count the bytes of one rank of a stage.
+    """Return the bytes on one rank of a stage.
 
-    Of each parameter on the rank: the weight, 4 bytes in fp32 or 2 in bf16; its gradient, added up in fp32, 4; the
+    Per parameter on the rank: the weight, 4 bytes in fp32 or 2 in bf16; its gradient, accumulated in fp32, 4; the
     optimizer's two moments in fp32, 8, and in bf16 the fp32 master weight, 4: 16 bytes in fp32 and 18 in bf16. ZeRO
-    divides the optimizer's share (stage 1), also the gradients (2), also the weights (3) by dp / ep, the ranks that
-    hold the same: Rajbhandari et al. 2020, "ZeRO", section 5 and figure 1 (there 16 bytes, with gradients in fp16).
-    Stage 3 has two blocks' weights gathered at a time, the one at work and the one fetched ahead: buffers, of the
-    largest block. Buffers are also those of the losses or of experts at work, whichever are larger: with all else kept,
-    the backward pass comes from one to the other. The main loss is there until the modules for multi-token prediction,
-    whose loss comes first, have been passed.
+    divides the optimizer's share (stage 1), also the gradients (2), also the weights (3) by dp / ep, the number of
+    replicas: Rajbhandari et al. 2020, "ZeRO", section 5 and figure 1 (there 16 bytes, with gradients in fp16). Stage 3
+    holds the gathered weights of two blocks at a time, the current one and the prefetched one: buffers of the size of
+    the largest block. Buffers are also those of the losses or of the experts' backward pass, whichever are larger: with
+    all else kept, the backward pass reaches one after the other. The main loss is kept until the MTP modules, whose
+    loss comes first, have been passed.
 
-    In a 1F1B pipeline stage i of p keeps the activations of min(p - i, m) of the m micro batches (Narayanan et al.
+    In a 1F1B pipeline stage i of p keeps the activations of min(p - i, m) of the m micro-batches (Narayanan et al.
     2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2).
 
-    do=eval has the weights, whole within the rank's cut, and one block's activations at a time.
+    do=eval has the weights, not sharded by ZeRO, and one block's activations at a time.
 
     Args:
         exp: model, precision, optimizer and batch.
         layout: the layout.
         stage: the layers of the stage.
-        index: which stage it is, from 0.
+        index: index of the stage, from 0.
     """
     d, m = layout.degrees, exp.model
     n = stage.dense_on_rank(d.tp, m.n_kv_heads) + stage.experts_on_rank(d.tp, d.ep)
@@ -125,7 +125,7 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
 
 
 def _largest_block(exp: ExperimentConfig, stage: Layers, layout: Layout) -> float:
-    """Return the bytes of a token that the largest block of a stage makes."""
+    """Return the bytes per token of the largest block of a stage."""
     m, e, d = exp.model, element_bytes(exp), layout.degrees
     dense, moe = (
         block_activation_bytes(m, exp.kernels, e, d.tp, d.ep, layout.cut, e, is_moe=kind) for kind in (False, True)
@@ -134,7 +134,7 @@ def _largest_block(exp: ExperimentConfig, stage: Layers, layout: Layout) -> floa
 
 
 def _activations(exp: ExperimentConfig, stage: Layers, layout: Layout) -> tuple[float, float]:
-    """Give the bytes of a token that a stage keeps for the backward pass, of each micro batch and once."""
+    """Return the bytes per token that a stage keeps for the backward pass: for each micro-batch, and once."""
     m, e, i, kernels = exp.model, element_bytes(exp), input_bytes(exp), exp.kernels
     tp, ep, cut = layout.degrees.tp, layout.degrees.ep, layout.cut
     dense, moe = (block_activation_bytes(m, kernels, e, tp, ep, cut, i, is_moe=kind) for kind in (False, True))
@@ -153,46 +153,46 @@ def _activations(exp: ExperimentConfig, stage: Layers, layout: Layout) -> tuple[
 def block_activation_bytes(
     m: ModelConfig, kernels: KernelsConfig, e: int, tp: int = 1, ep: int = 1, cut: int = 1, i: int = 0, *, is_moe: bool
 ) -> float:
-    """Count the bytes of one token that a block keeps for its backward pass.
+    """Return the bytes per token that a block keeps for its backward pass.
 
     Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.1, count the
     inputs that each operation of a block saves: sbh(34 + 5as/h) for LayerNorm, GELU and dropout in 16 bits, 10 sbh of
-    it on every tensor rank and the rest cut by tp (section 4.2.1). The same count for our blocks, with h = d_model,
+    it on every tensor rank and the rest sharded by tp (section 4.2.1). The same count for our blocks, with h = d_model,
     elements of e bytes, and per token:
 
         2 norms of h                                                         see `norm_bytes`; on every rank, or `cut`
-        gqa        q, k, v, result (4 n_heads wide), input of wo (n_heads v)        e each, cut by tp
-        mla        also the two latents' norms and the way up                      on every rank
-        softmax    one fp32 number a head; no scores, since the attention is fused  4, cut by tp
-        dense      gate, silu(gate), up and their product: 4 d_ff                   e each, cut by tp
-        sparse     which units stay: an index of each, a byte for each of d_ff      8 and 1, cut by tp
-        experts    gate, silu(gate), up, product: 4 (top_k + shared) d_expert       e each, cut by tp
+        gqa        q, k, v, result (4 n_heads wide), input of wo (n_heads v)        e each, sharded by tp
+        mla        also the two latents' norms and up-projections            on every rank
+        softmax    one fp32 number per head; no scores, since attention is fused    4, sharded by tp
+        dense      gate, silu(gate), up and their product: 4 d_ff                   e each, sharded by tp
+        sparse     the kept units: an index each, and one byte per unit of d_ff     8 and 1, sharded by tp
+        experts    gate, silu(gate), up, product: 4 (top_k + shared) d_expert       e each, sharded by tp
                    rows sent to experts and back: 2 top_k h                         e each, on every rank
                    router: input (h) and 3 rows of scores (n_routed_experts)        4 each, on every rank
 
     Keys and values are repeated for every query head before the kernel; there is no dropout. `wide` is the width that
-    the kernel gets q, k and v padded to. Fused kernels keep less:
+    q, k and v are padded to for the kernel. Fused kernels keep less:
 
         rms_norm                 see `norm_bytes`
-        rope                     of a head with a norm its input alone
+        rope                     only the input of a normed head
         swiglu                   gate, up and product: 3 d_ff
-        local_global_attention   with a window q, k, v as they are, a result that wo reads in place, 16 bytes a head
-        experts                  gate and up: 2 top_k d_expert, and no rows; of rows from other ranks (ep) those
+        local_global_attention   with a window q, k, v unpadded, a result that wo reads in place, 16 bytes per head
+        experts                  gate and up, 2 top_k d_expert; plus, if ep > 1, the received rows
 
-    In fp8 a linear layer keeps its input as a copy of one byte an element: the results of norms that nothing else
-    needs, the product in a feed-forward network, the input of wo. Routed experts keep their inputs as they are.
+    In fp8 a linear layer keeps its input as a copy of one byte per element: the results of norms that nothing else
+    needs, the product in a feed-forward network, the input of wo. Routed experts keep their inputs unrounded.
 
-    Sequence parallelism cuts the norms' inputs and the residual stream by tp too (section 4.2.2). Korthikanti et al.
-    cut the norms' results as well and gather them a second time for the backward pass; ours stay whole, as gathered.
+    Sequence parallelism also shards the norms' inputs and the residual stream by tp (section 4.2.2). Korthikanti et al.
+    shard the norms' results as well and gather them a second time for the backward pass; ours stay gathered.
 
     Args:
         m: the model.
-        kernels: what computes each operation.
-        e: bytes of an element.
+        kernels: the implementation of each operation.
+        e: bytes per element.
         tp: tensor-parallel degree.
         ep: expert-parallel degree.
-        cut: ways that the positions are shared out between the cut matrices: tp with sequence parallelism.
-        i: bytes of an element of what a linear layer keeps of its input; 0: e, the input itself.
+        cut: number of ranks that shard the positions between the sharded matrices: tp with sequence parallelism.
+        i: bytes per element of what a linear layer keeps of its input; 0 means e, the input itself.
         is_moe: the block has experts.
     """
     h, norm, halves, i = m.d_model, kernels.rms_norm, 3 if kernels.swiglu is Kernel.triton else 4, i or e
@@ -216,7 +216,7 @@ def block_activation_bytes(
 
 
 def _attention_bytes(m: ModelConfig, kernels: KernelsConfig, e: int, i: int) -> float:
-    """Count what attention keeps of a token: queries, keys, values and results, of all tensor ranks."""
+    """Return the bytes that attention keeps per token: queries, keys, values and results, over all tensor ranks."""
     is_latent = m.attention is AttentionKind.mla
     n_kv = m.n_heads if is_latent else m.n_kv_heads
     a_head = m.head_dim * e if kernels.rope is Kernel.triton else norm_bytes(m.head_dim, e, kernels.rms_norm)
@@ -233,27 +233,27 @@ def _attention_bytes(m: ModelConfig, kernels: KernelsConfig, e: int, i: int) -> 
 def product_bytes(
     m: ModelConfig, kernels: KernelsConfig, e: int, tp: int = 1, ep: int = 1, i: int = 0, *, is_moe: bool
 ) -> float:
-    """Count the bytes of one token in what a block's matrix products and its attention give.
+    """Return the bytes per token of the results of a block's matrix products and attention.
 
-    Selective checkpointing keeps these and the block's input, and computes the rest again (Korthikanti et al. 2022,
-    section 5, choose the other way round: of attention without a fused kernel, scores are what is large and cheap).
+    Selective checkpointing keeps these and the block's input, and recomputes the rest (Korthikanti et al. 2022, section
+    5, choose the opposite: in attention without a fused kernel, scores are what is large and cheap).
 
-        gqa      q, k, v, and wo's result                  e each, all but the last cut by tp
-        mla      latents down and up, wo's result          e each, what comes up cut by tp
-        softmax  its result, as wide as the kernel's q     e, and a fp32 number a head; cut by tp
-        dense    gate, up (of sparse ones too), down       e each, the last whole
-        experts  gate, up and down of the top_k rows       e each, the last whole
+        gqa      q, k, v, and wo's result                  e each, all but the last sharded by tp
+        mla      latents down and up, wo's result          e each, the up-projections sharded by tp
+        softmax  its result, as wide as the kernel's q     e, and one fp32 number per head; sharded by tp
+        dense    gate, up (of sparse ones too), down       e each, the last on every rank
+        experts  gate, up and down of the top_k rows       e each, the last on every rank
                  the router's scores in fp32, their sum over a token's rows; shared experts as dense
-        fused    attention: its result and 16 bytes a head; experts: gate, up and the sum, or with ep the rows
+        fused    attention: its result and 16 bytes per head; experts: gate, up and the sum, or with ep the rows
         fp8      also the inputs of linear layers           1 each
 
     Args:
         m: the model.
-        kernels: what computes each operation.
-        e: bytes of an element.
+        kernels: the implementation of each operation.
+        e: bytes per element.
         tp: tensor-parallel degree.
         ep: expert-parallel degree.
-        i: bytes of an element of what a linear layer keeps of its input, where that is a copy; 0: none.
+        i: bytes per element of what a linear layer keeps of its input, if that is a copy; 0 means none.
         is_moe: the block has experts.
     """
     (wide, v), a_head = attention_widths(m), 4
@@ -282,7 +282,7 @@ def product_bytes(
 
 
 def attention_widths(m: ModelConfig) -> tuple[int, int]:
-    """Give the width that the attention kernel gets q, k and v padded to, and that of a head's values."""
+    """Return the width that q, k and v are padded to for the attention kernel, and that of a head's values."""
     wide = v = m.head_dim
     if m.attention is AttentionKind.mla:
         wide, v = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
@@ -290,24 +290,24 @@ def attention_widths(m: ModelConfig) -> tuple[int, int]:
 
 
 def norm_bytes(width: int, e: int, kernel: Kernel, cut: int = 1) -> float:
-    """Count what an RMSNorm saves: its input in fp32, the same normalised in fp32, and its result for the next matrix.
+    """Return the bytes saved by an RMSNorm: its input in fp32, the same normalised in fp32, and its result.
 
-    In fp32 the input is the residual stream itself, so 12 bytes an element; in bf16 it is a copy: 4 + 4 + 2. Sequence
-    parallelism cuts the first two, `cut` ways. The fused kernel saves its input as it is, a number a row, and the
+    In fp32 the input is the residual stream itself, so 12 bytes per element; in bf16 it is a copy: 4 + 4 + 2. Sequence
+    parallelism shards the first two, `cut` ways. The fused kernel saves its input as it is, one number per row, and the
     result.
     """
     return ((e if kernel is Kernel.triton else 8) / cut + e) * width
 
 
 def experts_at_work_bytes(exp: ExperimentConfig, layout: Layout, stage: Layers) -> float:
-    """Count what the backward pass of a layer of fused experts takes at its peak, beside what is kept of the layer.
+    """Return the peak bytes in the backward pass of a layer of fused experts, in addition to the saved ones.
 
-    At its end: of each of a token's top_k rows the gradients of gate and up, 2 d_expert / tp, and two shares of the
-    input's, 2 h; the gradients that come and go, 2 h a token, or a row where rows are from other ranks (ep); those of
-    the layer's weights. Before that, which is more where d_expert is wide: of a row its gradient, h, and the hidden
-    layer beside the gradients of gate and up, 3 d_expert / tp; the gradient that came; that of w_down. Nothing that is
-    kept goes earlier, since all is one operation. PyTorch's operations let go of the layer piece by piece meanwhile:
-    nothing is counted for them, nor for the one-byte copies of kernels.fp8_experts.
+    At its end: for each of a token's top_k rows the gradients of gate and up, 2 d_expert / tp, and two terms of the
+    input's, 2 h; the incoming and outgoing gradients, 2 h per token, or per row if rows are from other ranks (ep);
+    those of the layer's weights. Before that, which is more if d_expert is wide: per row its gradient, h, and the
+    hidden layer in addition to the gradients of gate and up, 3 d_expert / tp; the incoming gradient; that of w_down.
+    Saved tensors are not freed earlier, since all is one operation. PyTorch's operations meanwhile free the layer piece
+    by piece: nothing is counted for them, nor for the one-byte copies of kernels.fp8_experts.
     """
     if exp.kernels.experts is Kernel.torch or not stage.n_moe:
         return 0.0
@@ -322,16 +322,16 @@ def experts_at_work_bytes(exp: ExperimentConfig, layout: Layout, stage: Layers) 
 
 
 def tokens_of_chunk(tokens: int, vocab: float) -> int:
-    """Count as kernels/linear_cross_entropy.py does, which this may not import: PyTorch comes with it."""
+    """Mirror kernels/linear_cross_entropy.py, which cannot be imported here because it imports PyTorch."""
     return min(tokens, max(1024, int(2**25 // vocab), -(-tokens // (4 * 128)) * 128))
 
 
 def _loss_bytes(exp: ExperimentConfig, tokens: int, tp: int) -> float:
-    """Count the bytes that logits and loss of a micro batch take at their peak: 12 a token and entry of the vocabulary.
+    """Return the peak bytes of logits and loss of a micro-batch: 12 per token and vocabulary entry.
 
-    Fused: the logits of a chunk of tokens, and both gradients, which are made in the forward pass. Else in fp32 the
-    logits, their log-softmax and the gradient; in bf16 logits and their gradient (2 + 2), log-softmax and gradient in
-    fp32. Measured on an H200, bf16, 16384 tokens, 32768 entries: 6.25 GiB, 12.5 bytes.
+    Fused: the logits of a chunk of tokens, and both gradients, which are computed in the forward pass. Otherwise in
+    fp32 the logits, their log-softmax and the gradient; in bf16 logits and their gradient (2 + 2), log-softmax and
+    gradient in fp32. Measured on an H200, bf16, 16384 tokens, 32768 entries: 6.25 GiB, 12.5 bytes.
     """
     vocab, e = exp.model.vocab_size / tp, element_bytes(exp)
     if exp.kernels.linear_cross_entropy is Kernel.triton:

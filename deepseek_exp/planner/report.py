@@ -1,4 +1,4 @@
-"""A plan as text: what `do=plan` prints."""
+"""A plan as text: the output of `do=plan`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from deepseek_exp.planner.traffic import stage_traffic
 
 GB = 1e9
 TOP = 5
-# sequences of a step for each GPU that keep a pipeline busy; what the closing hint asks for
+# Sequences per step and GPU that keep a pipeline busy; the closing hint recommends this batch.
 SEQS_PER_GPU = 8
 MEMORY = [f.name for f in dataclasses.fields(Memory)]
 
 
 def report(exp: ExperimentConfig) -> str:
-    """Plan the layout of an experiment, and compare it with the best of its cluster.
+    """Return the plan of an experiment's layout, compared with the best layouts of its cluster.
 
     Args:
-        exp: checked: its layout is legal.
+        exp: a validated configuration, so its layout is legal.
 
     Returns:
         Several lines of text.
@@ -68,7 +68,7 @@ def _memory(exp: ExperimentConfig, plan: Plan) -> Iterator[str]:
 
 
 def _runs(plan: Plan) -> Iterator[tuple[int, int, Layers, Memory]]:
-    """Take neighbouring stages of the same layers together, with the memory of their first, which keeps the most."""
+    """Group adjacent stages with the same layers, with the memory of the first, which keeps the most."""
     for stage, run in itertools.groupby(enumerate(plan.stages), key=lambda x: x[1]):
         indices = [i for i, _ in run]
         yield indices[0], indices[-1], stage, plan.memory[indices[0]]
@@ -144,7 +144,7 @@ def _best(exp: ExperimentConfig, best: Sequence[Plan]) -> Iterator[str]:
 
 
 def _hint(exp: ExperimentConfig) -> Iterator[str]:
-    """Say what bf16 and a batch that suits the cluster would do, where the configuration has another."""
+    """Yield what bf16 and a batch that suits the cluster would yield, if the configuration has another."""
     t, c = exp.trainer, exp.cluster
     fast = t.precision
     if t.precision is Precision.fp32 and c.peak_bf16_flops > c.peak_fp32_flops:
@@ -183,7 +183,7 @@ RECOMPUTED = {
 
 
 def describe(x: Layout) -> str:
-    """Name a layout in words."""
+    """Describe a layout in words."""
     d = x.degrees
     sequence = ", sequence parallel" if x.sequence_parallel else ""
     recompute = RECOMPUTED[x.checkpointing]
@@ -191,7 +191,7 @@ def describe(x: Layout) -> str:
 
 
 def keys_of(x: Layout) -> dict[str, Any]:
-    """Give the keys that ask for a layout, with their values."""
+    """Return the keys that select a layout, with their values."""
     return {f"parallel.{name}": degree for name, degree in dataclasses.asdict(x.degrees).items()} | {
         "parallel.zero_stage": x.zero_stage,
         "parallel.sequence_parallel": x.sequence_parallel,
@@ -201,7 +201,7 @@ def keys_of(x: Layout) -> dict[str, Any]:
 
 
 def overrides(x: Layout) -> str:
-    """Give what to type for a layout."""
+    """Return the command-line overrides of a layout."""
     return " ".join(f"{key}={str(value).lower()}" for key, value in keys_of(x).items())
 
 
@@ -219,5 +219,5 @@ def _count(n: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time down."""
+    """Format a duration."""
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:,.1f} ms"

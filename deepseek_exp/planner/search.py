@@ -1,4 +1,4 @@
-"""A plan of one layout, and the best of the legal ones."""
+"""The plan of one layout, and the best of the legal ones."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from deepseek_exp.planner.speed import Seconds, Speed, speed
 
 @dataclass(frozen=True)
 class Plan:
-    """What a layout costs.
+    """The cost of a layout.
 
     Attributes:
         layout: the layout.
-        stages: what each stage holds.
-        memory: bytes of one rank of each stage.
-        seconds: where the time of a step goes.
-        speed: what it comes to.
-        fits: every stage has room in the GPU's usable memory.
+        stages: the layers of each stage.
+        memory: bytes on one rank of each stage.
+        seconds: breakdown of the time of a step.
+        speed: the resulting throughput and price.
+        fits: every stage fits into the GPU's usable memory.
     """
 
     layout: Layout
@@ -37,18 +37,18 @@ class Plan:
 
 
 def asked_layout(exp: ExperimentConfig) -> Layout:
-    """Give the layout that a configuration asks for."""
+    """Return the layout that a configuration selects."""
     t, p = exp.trainer, exp.parallel
     return Layout(degrees(exp), p.zero_stage, t.micro_batch_seqs, t.activation_checkpointing, p.sequence_parallel)
 
 
 def make_plan(exp: ExperimentConfig, layout: Layout, layers: Sequence[Layers]) -> Plan:
-    """Plan one layout.
+    """Return the plan of one layout.
 
     Args:
         exp: model, batch, precision, cluster.
-        layout: a legal one.
-        layers: of the model, from `layers_of`.
+        layout: a legal layout.
+        layers: the model's layers, from `layers_of`.
     """
     stages = stages_of(layers, layout.degrees.pp, exp.cluster)
     seconds, result = speed(exp, layout, stages)
@@ -58,19 +58,20 @@ def make_plan(exp: ExperimentConfig, layout: Layout, layers: Sequence[Layers]) -
 
 
 def best_plans(exp: ExperimentConfig, count: int) -> list[Plan]:
-    """Find the fastest layouts that fit.
+    """Return the fastest layouts that fit.
 
-    Tried are all dp x tp x pp that use the whole cluster, tp within a machine, every ep, micro batches as configured
-    and of 1 sequence, and blocks recomputed as configured and all. Where no layout of that many ranks is legal (the
-    batch is too small), half as many are tried. ZeRO is 1, or any where data parallelism is alone; 0 where it cannot
-    cut what the optimizer keeps, and on one rank. Sequence parallelism is as configured, where there are tensor ranks.
+    Tries all dp x tp x pp that use the whole cluster, with tp inside a machine, every ep, micro-batches as configured
+    and of 1 sequence, and blocks recomputed as configured and fully. If no layout of that many ranks is legal (the
+    batch is too small), half as many are tried. ZeRO is 1, or any stage if only data parallelism is used; 0 if it
+    cannot shard the optimizer's state, and on one rank. Sequence parallelism is as configured, if there are tensor
+    ranks.
 
     Args:
         exp: model, batch, precision, cluster.
-        count: layouts wanted at most.
+        count: maximum number of layouts.
 
     Returns:
-        Plans with the most tokens a second first; none if nothing fits.
+        Plans sorted by tokens per second, the most first; none if nothing fits.
     """
     layers, world = layers_of(exp.model, exp.data.seq_len), n_gpus(exp.cluster)
     while True:
@@ -91,15 +92,15 @@ def best_plans(exp: ExperimentConfig, count: int) -> list[Plan]:
 
 
 def _may_fit(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]) -> bool:
-    """Look at the first and the last stage, which are the fullest as a rule."""
+    """Check the first and the last stage, which usually need the most memory."""
     ends = {0, len(stages) - 1}
     return all(stage_memory(exp, layout, stages[i], i).total <= USABLE * exp.cluster.memory_bytes for i in ends)
 
 
 def _layouts(exp: ExperimentConfig, world: int) -> Iterator[Layout]:
-    """List the legal layouts of so many ranks."""
+    """List the legal layouts of `world` ranks."""
     t = exp.trainer
-    micros = sorted({1, t.micro_batch_seqs}, reverse=True)  # of equals the first is taken, the largest matrices
+    micros = sorted({1, t.micro_batch_seqs}, reverse=True)  # the first of equals wins, with the largest matrices
     kinds = sorted({t.activation_checkpointing, ActivationCheckpointing.full})
     variants = [dataclasses.replace(t, micro_batch_seqs=n, activation_checkpointing=k) for n in micros for k in kinds]
     for d in _degrees(exp, world):
@@ -112,7 +113,7 @@ def _layouts(exp: ExperimentConfig, world: int) -> Iterator[Layout]:
 
 
 def _degrees(exp: ExperimentConfig, world: int) -> Iterator[Degrees]:
-    """List the ways to cut so many ranks, most of which are legal."""
+    """List the ways to factor `world` ranks into degrees, most of which are legal."""
     m = exp.model
     for tp in divisors(math.gcd(world, m.n_heads)):
         if tp > exp.cluster.gpus_per_node:
@@ -126,7 +127,7 @@ def _degrees(exp: ExperimentConfig, world: int) -> Iterator[Degrees]:
 
 
 def _zero_stages(exp: ExperimentConfig, d: Degrees) -> tuple[int, ...]:
-    """List the stages of ZeRO that are worth a try."""
+    """List the ZeRO stages worth trying."""
     if d.world_size == 1 or not is_elementwise(exp):
         return (0,)
     return (1, 2, 3) if d.dp == d.world_size and d.ep == 1 else (1,)

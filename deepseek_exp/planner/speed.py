@@ -1,4 +1,4 @@
-"""How long a step takes, and what that makes of MFU, tokens and price."""
+"""How long a step takes, and the resulting MFU, tokens and price."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from deepseek_exp.planner.memory import Layout, element_bytes, optimizer_bytes
 from deepseek_exp.planner.traffic import axis_seconds, stage_traffic
 
 SECONDS_PER_DAY = 86400
-# of the routed experts' products, those that are in 8 bits with precision=fp8; gradients of weights are in bf16
+# The fraction of the routed experts' products that run in 8 bits with precision=fp8; weight gradients are in bf16.
 NARROW_EXPERTS = 2 / 3
 
 
 class Undivided(NamedTuple):
-    """Bytes that a token moves through memory in a block, for each of d_model's columns, on every tensor rank alike.
+    """Bytes that a token moves through memory in a block, per column of d_model, on every tensor rank alike.
 
     Forward and backward in bf16, counted on the meta device: what operations read and write, without products and
     attention (`tests/planner/test_undivided.py`).
 
     Attributes:
         block: norms and residual sums.
-        latents: the norms of MLA's latents, and what puts its keys together.
-        experts: the router, and sums of what experts gave.
+        latents: the norms of MLA's latents, and the concatenation of its keys.
+        experts: the router, and sums of the experts' results.
         row: each of the token's top_k rows on the way to its expert and back.
     """
 
@@ -39,24 +39,24 @@ class Undivided(NamedTuple):
 
 
 UNDIVIDED = {Kernel.torch: Undivided(340, 145, 30, 22), Kernel.triton: Undivided(39, 18, 40, 12)}
-# products of an expert's row, forward and backward, of which each has a side of d_model columns
+# Products of an expert's row, forward and backward, that have a side of d_model columns.
 ROW_PRODUCTS = 9
-# a row's bytes beyond these where experts are on other ranks: it is put in order there, and back, in both passes
+# A row's additional bytes if experts are on other ranks: it is permuted there, and back, in both passes.
 EXCHANGED = {Kernel.torch: 16, Kernel.triton: 18}
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where the time of a step goes.
+    """Breakdown of the time of a step.
 
     Attributes:
         compute: matrix products and attention of the slowest stage.
-        recompute: activations computed again.
+        recompute: recomputed activations.
         tp: tensor-parallel collectives.
-        pp: sends between stages, what of them no computing hides; so are the next and data.
+        pp: sends between stages that do not overlap with compute; likewise the next and data.
         ep: exchange with experts on other ranks.
-        bubble: stages that wait for their first micro batch or have done their last.
-        data: gradients and new weights between copies.
+        bubble: stages that wait for their first micro-batch or have finished their last.
+        data: gradients and new weights between replicas.
         optimizer: the optimizer's pass over its memory.
     """
 
@@ -71,15 +71,15 @@ class Seconds:
 
     @property
     def step(self) -> float:
-        """All of them, one after the other."""
+        """Return the sum."""
         return float(sum(dataclasses.astuple(self)))
 
 
 def bubble_fraction(pp: int, n_micro_batches: int) -> float:
-    """Give the share of a 1F1B pipeline's time that a stage waits: (p - 1) / (m + p - 1).
+    """Return the fraction of a 1F1B pipeline's time that a stage waits: (p - 1) / (m + p - 1).
 
-    Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2.1, gives the
-    bubble over the ideal time, (p - 1) / m; this is its share of the whole.
+    Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2.1, define the
+    bubble over the ideal time, (p - 1) / m; this is its fraction of the total.
     """
     return (pp - 1) / (n_micro_batches + pp - 1)
 
@@ -87,32 +87,32 @@ def bubble_fraction(pp: int, n_micro_batches: int) -> float:
 def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]) -> Seconds:
     """Predict the time of one optimizer step.
 
-    A stage works m micro batches off, each in t = compute + recompute + tp + pp + ep; the pipeline goes at the pace of
-    its slowest stage, (m + p - 1) t in all. Then gradients are shared out and the optimizer steps, at the pace of the
+    A stage processes m micro-batches, each in t = compute + recompute + tp + pp + ep; the pipeline runs at the pace of
+    its slowest stage, (m + p - 1) t in all. Then gradients are reduced and the optimizer steps, at the pace of the
     stage with the most parameters.
 
-    compute = T * (flops / (peak matmul_efficiency) + expert_flops / (peak grouped_efficiency)), T tokens and the FLOPs
-    of one on the rank; a recomputed block adds its forward pass, a third of that. Norms, activation functions, rotary
-    embedding, the softmax of the loss and the launch of kernels count no FLOPs: the efficiencies, which are those of
-    whole steps on one GPU, are lower for it. With the FLOPs tp divides that too; what every tensor rank does alike adds
-    T (1 - 1 / tp) (`undivided_bytes` + `expert_product_bytes`) / memory_bandwidth, and where experts are on other ranks
-    rows are copied in T `exchanged_bytes` / memory_bandwidth. fp8 takes away what the products of the blocks, and where
-    kernels.fp8_experts says so two thirds of the experts', take at bf16's peak more than at its own; what the
-    efficiencies leave of the peak stays as long as it is. The optimizer reads gradient, weights and state and writes
-    the last two.
+    compute = T * (flops / (peak matmul_efficiency) + expert_flops / (peak grouped_efficiency)), for T tokens and the
+    FLOPs per token on the rank; a recomputed block adds its forward pass, a third of that. Norms, activation functions,
+    rotary embedding, the softmax of the loss and kernel launches count no FLOPs: they lower the efficiencies, which are
+    those of whole steps on one GPU. tp divides their time along with the FLOPs; work that every tensor rank repeats
+    therefore adds T (1 - 1 / tp) (`undivided_bytes` + `expert_product_bytes`) / memory_bandwidth, and if experts are on
+    other ranks, the copies of rows add T `exchanged_bytes` / memory_bandwidth. fp8 saves t_bf16_peak - t_fp8_peak on
+    the blocks' products, and on two thirds of the experts' if kernels.fp8_experts; time lost to efficiency below peak
+    is assumed unchanged. The optimizer reads gradient, weights and state and writes the last two.
 
-    Of pp and ep the share `cluster.overlap` hides behind the computing of the same micro batches, and of data behind
-    that of the last one (ZeRO 2 and 3: of all); of tp, whose results the next matrix waits for, nothing does.
+    The fraction `cluster.overlap` of pp and ep overlaps with the compute of the same micro-batches, and that of data
+    with the compute of the last one (ZeRO 2 and 3: of all); tp does not overlap, because the next matrix waits for its
+    results.
     """
     c, d = exp.cluster, layout.degrees
     e, n_micro = element_bytes(exp), layout.n_micro_batches(exp.trainer.global_batch_seqs)
     peak = c.peak_bf16_flops if exp.trainer.precision.keeps_masters else c.peak_fp32_flops
-    saved = 0.0  # of the time of a product at the peak, in fp8
+    saved = 0.0  # fraction of a product's time at the peak that fp8 saves
     if exp.trainer.precision is Precision.fp8 and c.peak_fp8_flops:
         saved = 1 - peak / c.peak_fp8_flops
     tokens = n_micro * layout.micro_batch_seqs * exp.data.seq_len
     paces, data, optimizer = [], 0.0, 0.0
-    touched = 4 + 2 * (e + optimizer_bytes(exp))  # bytes a parameter
+    touched = 4 + 2 * (e + optimizer_bytes(exp))  # bytes per parameter
     for index, stage in enumerate(stages):
         dense, experts = stage.flops_on_rank(d.tp), stage.expert_flops / d.tp
         narrow_experts = NARROW_EXPERTS * experts if exp.kernels.fp8_experts else 0.0
@@ -136,10 +136,10 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
 
 
 def undivided_bytes(exp: ExperimentConfig, stage: Layers) -> float:
-    """Count what a token moves through the memory of every tensor rank alike, forward and backward.
+    """Return the bytes that a token moves through the memory of every tensor rank alike, forward and backward.
 
-    d_model times, for each block: `Undivided.block` (sequence parallelism divides that), with MLA `latents`, and where
-    it has experts `experts` + top_k `row`; in fp32 twice that, but for PyTorch's norms, which compute in fp32 anyway.
+    d_model times, for each block: `Undivided.block` (divided by sequence parallelism), with MLA `latents`, and with
+    experts `experts` + top_k `row`; in fp32 twice that, except for PyTorch's norms, which compute in fp32 anyway.
     Compiled norms count as fused ones. Counts agree within 15%, those of fused kernels in fp32 within 22%.
     """
     m, wide = exp.model, element_bytes(exp) / 2
@@ -153,11 +153,11 @@ def undivided_bytes(exp: ExperimentConfig, stage: Layers) -> float:
 
 
 def exchanged_bytes(exp: ExperimentConfig, stage: Layers, ep: int) -> float:
-    """Count what a token moves through memory more than where all experts are on its rank, beside what is sent.
+    """Return the additional bytes that a token moves through memory if experts are on other ranks, without the sends.
 
-    Each of its top_k rows, in each block with experts, `EXCHANGED` bytes for each of d_model's columns, in fp32 twice
-    that. PyTorch's operations gather each row four times more: there and back, in both passes. Fused, the first and
-    last copy are the same, and the experts copy rows of one token each: 15 reads and writes of a row in place of 6.
+    For each of its top_k rows, in each block with experts, `EXCHANGED` bytes per column of d_model, in fp32 twice that.
+    PyTorch's operations gather each row four more times: there and back, in both passes. Fused, the first and last copy
+    are the same, and the experts copy rows of one token each: 15 reads and writes of a row instead of 6.
     """
     m = exp.model
     rows = stage.n_moe * m.moe.top_k if ep > 1 else 0
@@ -165,32 +165,33 @@ def exchanged_bytes(exp: ExperimentConfig, stage: Layers, ep: int) -> float:
 
 
 def expert_product_bytes(exp: ExperimentConfig, stage: Layers) -> float:
-    """Count what the experts' products move of a token on every tensor rank alike: the side of d_model columns.
+    """Return the bytes that the experts' products move per token on every tensor rank alike.
 
-    Each of its top_k rows, in each block with experts, for each of `ROW_PRODUCTS`. Experts are narrow, so this does
-    not vanish behind their FLOPs: on an H200 (131,072 rows, 64 experts, d_model 2048, bf16) the products of d_expert
-    768 take 6.68 ms, and of 384 4.00, which is 0.66 more than half. These bytes take 1.14 ms, half of which tp=2 adds.
+    The side of d_model columns: for each of its top_k rows, in each block with experts, for each of `ROW_PRODUCTS`.
+    Experts are narrow, so this is not negligible against their FLOPs: on an H200 (131,072 rows, 64 experts, d_model
+    2048, bf16) the products of d_expert 768 take 6.68 ms, and of 384 4.00, which is 0.66 more than half. These bytes
+    take 1.14 ms, half of which tp=2 adds.
     """
     m = exp.model
     return ROW_PRODUCTS * stage.n_moe * m.moe.top_k * m.d_model * element_bytes(exp)
 
 
 def exposed(seconds: float, computing: float, overlap: float) -> float:
-    """Give the share of a time of sending that is waited for: what is hidden lasts no longer than the computing."""
+    """Return the exposed fraction of a communication time: what overlaps lasts at most as long as the compute."""
     return 1 - min(overlap, computing / seconds) if seconds else 1.0
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a step's time comes to.
+    """The speed that a step's time implies.
 
     Attributes:
         step_seconds: of one optimizer step.
         tokens_per_second: over all ranks.
         mfu: model FLOPs per second / (ranks * peak in bf16), with `cost.flops_per_token`; bf16's peak in fp32 too.
-        tokens_per_day: tokens of 24 hours.
+        tokens_per_day: tokens in 24 hours.
         price_per_billion_tokens: dollars.
-        scaling_efficiency: the time that the same work takes where nothing is sent or waited for / the step's.
+        scaling_efficiency: the time of the same work without communication or waiting / the step's.
     """
 
     step_seconds: float
@@ -202,7 +203,7 @@ class Speed:
 
 
 def speed(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]) -> tuple[Seconds, Speed]:
-    """Predict where a step's time goes and what it comes to."""
+    """Predict the breakdown of a step's time and the resulting speed."""
     c, world = exp.cluster, layout.degrees.world_size
     seconds = step_seconds(exp, layout, stages)
     rate = exp.trainer.global_batch_seqs * exp.data.seq_len / seconds.step

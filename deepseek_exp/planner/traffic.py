@@ -13,44 +13,44 @@ from deepseek_exp.planner.memory import Layout, element_bytes
 
 @dataclass(frozen=True)
 class Load:
-    """What one rank sends over one axis in a step: bytes, in so many collectives or messages."""
+    """What one rank sends over one axis in a step: bytes, and the number of collectives or messages."""
 
     n_bytes: float
     n_messages: int
 
 
 def ring_all_reduce(n_bytes: float, n: int) -> float:
-    """Give what each of n ranks sends to add up n_bytes: 2 (n - 1) / n of them (Patarasuk and Yuan 2009)."""
+    """Return the bytes that each of n ranks sends to all-reduce n_bytes: 2 (n - 1) / n (Patarasuk and Yuan 2009)."""
     return 2 * ring_gather(n_bytes, n)
 
 
 def ring_gather(n_bytes: float, n: int) -> float:
-    """Give what each of n ranks sends to gather, scatter or exchange n_bytes evenly: (n - 1) / n of them."""
+    """Return the bytes that each of n ranks sends to gather, scatter or exchange n_bytes evenly: (n - 1) / n."""
     return (n - 1) / n * n_bytes
 
 
 def stage_traffic(exp: ExperimentConfig, layout: Layout, stage: Layers, index: int) -> dict[Axis, Load]:
-    """Count what a rank of a stage sends in one step.
+    """Return what a rank of a stage sends in one step.
 
-    With T tokens of a micro batch, h = d_model, e bytes of an element, r = 1 more forward pass where blocks are
-    recomputed, wholly or in part (else 0), and m micro batches:
+    With T tokens per micro-batch, h = d_model, e bytes per element, r = 1 more forward pass if blocks are recomputed,
+    fully or in part (else 0), and m micro-batches:
 
-        tp  all-reduces of T h e: (2 + 2 + 2 r) a block and micro batch, after attention and after the feed-forward
+        tp  all-reduces of T h e: (2 + 2 + 2 r) per block and micro-batch, after attention and after the feed-forward
             network, forward and backward (Shoeybi et al. 2019, "Megatron-LM", section 3); 1 each for the two tables.
             With sequence parallelism each is an all-gather and a reduce-scatter, of the same bytes in twice the
             messages (Korthikanti et al. 2022, section 4.2.2). A sparse feed-forward network also gathers its gates,
             T d_ff e, in each forward pass, 1 + r, to choose among all of them
-        pp  T h e to the next stage and as much to the one before, a micro batch; every tensor rank sends the whole
-            (Narayanan et al. 2021, section 3.2, without their scatter and gather), with sequence parallelism its part
-        ep  all-to-alls of T top_k h e: (2 + 2 + 2 r) a block with experts and micro batch, to the experts and back,
-            forward and backward; of each 1 / ep stays. Load is taken to be even
-        ep  for each of these passes forward one of the rows' numbers; fused, one of their weights for each pass. Small:
+        pp  T h e to the next stage and as much to the previous one, per micro-batch; every tensor rank sends all of it
+            (Narayanan et al. 2021, section 3.2, without their scatter and gather), with sequence parallelism its shard
+        ep  all-to-alls of T top_k h e: (2 + 2 + 2 r) per block with experts and micro-batch, to the experts and back,
+            forward and backward; 1 / ep of each stays. The load is assumed even
+        ep  for each of these forward passes one of the row counts; fused, one of their weights for each pass. Small:
             they count as messages
-        ep  also an all-reduce of the fp32 gradients that are no expert's, once: part of how ep is folded into
-            DeepSpeed's model axis (`topology.Degrees`)
+        ep  also an all-reduce of the fp32 non-expert gradients, once: part of how ep is folded into DeepSpeed's model
+            axis (`topology.Degrees`)
         data  gradients in fp32: all-reduce once (ZeRO 0), or reduce-scatter once and all-gather of the new weights
-            (ZeRO 1), the reduce-scatter in each micro batch, as gradients are not kept whole (ZeRO 2), and in place of
-            the one all-gather one for both passes of each micro batch (ZeRO 3): Rajbhandari et al. 2020, "ZeRO",
+            (ZeRO 1), the reduce-scatter in each micro-batch, as full gradients are not kept (ZeRO 2), and instead of
+            the one all-gather one for both passes of each micro-batch (ZeRO 3): Rajbhandari et al. 2020, "ZeRO",
             section 7
     """
     d, m, e = layout.degrees, exp.model, element_bytes(exp)
@@ -78,7 +78,7 @@ def stage_traffic(exp: ExperimentConfig, layout: Layout, stage: Layers, index: i
 
 
 def _data_parallel(layout: Layout, n: float, e: int, n_micro: int) -> Load:
-    """Count what shares n parameters' gradients, and their new weights, over the data axis."""
+    """Return the traffic to reduce n parameters' gradients, and distribute their new weights, over the data axis."""
     shards = layout.degrees.n_data
     if shards == 1:
         return Load(0.0, 0)
@@ -91,11 +91,11 @@ def _data_parallel(layout: Layout, n: float, e: int, n_micro: int) -> Load:
 
 
 def axis_seconds(loads: Mapping[Axis, Load], layout: Layout, cluster: ClusterConfig) -> dict[Axis, float]:
-    """Give the time of each axis: bytes / bandwidth + messages * latency.
+    """Return the time of each axis: bytes / bandwidth + messages * latency.
 
-    An axis whose groups reach across machines has the bandwidth between machines throughout, a pipeline too: a stage
-    with all neighbours on its own machine is not the slowest. Of ep, which is an exchange of each rank with each, the
-    share that goes to ranks of the same machine has the bandwidth within it.
+    An axis whose groups span machines has the bandwidth between machines throughout, a pipeline too: a stage with all
+    neighbours on its machine is not the slowest. ep is an all-to-all, so the fraction that goes to ranks of the same
+    machine has the bandwidth inside it.
     """
     seconds, d = {}, layout.degrees
     for axis, load in loads.items():

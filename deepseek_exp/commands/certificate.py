@@ -1,16 +1,19 @@
-"""What do=verify hands out: two runs of the same steps side by side, and whether they computed the same.
+"""The certificate of do=verify: compares two runs of the same steps and states whether they computed the same.
 
-Compared are the loss and the gradient norm of each step, the validation loss after the last one, and the final weights
-and buffers, whole, parameter by parameter, whatever the layout that saved them.
+Compared are the loss and gradient norm of each step, the validation loss after the last step, and the final weights and
+buffers, unsharded, parameter by parameter, whatever layout saved them.
 
-The bounds. fp32: sums in another order differ in their last bits, which is about 1e-6 of a loss; a mistake in a layout
-(a gradient that is not summed, a micro batch left out) is larger by orders of magnitude. Adam divides a gradient by its
-own size, so that a weight whose gradient is hardly more than rounding moves by a share of the learning rate that
-rounding decides: the bound of the weights is 1e-5, or a thousandth of the sum of the learning rates where that is more.
-bf16: every operation rounds to 8 bits, so that two right layouts differ by some percent in the gradient norm, and
-single weights by as much as they were moved. There the bounds tell only a gross mistake from rounding, and the
-certificate says so. fp8 rounds the operands of products to 4 bits or 3, and each rank has scales of its own: the bounds
-are wider still.
+Bounds:
+
+- fp32: sums in a different order differ in their last bits, about 1e-6 of a loss. A bug in a layout (a gradient that is
+  not summed, a skipped micro-batch) is larger by orders of magnitude. Adam divides a gradient by its own magnitude, so
+  for a weight whose gradient is barely above rounding error, rounding decides by which fraction of the learning rate it
+  moves. The weight bound is therefore 1e-5 or a thousandth of the sum of the learning rates, whichever is larger.
+- bf16: every operation rounds to 8 bits, so two correct layouts differ by a few percent in the gradient norm, and
+  single weights by as much as they moved. The bounds only distinguish gross errors from rounding, and the certificate
+  says so.
+- fp8: the operands of matrix products are rounded to 4 or 3 bits, with separate scales on each rank, so the bounds are
+  wider still.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from deepseek_exp.tracking.facts import git_facts
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far two runs may differ: a loss in nats per token, a gradient norm relatively, a weight absolutely."""
+    """Tolerances: loss in nats per token, gradient norm relative, weights absolute."""
 
     loss: float
     grad_norm: float
@@ -49,21 +52,21 @@ BOUNDS = {
     Precision.bf16: Bounds(2e-2, 1e-1, 1e-2),
     Precision.fp8: Bounds(5e-2, 3e-1, 1e-2),
 }
-# of the sum of the learning rates, which is about the way of a weight under Adam
+# Weight tolerance as a fraction of sum(lr), the distance Adam can move a weight.
 SHARE_OF_WAY = {Precision.fp32: 1e-3, Precision.bf16: 2.0, Precision.fp8: 2.0}
 ROUGH = "in {} these bounds tell only a gross mistake from rounding; trainer.precision=fp32 is the sharp test"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity that was compared.
+    """One compared quantity.
 
     Attributes:
-        quantity: what it is, with its unit.
+        quantity: description, with its unit.
         metric: its name in MLflow.
-        differences: place -> how far the two are apart; infinite where one of them lacks it.
-        bound: the largest difference that is allowed.
-        values: place -> the numbers of both, where they are few.
+        differences: place -> difference of the two runs; infinite if one of them lacks it.
+        bound: the largest allowed difference.
+        values: place -> the values of both runs, if there are few.
     """
 
     quantity: str
@@ -79,30 +82,30 @@ class Row:
 
     @property
     def where(self) -> str:
-        """Where that is; the first place, where several are alike."""
+        """The place of the largest difference; the first one if there are several."""
         return next((place for place, d in self.differences.items() if d == self.largest), "")
 
     def by_step(self, last_step: int) -> dict[int, float]:
-        """Give the differences by the step that they belong to: of what is not compared at each step, the largest."""
+        """Return the differences by step; for a quantity not compared per step, its largest one at `last_step`."""
         if self.metric not in PER_STEP:
             return {last_step: self.largest}
         return {int(place.removeprefix("step ")): d for place, d in self.differences.items()}
 
     @property
     def wrong(self) -> list[str]:
-        """The places beyond the bound."""
+        """The places where the difference exceeds the bound."""
         return [place for place, d in self.differences.items() if d > self.bound]
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was compared and what came out.
+    """The result of a comparison.
 
     Attributes:
-        facts: name -> what it is, of that which was run.
-        other: what was compared with one process, in words.
-        rows: training loss and gradient norm first, which are compared step by step.
-        note: what else is to be known of the bounds; may be empty.
+        facts: name -> description of what was run.
+        other: description of what was compared with one process.
+        rows: training loss and gradient norm first, which are compared at each step.
+        note: remark about the bounds; may be empty.
     """
 
     facts: Mapping[str, str]
@@ -112,12 +115,12 @@ class Certificate:
 
     @property
     def holds(self) -> bool:
-        """The two runs computed the same, within the bounds."""
+        """Whether all differences are within the bounds."""
         return not any(row.wrong for row in self.rows)
 
     @property
     def verdict(self) -> str:
-        """The last line."""
+        """The last line of the certificate."""
         if not self.holds:
             return f"NOT verified: {self.other} does not compute what one process does: {self.first_difference}"
         exactly = "bit for bit" if all(row.bound == 0 for row in self.rows) else "within the bounds above"
@@ -125,7 +128,7 @@ class Certificate:
 
     @property
     def first_difference(self) -> str:
-        """Name what went out of its bounds first: the earliest step, its loss before its gradient norm."""
+        """Return the first quantity out of bounds: that of the earliest step, the loss before the gradient norm."""
 
         def when(row: Row) -> float:
             return list(row.differences).index(row.wrong[0]) if row.metric in PER_STEP else math.inf
@@ -140,7 +143,7 @@ class Certificate:
 
     @property
     def markdown(self) -> str:
-        """The certificate as a page."""
+        """The certificate as Markdown."""
         width = max(map(len, self.facts))
         table = [("quantity", "largest difference", "where", "bound", ""), ("---",) * 5]
         for row in self.rows:
@@ -162,7 +165,7 @@ class Certificate:
 
     @property
     def json(self) -> str:
-        """The same with every difference."""
+        """The certificate as JSON, with every difference."""
         return json.dumps({**dataclasses.asdict(self), "holds": self.holds, "verdict": self.verdict}, indent=1)
 
 
@@ -170,12 +173,12 @@ PER_STEP = ("verify/loss_difference", "verify/grad_norm_difference")
 
 
 def compare(cfg: ExperimentConfig, one: Path, other: Path) -> Certificate:
-    """Compare two runs that have ended.
+    """Compare two finished runs.
 
     Args:
-        cfg: the experiment; its layout is the other's.
-        one: folder of the run of one process.
-        other: folder of the other one.
+        cfg: the experiment, with the layout of the other run.
+        one: folder of the run in one process.
+        other: folder of the other run.
     """
     logs = [RunLog.attach(folder, records=False) for folder in (one, other)]
     bounds = _bounds(cfg, sum(logs[0].logged("optim/lr").values()))
@@ -215,7 +218,7 @@ def _bounds(cfg: ExperimentConfig, way: float) -> Bounds:
 
 
 def _pairs(one: Mapping[int, float], other: Mapping[int, float]) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Pair the values of each step; NaN stands for one that is missing."""
+    """Yield the values of both runs for each step; NaN if one is missing."""
     for step in sorted({*one, *other}):
         yield f"step {step}", (one.get(step, math.nan), other.get(step, math.nan))
 
@@ -232,7 +235,7 @@ def _checkpoint(folder: Path, cfg: ExperimentConfig) -> Path:
 
 
 def _weights(one: State, other: State) -> Iterator[tuple[str, float]]:
-    """Compare what the optimizer works on, which is in fp32 where the model is in bf16."""
+    """Yield the difference of each weight as the optimizer holds it: the fp32 master if the model is bf16."""
     for name in dict.fromkeys([*one.names, *other.names]):
         if name in one.names and name in other.names:
             yield name, _furthest(one.read(name, WEIGHT), other.read(name, WEIGHT))

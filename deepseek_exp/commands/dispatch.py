@@ -1,4 +1,4 @@
-"""From a command line to what it asks for: compose, check, make the job, and do its verb."""
+"""Entry point: compose and check the command line, make the job, and run its verb."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from deepseek_exp.redact import redact
 
 
 def run(job: Job) -> float | None:
-    """Do what the job says; gives the validation loss where there is one."""
+    """Run the job's verb and return the validation loss, if any."""
     if job.cfg.do is Do.plan:
         return say(planner.report(job.cfg))
     if job.cfg.do in (Do.sample, Do.export):
@@ -48,7 +48,7 @@ def run(job: Job) -> float | None:
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def run_job(cfg: DictConfig) -> float | None:
-    """Run one job; if a job of a sweep fails, its error is printed and the others go on."""
+    """Run one job. If a job of a sweep fails, its error is printed and the other jobs still run."""
     context = HydraConfig.get()
     sweep_dir = Path(context.runtime.output_dir) if context.mode.name == "MULTIRUN" else None
     try:
@@ -68,23 +68,23 @@ def run_job(cfg: DictConfig) -> float | None:
 
 
 def in_words(error: Exception, output_dir: str) -> UserError | None:
-    """Return an error in words, or None for a defect of this program, which needs its traceback."""
+    """Return the error as a UserError, or None if it is a bug of this program, which needs its traceback."""
     return error if isinstance(error, UserError) else disk_error(error, "output_dir", output_dir)
 
 
 def end(error: UserError) -> NoReturn:
-    """Print what is wrong and exit with status 2 for the configuration, 1 for the rest."""
+    """Print the error and exit with status 2 for a configuration error, 1 for any other."""
     console.write(sys.stderr, f"{error}\n")
     sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 def main() -> None:
-    """Answer a mistake in the command line or the configuration before anything else is loaded."""
+    """Run the command line. Configuration errors are reported before anything else is imported."""
     console.protect()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then hands errors on instead of printing them itself
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise errors instead of printing them
     config.register()
     register_help()
-    sys.argv[1:] = [re.sub(r"^resume=([0-9a-f]+)$", r"resume='\1'", arg) for arg in sys.argv[1:]]  # 12e4 is a run id
+    sys.argv[1:] = [re.sub(r"^resume=([0-9a-f]+)$", r"resume='\1'", arg) for arg in sys.argv[1:]]  # 12e4 may be a run id
     try:
         command_line.check_command_line(sys.argv[1:])
         with console.redacted(command_line.prints_configuration(sys.argv[1:])):

@@ -11,7 +11,7 @@ from deepseek_exp.tracking.run import RunLog
 
 
 def evaluate(job: Job, tracked: RunLog, run_id: str) -> float:
-    """Measure the validation loss of a checkpoint, one of ours or the one that `init_from` names."""
+    """Return the validation loss of a checkpoint: one of ours, or the one that `init_from` names."""
     from deepseek_exp.train import build
 
     parts = build.build_parts(job.cfg, job.checkpoint)

@@ -12,7 +12,7 @@ from deepseek_exp.experiment.job import Job
 
 
 def export(job: Job) -> None:
-    """Write a checkpoint for other programs, and tell how they load it; this is not recorded in MLflow."""
+    """Export a checkpoint for other programs, and print how to load it. Not recorded in MLflow."""
     from deepseek_exp import inference
     from deepseek_exp.checkpoint.lightning_io import in_one_file
 

@@ -1,4 +1,4 @@
-"""The commands that a run prints: they run when they are pasted into a shell in the folder that the run started in."""
+"""The follow-up commands that a run prints. They can be pasted into a shell in the folder where the run was started."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from deepseek_exp.experiment.job import Job
 
 OUTPUTS = "outputs"
-# where `mlflow ui` and `make ui` serve
+# Address of `mlflow ui` and `make ui`.
 UI_SERVER = "http://127.0.0.1:5000"
-# what `make ui` shows
+# The store that `make ui` shows.
 DEFAULT_STORE = f"sqlite:///{ROOT / OUTPUTS / 'mlflow.db'}"
 
 
 def next_commands(job: Job, run_id: str) -> Iterator[tuple[str, str]]:
-    """List what can be done after a training, as pairs of a command and what it is for."""
+    """Yield follow-up commands after training, as (command, purpose)."""
     experiment_id = Progress.load(job.run_dir).experiment_id
     yield ui_command(job.cfg.tracking.uri, experiment_id), _where_runs_are(job.cfg.tracking.uri, experiment_id)
     if not job.cfg.trainer.keep_checkpoints:
@@ -40,14 +40,14 @@ def next_commands(job: Job, run_id: str) -> Iterator[tuple[str, str]]:
     start, resume = command(), resume_words(job, run_id)
     yield f"{start} do=sample {resume}", "more text from it"
     yield f"{start} {resume} trainer.max_steps={2 * job.cfg.trainer.max_steps}", "go on training"
-    # init_from determines the model, and an old checkpoint does not say which overrides made its experiment
+    # init_from determines the model, and old checkpoints do not store their overrides.
     if job.history is not None and job.cfg.init_from is None:
         own = [o for o in job.history if not o.lstrip("+").startswith(("resume=", "optim.lr="))]
         yield f"{start} -m {words([*searchpath(), *own, 'optim.lr=1e-3,3e-4'])}", "a sweep"
 
 
 def ui_command(uri: str, experiment_id: str | None = None) -> str:
-    """Return the command that shows a store's runs in a browser, or the address of a server that does."""
+    """Return the command that shows a store's runs in a browser, or the address of its server."""
     if uri.startswith(("http://", "https://")):
         return redact(uri if experiment_id is None else runs_page(uri, experiment_id))
     if absolute_uri(uri) == DEFAULT_STORE and Path.cwd() == ROOT and shutil.which("make") is not None:
@@ -56,7 +56,7 @@ def ui_command(uri: str, experiment_id: str | None = None) -> str:
 
 
 def _where_runs_are(uri: str, experiment_id: str | None) -> str:
-    """Return what the command of `ui_command` is for, and where a server that it starts shows the runs."""
+    """Return the purpose of `ui_command`, and the address at which a server that it starts shows the runs."""
     what = "look at it and compare runs in the MLflow UI"
     if experiment_id is None or uri.startswith(("http://", "https://")):
         return what
@@ -64,14 +64,14 @@ def _where_runs_are(uri: str, experiment_id: str | None) -> str:
 
 
 def resume_words(job: Job, run_id: str) -> str:
-    """Return the words of a command line that find this run again."""
+    """Return the overrides that select this run again."""
     where = job.cfg.output_dir
     return " ".join([f"resume={run_id[:12]}", *([override("output_dir", where)] if where != OUTPUTS else [])])
 
 
 def override(key: str, value: str) -> str:
-    """Return the word for a shell that sets a key to exactly this text."""
-    # a backslash counts as itself unless it stands before a quote, an interpolation or the end
+    """Return the shell word that sets a key to exactly this text."""
+    # A backslash is literal unless it precedes a quote, an interpolation or the end.
     escaped = re.sub(r"\\+(?='|\$\{|$)", lambda found: 2 * found[0], value)
     escaped = escaped.replace("'", "\\'").replace("${", "\\${")
     text = value if _reads_as(f"{key}={value}", value) else f"'{escaped}'"
@@ -79,18 +79,18 @@ def override(key: str, value: str) -> str:
 
 
 def words(overrides: Sequence[str]) -> str:
-    """Return overrides as they are typed in a shell, without passwords."""
+    """Return overrides quoted for a shell, without passwords."""
     return " ".join(shlex.quote(redact(word)) for word in overrides)
 
 
 def searchpath() -> list[str]:
-    """List the overrides that say where else groups have options: a command needs them like those of the job."""
+    """Return the overrides that add search paths for group options. A printed command needs the job's."""
     given = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else []
     return [word for word in given if word.lstrip("+").startswith("hydra.searchpath=")]
 
 
 def _reads_as(word: str, value: str) -> bool:
-    """Return whether Hydra sets a key to this text by this word."""
+    """Return whether Hydra parses the word as this value."""
     try:
         parsed = OverridesParser.create().parse_override(word)
         if parsed.is_sweep_override():

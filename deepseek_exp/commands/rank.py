@@ -1,6 +1,6 @@
 """One rank of a run: `python -m deepseek_exp.commands.rank JOB_FILE`.
 
-run.py starts it, or torchrun on several machines.
+Started by run.py, or by torchrun on several machines.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from deepseek_exp.launch import worker
 
 
 def main() -> int:
-    """Do this rank's part of the job; returns the exit code."""
+    """Run this rank's part of the job and return the exit code."""
     console.protect()
     job_file = Path(sys.argv[1])
     worker.enter(job_file.parent)

@@ -1,4 +1,4 @@
-"""A verb with its MLflow run around it."""
+"""Run a verb inside an MLflow run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deepseek_exp.tracking.run import RunLog, TrackedRun, copy_history
 READY_SECONDS = 60.0
 
 
-# what of the environment changes how ranks run
+# Prefixes of environment variables that change how ranks run.
 ENVIRONMENT = ("NCCL_", "GLOO_", "TORCH_", "OMP_", "CUDA_VISIBLE_DEVICES")
 
 
@@ -32,7 +32,7 @@ Action = Callable[[Job, RunLog, str], float | None]
 
 
 def record(job: Job, action: Action) -> float | None:
-    """Run an action with its MLflow run around it: started before the slow imports, ended whatever happens."""
+    """Run an action inside its MLflow run, which is started before the slow imports and always ended."""
     cfg = job.cfg
     check_data(job)
     resumed = job.checkpoint if cfg.do is Do.train and job.continues is None else None
@@ -57,12 +57,12 @@ def record(job: Job, action: Action) -> float | None:
         run_id = tracked.wait_ready(READY_SECONDS)
         for note in tracked.notes:
             say(note)
-        if resumed is None:  # at once, for every run: one that fails early is to be compared too
+        if resumed is None:  # log at once, so that runs that fail early can also be compared
             tracked.log_metrics({"perf/flops_per_token": planner.flops_per_token(cfg.model, cfg.data.seq_len)}, 0)
         try:
             loss = action(job, tracked, run_id)
         except Stopped as stopped:
-            if stopped.signum == signal.SIGHUP:  # the shell that ends may send another one
+            if stopped.signum == signal.SIGHUP:  # the exiting shell may send a second one
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
             _end(tracked, "KILLED", str(stopped))
             saved = f"; the checkpoint is saved. Go on with: {command()} {resume_words(job, run_id)}"
@@ -82,14 +82,14 @@ def record(job: Job, action: Action) -> float | None:
 
 
 def _is_interrupt(error: BaseException) -> bool:
-    """Return whether Ctrl-C ended it; Lightning turns that into an exit with status 1 while it validates."""
+    """Return whether Ctrl-C ended the run. During validation, Lightning turns it into an exit with status 1."""
     return isinstance(error, KeyboardInterrupt) or (
         isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
     )
 
 
 def _sizes(cfg: ExperimentConfig) -> dict[str, int]:
-    """Return how many parameters the model has, and how many of them one token meets."""
+    """Return the model's numbers of total and active parameters."""
     counted = planner.parameters(cfg.model)
     return {"n_params": counted.total + counted.mtp, "n_active_params": counted.active}
 
@@ -115,5 +115,5 @@ def _tags(job: Job) -> dict[str, str]:
 
 
 def rank_variables(job: Job, ranks_here: int) -> dict[str, str]:
-    """Return the environment variables of each of the job's ranks on a machine."""
+    """Return the environment variables of the job's ranks on one machine."""
     return local.rank_variables(job.cfg.launch, job.cfg.trainer.n_threads, ranks_here)

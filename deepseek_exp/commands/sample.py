@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def sample(job: Job) -> None:
-    """Continue the prompt from a checkpoint with its own tokenizer; this is not recorded in MLflow."""
+    """Print a continuation of the prompt by a checkpoint with its own tokenizer. Not recorded in MLflow."""
     from deepseek_exp import inference
     from deepseek_exp.data import Tokenizer
     from deepseek_exp.train import build
@@ -39,14 +39,14 @@ def sample(job: Job) -> None:
 
 
 def with_prompt(cfg: ExperimentConfig, prompt: str) -> ExperimentConfig:
-    """Return the configuration with this prompt, unless it has one."""
+    """Return the configuration with this prompt, unless it already has one."""
     if cfg.sample.prompt is not None:
         return cfg
     return dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, prompt=prompt))
 
 
 def _check_prompt(cfg: ExperimentConfig, n_prompt: int, *, every_token: bool) -> None:
-    """Refuse a prompt of `n_prompt` tokens that leaves no room for a new one, or for every token that is asked for."""
+    """Raise an error if a prompt of `n_prompt` tokens leaves no room for one new token, or for all (`every_token`)."""
     s, longest = cfg.sample, cfg.model.max_seq_len
     left = longest - max(1, n_prompt)
     if left < 1:
@@ -59,9 +59,9 @@ def _check_prompt(cfg: ExperimentConfig, n_prompt: int, *, every_token: bool) ->
 
 
 def sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer) -> str:
-    """Return the configured prompt and what the model continues it with, as many tokens as there is room for.
+    """Return the configured prompt and the model's continuation, at most as many tokens as fit into max_seq_len.
 
-    Of a prompt that leaves no room, the last half of the model's max_seq_len is used.
+    If the prompt leaves no room, only its last max_seq_len / 2 tokens are used.
     """
     from deepseek_exp.inference import generate
 

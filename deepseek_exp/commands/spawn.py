@@ -1,4 +1,4 @@
-"""Do a verb in several processes, here or on other machines."""
+"""Run a verb in several processes, on this machine or on others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deepseek_exp.tracking.run import RunLog
 
 
 def in_ranks(job: Job, tracked: RunLog, run_id: str) -> float | None:
-    """Do it in several processes on this machine, which log into the run of this one."""
+    """Run the verb in several processes on this machine, which log into the current MLflow run."""
     from deepseek_exp.errors import Stopped
 
     command = [sys.executable, "-m", "deepseek_exp.commands.rank", str(job.save(run_id))]
@@ -36,7 +36,7 @@ def in_ranks(job: Job, tracked: RunLog, run_id: str) -> float | None:
 
 
 def run_rank(job_file: Path) -> worker.Ended:
-    """Do one rank's part; all ranks do the same, and rank 0 is the one that records it."""
+    """Run one rank's part. All ranks run the same code; rank 0 records the run."""
     from deepseek_exp.errors import Stopped
 
     job, run_id = Job.load(job_file)
@@ -55,7 +55,7 @@ def run_rank(job_file: Path) -> worker.Ended:
 
 
 def hand_out(job: Job) -> str:
-    """Write what starts the job's ranks on other machines, and say how; submit it where that is asked for."""
+    """Write the launch script for other machines, submit it if launch.submit is set, and return instructions."""
     cfg, file = job.cfg.launch, job.save(None)
     variables = rank_variables(job, multi_node.ranks_per_node(cfg, job.n_ranks))
     if cfg.launcher is Launcher.torchrun:
@@ -75,7 +75,7 @@ def hand_out(job: Job) -> str:
 
 
 def _telling_the_run_id(action: Action) -> Action:
-    """Let the ranks that wait for the run's id have it before the action begins."""
+    """Wrap the action so that the waiting ranks get the run's id before it begins."""
 
     def told(job: Job, tracked: RunLog, run_id: str) -> float | None:
         return action(job, tracked, worker.share(RUN_ID, run_id))
@@ -83,7 +83,7 @@ def _telling_the_run_id(action: Action) -> Action:
     return told
 
 
-# what the ranks do, where there are several
+# The action of each verb that runs on several ranks.
 ACTIONS: dict[Do, Action] = {Do.train: train, Do.eval: evaluate, Do.verify: train_briefly}
 
 

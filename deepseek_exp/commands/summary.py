@@ -1,4 +1,4 @@
-"""What the person in front of a run is told: what it will do, what came out, and how to go on."""
+"""The text printed before and after a run: the plan, the results, and the follow-up commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PART = "val/loss/"
 
 
 def plan_text(job: Job, parts: Parts, run_id: str) -> str:
-    """Say what will be trained, on what, and how long it will take."""
+    """Return a description of what will be trained, on which data, and how long it will take."""
     cfg, data, m, t = job.cfg, parts.data, job.cfg.model, job.cfg.trainer
     steps = t.max_steps - (manifest.read_manifest(job.checkpoint).step if job.checkpoint else 0)
     tokens = steps * t.global_batch_seqs * cfg.data.seq_len
@@ -47,7 +47,7 @@ def plan_text(job: Job, parts: Parts, run_id: str) -> str:
 
 
 def _how_it_runs(job: Job, parts: Parts, steps: int) -> dict[str, str]:
-    """Return how the work is divided over the ranks, or how long one process will take."""
+    """Return the parallel layout, or the expected time of one process."""
     if job.n_ranks > 1:
         d, cfg = degrees(job.cfg), job.cfg
         ends = planner.stage_bounds(cfg, d.pp)
@@ -62,7 +62,7 @@ def _how_it_runs(job: Job, parts: Parts, steps: int) -> dict[str, str]:
 
 
 def _source(parts: Parts) -> str:
-    """Name the text: its source, and of a mixture the parts with their shares."""
+    """Return the source of the text; for a mixture, also the parts with their shares."""
     cfg, data = parts.lit.cfg.data, parts.data
     total = sum(part.weight for part in data.parts)
     shares = ", ".join(f"{part.name} {part.weight / total:.1%}" for part in data.parts if part.name)
@@ -76,7 +76,7 @@ def _device_name(parts: Parts) -> str:
         return f"cuda, {torch.cuda.get_device_name(parts.device)}"
     n_threads, n_cores, load = torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]
     words = f"cpu, {n_threads} threads"
-    if n_threads > 1 and load > n_cores:  # threads that wait for each other are slowed down by every other process
+    if n_threads > 1 and load > n_cores:  # every other process slows down threads that wait for each other
         words += f"; other processes are using this machine (load {load:.1f} on {n_cores} cores), where "
         words += "trainer.n_threads=1 may be faster"
     return words
@@ -85,16 +85,16 @@ def _device_name(parts: Parts) -> str:
 def summary(
     job: Job, parts: Parts, run_id: str, saved: Path | None, speed: float | None, text: str | None, seconds: float
 ) -> str:
-    """Return how a training went and what can be done with it.
+    """Return the results of a training and the follow-up commands.
 
     Args:
-        job: what was trained.
-        parts: of the training.
+        job: the job that trained.
+        parts: parts of the training.
         run_id: its MLflow run.
-        saved: its last checkpoint, if it saved one.
-        speed: tokens per second, the mean of all steps.
-        text: a sample, if there is one.
-        seconds: that it took.
+        saved: its last checkpoint, if any.
+        speed: tokens per second, mean over all steps.
+        text: a sample, if any.
+        seconds: duration of the training.
     """
     trainer = parts.lit.trainer
     lines = [f"\ndone in {duration(seconds)}"]
@@ -116,7 +116,7 @@ def summary(
 
 
 def validation_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """Say what a validation measured; nothing where there was none."""
+    """Return the lines for the results of a validation; none if there was no validation."""
     if "val/loss" not in metrics:
         return []
     loss, bits, unigram = (float(metrics[f"val/{n}"]) for n in ("loss", "bits_per_byte", "unigram_bits_per_byte"))
@@ -131,7 +131,7 @@ def validation_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the unit that reads best."""
+    """Return a duration as text in a suitable unit."""
     if seconds < 120:
         return f"{seconds:.0f} seconds" if seconds >= 10 else f"{seconds:.1f} seconds"
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

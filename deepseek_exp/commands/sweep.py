@@ -1,6 +1,6 @@
-"""A sweep's jobs as children of one MLflow run, with a table of what they found.
+"""Record the jobs of a sweep as children of one MLflow run, with a summary table.
 
-Hydra calls these hooks; jobs may run in this process or, with another launcher, in processes of their own.
+Hydra calls these hooks. Jobs may run in this process or, with another launcher, in separate processes.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from deepseek_exp.errors import UserError
 from deepseek_exp.redact import redact, redact_tree
 from deepseek_exp.tracking.rundir import SWEEP_FILE
 
-# in the folder of a job that failed, whether or not it got as far as a run in MLflow
+# A file in the folder of a failed job, whether or not it has a run in MLflow.
 FAILED_FILE = "failed.txt"
-# Hydra's own record of a sweep
+# Hydra's own record of a sweep.
 HYDRA_FILE = "multirun.yaml"
-# what a job does without a run in MLflow
+# Verbs that are not recorded in MLflow.
 UNRECORDED = ("plan", "sample", "export")
 
 
 class SweepRun(Callback):
-    """Opens the parent run of a sweep and closes it with the summary table.
+    """Open the parent run of a sweep, and close it with the summary table.
 
-    Its id and the swept keys lie in the sweep's folder, where each job finds them (`job.make_job`): Hydra gives a job
-    its own copy of the configuration before any hook could change it.
+    Its id and the swept keys are in a file in the sweep's folder, where each job finds them (`job.make_job`), because
+    Hydra copies the configuration for each job before any hook could change it.
     """
 
     def __init__(self) -> None:
@@ -68,20 +68,20 @@ class SweepRun(Callback):
                 )
             folder.mkdir(parents=True, exist_ok=True)
             content = {"run_id": self.parent_run_id, "keys": [o.lstrip("+").split("=")[0] for o in swept]}
-            (folder / HYDRA_FILE).touch(0o600)  # Hydra fills it in next
+            (folder / HYDRA_FILE).touch(0o600)  # Hydra writes to it next
             with (folder / SWEEP_FILE).open("x", encoding="utf-8") as file:  # no two sweeps share a folder
                 json.dump(content, file)
         atexit.register(self._abandon, config)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Hide what is secret in the configuration that Hydra has written into the sweep's folder."""
-        if OmegaConf.is_missing(config.hydra.job, "num"):  # a run without a sweep is a job as well
+        """Redact the configuration that Hydra has written into the sweep's folder."""
+        if OmegaConf.is_missing(config.hydra.job, "num"):  # Hydra calls this for a run without a sweep too
             return
         self.n_started = config.hydra.job.num + 1
         _redact_file(Path(config.hydra.sweep.dir) / HYDRA_FILE)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Print and log the table; leave with status 1 if a job failed."""
+        """Print and log the table. Exit with status 1 if a job failed."""
         if self.ended:
             return
         self.ended = True
@@ -102,7 +102,7 @@ class SweepRun(Callback):
             raise SystemExit(1)
 
     def _abandon(self, config: DictConfig) -> None:
-        """Close a sweep that was interrupted: print what is done, and the commands for the rest."""
+        """Close an interrupted sweep: print its results so far, and the commands that run the remaining jobs."""
         if self.ended:
             return
         self.ended = True
@@ -113,12 +113,12 @@ class SweepRun(Callback):
         say(self._interrupted(config))
 
     def _interrupted(self, config: DictConfig) -> str:
-        """Describe in which job a sweep was interrupted, and how the others are run."""
+        """Return in which job a sweep was interrupted, and the commands that run the remaining jobs."""
         overrides = list(config.hydra.overrides.task)
         n_jobs, n_done = sweep_rest.n_jobs(overrides), self.n_started
         saved = (Path(config.hydra.sweep.dir) / str(n_done - 1)).glob("checkpoints/step-*")
         if n_done and not any(saved):
-            n_done -= 1  # the job has nothing to go on from: it is one of the rest
+            n_done -= 1  # the job has no checkpoint to resume from, so it must run again
         head = f"the sweep was interrupted in job {max(1, self.n_started)} of {n_jobs}; {n_jobs - n_done} are to be run"
         if n_done == n_jobs or any(random in o for o in overrides for random in sweep_rest.RANDOM):
             return head
@@ -129,7 +129,7 @@ class SweepRun(Callback):
 
 @contextmanager
 def _leaving_on_error(output_dir: str) -> Iterator[None]:
-    """Print an error and leave with status 1: Hydra would turn it into a warning."""
+    """Print an error and exit with status 1. Hydra would turn it into a warning."""
     try:
         yield
     except Exception as error:
@@ -141,7 +141,7 @@ def _leaving_on_error(output_dir: str) -> Iterator[None]:
 
 
 def _next_words(config: DictConfig, rows: list[tracking.SweepRow]) -> str:
-    """Describe how to continue the best job of a sweep that trained."""
+    """Return the commands that continue the best job of a sweep that trained, or an empty string."""
     best = tracking.best_row(rows)
     if best is None or str(config.do) != "train" or not config.trainer.keep_checkpoints:
         return ""
@@ -153,7 +153,7 @@ def _next_words(config: DictConfig, rows: list[tracking.SweepRow]) -> str:
 
 
 def _redact_file(path: Path) -> None:
-    """Hide what is secret in a YAML file, which other jobs may read at the same time."""
+    """Redact a YAML file atomically, because other jobs may read it at the same time."""
     if path.exists():
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         part = path.with_name(f".{path.name}.{os.getpid()}")
@@ -167,7 +167,7 @@ def _parsed(word: str) -> Override:
 
 
 def _recorded(overrides: Sequence[str]) -> bool:
-    """Return whether a job of the sweep becomes a run in MLflow."""
+    """Return whether any job of the sweep is recorded in MLflow."""
     what = next((_parsed(o) for o in reversed(overrides) if o.startswith("do=")), None)
     if what is None:
         return True

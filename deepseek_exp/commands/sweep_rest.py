@@ -1,4 +1,4 @@
-"""The jobs of a sweep that were not run, as overrides of further sweeps."""
+"""Express the remaining jobs of an interrupted sweep as overrides of new sweeps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-# they choose values in another order each time
+# Sweeps that choose different values each time.
 RANDOM = ("shuffle(", "interval(")
 
 
@@ -15,7 +15,7 @@ def grid(overrides: Sequence[str]) -> dict[str, list[str]]:
     """Return the overrides for each key of a sweep, in Hydra's order: the last key changes fastest.
 
     Args:
-        overrides: of the whole sweep.
+        overrides: overrides of the complete sweep.
     """
     found = {}
     for text, override in zip(overrides, OverridesParser.create().parse_overrides(list(overrides)), strict=True):
@@ -26,19 +26,19 @@ def grid(overrides: Sequence[str]) -> dict[str, list[str]]:
 
 
 def n_jobs(overrides: Sequence[str]) -> int:
-    """Count the jobs of a sweep."""
+    """Return the number of jobs of a sweep."""
     return math.prod(len(values) for values in grid(overrides).values())
 
 
 def rest(overrides: Sequence[str], n_done: int) -> list[list[str]]:
     """Return the overrides of sweeps that together run the jobs after the first `n_done`, each once and in order.
 
-    With a, b and c of 3, 2 and 2 values, and 5 jobs done: the rest of c for this a and b, then the rest of b for this
-    a, then the rest of a.
+    Example: if a, b and c have 3, 2 and 2 values and 5 jobs are done, these are the rest of c for this a and b, then
+    the rest of b for this a, then the rest of a.
 
     Args:
-        overrides: of the whole sweep.
-        n_done: jobs that need not be run again.
+        overrides: overrides of the complete sweep.
+        n_done: number of jobs that need not be run again.
     """
     keys = grid(overrides)
     sizes = [len(values) for values in keys.values()]
@@ -59,6 +59,6 @@ def rest(overrides: Sequence[str], n_done: int) -> list[list[str]]:
 
 
 def _joined(values: Sequence[str]) -> str:
-    """Return one override that sweeps over what several set."""
+    """Return one override that sweeps over the values of several."""
     key = values[0].partition("=")[0]
     return values[0] if len(values) == 1 else f"{key}={','.join(value.partition('=')[2] for value in values)}"

@@ -28,7 +28,7 @@ DIGESTS = "data.json"
 
 
 def train(job: Job, tracked: RunLog, run_id: str) -> float:
-    """Train, from the start or from a checkpoint, and tell how it went."""
+    """Train, from scratch or from a checkpoint, print the results, and return the validation loss."""
     started = time.monotonic()
     if job.checkpoint is not None and job.continues is None:
         tracked.skip_known_after(manifest.read_manifest(job.checkpoint).step)
@@ -39,7 +39,7 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
             tracked.log_text(content, path)
     trainer.fit(parts.lit, datamodule=parts.datamodule, ckpt_path=job.checkpoint)
     text = None
-    if job.n_ranks == 1:  # no rank of several has the whole model
+    if job.n_ranks == 1:  # with several ranks, none has the complete model
         cfg = with_prompt(job.cfg, parts.data.first_words())
         text = sample_text(cfg, parts.lit.model.to(parts.device), parts.data.tokenizer)
         tracked.log_text(text, "sample.txt")
@@ -48,7 +48,7 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
 
 
 def train_briefly(job: Job, tracked: RunLog, run_id: str) -> float:
-    """Train as `train` does, one of the two times that are compared, and tell no more than the progress."""
+    """Train one of the two runs that do=verify compares. Prints only the progress."""
     parts, (trainer, _, _) = _ready_to_train(job, tracked, run_id)
     trainer.fit(parts.lit, datamodule=parts.datamodule)
     return float(trainer.callback_metrics["val/loss"])
@@ -57,7 +57,7 @@ def train_briefly(job: Job, tracked: RunLog, run_id: str) -> float:
 def _ready_to_train(job: Job, tracked: RunLog, run_id: str) -> tuple[Parts, tuple[Trainer, Checkpoints, Progress]]:
     from deepseek_exp.train import build
 
-    # weights that Lightning takes from the checkpoint need not be read from anywhere else before
+    # Lightning loads the weights from the checkpoint, so they need not be read from init_from first.
     cfg = job.cfg if job.checkpoint is None else dataclasses.replace(job.cfg, init_from=None)
     parts = build.build_parts(cfg, None)
     log_inputs(parts, tracked)
@@ -68,7 +68,7 @@ def _ready_to_train(job: Job, tracked: RunLog, run_id: str) -> tuple[Parts, tupl
 
 
 def log_inputs(parts: Parts, tracked: RunLog) -> None:
-    """Record the texts that a run reads."""
+    """Record the datasets of a run in MLflow."""
     for entry in parts.data.inputs:
         profile = {k: v for k, v in entry.items() if k.startswith("n_")}
         tracked.log_dataset(entry["name"], entry["context"], entry["digest"], entry["source"], profile)
@@ -78,7 +78,7 @@ def _saved_digests(checkpoint: Path) -> dict[str, str]:
     """Return the digests of a checkpoint's tokenizer and text.
 
     Raises:
-        CheckpointError: its file is missing or holds something else.
+        CheckpointError: the file is missing or has other content.
     """
     try:
         found = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
@@ -92,10 +92,10 @@ def _saved_digests(checkpoint: Path) -> dict[str, str]:
 
 
 def check_data(job: Job) -> None:
-    """Refuse to use a checkpoint with other text, or another tokenizer, before anything is recorded or written.
+    """Raise an error if a checkpoint is used with other text or another tokenizer, before anything is written.
 
     Raises:
-        DataError: a digest is not the one that the checkpoint has.
+        DataError: a digest differs from the checkpoint's.
     """
     if job.checkpoint is None:
         return

@@ -18,10 +18,10 @@ from deepseek_exp.tracking.run import RunLog
 
 
 def verify(job: Job, tracked: RunLog, run_id: str) -> None:
-    """Train some steps in one process and in the layout asked for, and compare the two.
+    """Train a few steps in one process and in the requested layout, and compare the two runs.
 
     Raises:
-        VerifyError: they differ by more than the bounds.
+        VerifyError: a difference exceeds its bound.
     """
     from deepseek_exp.commands import certificate
 
@@ -44,13 +44,13 @@ def verify(job: Job, tracked: RunLog, run_id: str) -> None:
 
 
 def _alone(job: Job) -> Job:
-    """Make the run of one process that a layout is compared with."""
+    """Return the single-process job that the layout is compared with."""
     one = {"auto": False, "dp": 1, "tp": 1, "pp": 1, "ep": 1, "zero_stage": 0, "sequence_parallel": False}
     return _compared(job, "one", parallel=one)
 
 
 def _compared(job: Job, folder: str, **sections: Any) -> Job:
-    """Make one of the two runs that are compared: it logs each step, and saves the last."""
+    """Return one of the two jobs that are compared. It logs every step and saves the last one."""
     n_steps = job.cfg.verify.steps
     every = {"log_every_steps": 1, "eval_every_steps": n_steps, "checkpoint_every_steps": n_steps}
     saved = saved_config.literal(saved_config.parse(job.yaml))

@@ -1,1 +1,1 @@
-"""From a command line to a job that is fully resolved; without torch."""
+"""Resolve a command line into jobs. Does not import torch."""

@@ -1,4 +1,4 @@
-"""Check a command line as a whole, before anything expensive starts."""
+"""Check the entire command line before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from deepseek_exp.experiment.init_from import names_a_run, start_from
 
 
 def check_command_line(argv: Sequence[str]) -> None:
-    """Compose and validate every job that a command line asks for.
+    """Compose and validate every job of a command line.
 
     Args:
-        argv: the arguments after the program's name, as Hydra takes them; a sweep is expanded into its jobs.
+        argv: the arguments after the program's name, in Hydra's syntax. A sweep is expanded into its jobs.
 
     Raises:
-        ConfigError: with all problems of all jobs, each reported once.
+        ConfigError: with the problems of all jobs, each reported once.
     """
     _check_encoding(argv)
     args = get_args_parser().parse_args(list(argv))
@@ -64,13 +64,13 @@ def check_command_line(argv: Sequence[str]) -> None:
 
 
 def prints_configuration(argv: Sequence[str]) -> bool:
-    """Return whether a command line asks Hydra to print the configuration, which people keep in files and share."""
+    """Return whether a command line makes Hydra print the configuration, which users may save and share."""
     args = get_args_parser().parse_args(list(argv))
     return bool(args.cfg or args.info)
 
 
 def _check_encoding(argv: Sequence[str]) -> None:
-    """Refuse words that are no text: Python keeps bytes that the locale's encoding lacks as surrogates."""
+    """Raise ConfigError for arguments with undecodable bytes, which Python represents as surrogates."""
     encoding = sys.getfilesystemencoding()
     problems = []
     for word in argv:
@@ -90,7 +90,7 @@ def _escaped(text: str) -> str:
 
 
 def _job_problems(overrides: Sequence[str]) -> list[Problem]:
-    """Find everything that is wrong with one job."""
+    """Return all problems of one job."""
     good, found = usable(overrides)
     cfg, more = compose_tree(good)
     found += more
@@ -105,7 +105,7 @@ def _job_problems(overrides: Sequence[str]) -> list[Problem]:
     if release:
         cfg, more = start_from(cfg, overrides)
         found += more
-    # what is of a checkpoint is checked once the checkpoint's own configuration is known
+    # Values from a checkpoint are checked once the checkpoint's own configuration is known.
     of_a_run = takes_checkpoint(cfg) or (cfg.get("init_from") is not None and not release)
     if not of_a_run:
         found += unread_problems(exp, {override_key(o) for o in good})
@@ -113,17 +113,17 @@ def _job_problems(overrides: Sequence[str]) -> list[Problem]:
 
 
 def takes_checkpoint(cfg: DictConfig) -> bool:
-    """Say whether a composed tree is to be laid over that of a checkpoint."""
-    if cfg.get("do") == Do.verify:  # which starts anew
+    """Return whether a composed tree is to be merged onto that of a checkpoint."""
+    if cfg.get("do") == Do.verify:  # it starts from scratch
         return False
     from_scratch = cfg.get("do") in (Do.train, Do.plan) or cfg.get("init_from") is not None
     return cfg.get("resume") is not None or not from_scratch
 
 
 def _jobs(overrides: list[str]) -> tuple[list[list[str]], list[Problem]]:
-    """Expand the overrides of a sweep as Hydra's basic sweeper will, and say why if it cannot.
+    """Expand the overrides of a sweep as Hydra's basic sweeper does; also return the problems if it cannot.
 
-    Other sweepers choose their own values; the rest of their jobs is checked as one.
+    Other sweepers choose their own values, so only the overrides without sweeps are checked, as one job.
     """
     good, problems = usable(overrides)
     try:

@@ -1,4 +1,4 @@
-"""Start from weights that are there: a run of ours, or a Hugging Face checkpoint."""
+"""Start from existing weights: one of our runs, or a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from deepseek_exp.huggingface.files import CONFIG, TOKENIZER
 
 
 def is_release(path: str) -> bool:
-    """Return whether a path is the folder of a Hugging Face checkpoint, as far as its config.json goes."""
+    """Return whether a path is the folder of a Hugging Face checkpoint, judged by its config.json."""
     return (expand(path) / CONFIG).is_file()
 
 
 def names_a_run(init_from: str) -> bool:
-    """Return whether `init_from` means a run of ours: `last`, the beginning of a run id, or a folder without config."""
+    """Return whether `init_from` names one of our runs: `last`, a run id prefix, or a folder without config.json."""
     if init_from == "last" or re.fullmatch("[0-9a-f]{4,32}", init_from):
         return True
     return expand(init_from).is_dir() and not is_release(init_from)
@@ -44,15 +44,15 @@ def names_a_run(init_from: str) -> bool:
 def start_from(
     cfg: DictConfig, overrides: Sequence[str], checkpoint: Path | None = None
 ) -> tuple[DictConfig, list[Problem]]:
-    """Return a composed tree with what `init_from` says: its model section, and its tokenizer.
+    """Return a composed tree with the model section and tokenizer of `init_from`.
 
     Args:
         cfg: the composed tree, with init_from.
-        overrides: the command line's overrides; of the model they may name `FREE` alone.
-        checkpoint: of a run, which init_from names; None: it names the folder of a Hugging Face checkpoint.
+        overrides: the command line's overrides. The only model keys they may name are `FREE`.
+        checkpoint: checkpoint of the run that init_from names. None if it names a Hugging Face folder.
 
     Returns:
-        The tree under the schema, and what is wrong; if anything is, the tree is as it was.
+        The tree under the schema, and the problems. If there are any, the tree is unchanged.
     """
     folder = Path(cfg.init_from) if checkpoint is None else checkpoint
     fix = "leave one of the two out"
@@ -88,12 +88,12 @@ def start_from(
 
 
 def _saved_model(checkpoint: Path) -> dict[str, Any]:
-    """Return the model section of a run's checkpoint, complete and of the right types."""
+    """Return the model section of a run's checkpoint, with every key and the schema's types."""
     exp = saved_experiment(saved_config.read(checkpoint))
     return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(exp.model)))
 
 
-# of the model, what may be chosen for weights that are there: nothing that inference computes depends on it
+# Model keys that may be set with existing weights, because inference does not depend on them.
 FREE = {f"model.{name}" for name in ("version", "max_seq_len", "mtp_loss_weight", "init_std")} | {
     f"model.moe.{name}"
     for name in ("capacity_factor", "balance", "bias_update_rate", "aux_loss_weight", "sequence_loss_weight")
@@ -101,7 +101,7 @@ FREE = {f"model.{name}" for name in ("version", "max_seq_len", "mtp_loss_weight"
 
 
 def _model_overrides(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[Problem]:
-    """Refuse what is set of the model beside `init_from`."""
+    """Yield a problem for each model key that is set in addition to `init_from`."""
     source = "config.json" if is_release(cfg.init_from) else "checkpoint"
     rule = f"cannot be used with init_from={cfg.init_from}, whose {source} defines the model"
     groups = [o for o in _parsed(overrides) if SECTION_OF.get(str(o.key_or_group), str(o.key_or_group)) == "model"]
@@ -114,7 +114,7 @@ def _model_overrides(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[Prob
 
 
 def _set_by_hand(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """List the model's leaves that the command line or a recipe sets, with their values."""
+    """Yield the model's leaves that the command line or a recipe sets, with their values."""
     named = [str(o.key_or_group) for o in _parsed(overrides)]
     with hydra_ready():
         default = OmegaConf.to_container(compose("config"), resolve=False)
@@ -126,7 +126,7 @@ def _set_by_hand(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[tuple[st
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
-    """Parse those overrides that can be."""
+    """Return the parsed overrides, skipping those that cannot be parsed."""
     found = []
     for override in overrides:
         with suppress(OverrideParseException):

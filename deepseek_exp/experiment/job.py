@@ -1,4 +1,4 @@
-"""One experiment, settled: its configuration, name and folder, on the way from the command line to the ranks."""
+"""A job: one experiment with its final configuration, name and folder, passed from the command line to the ranks."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from deepseek_exp.tracking.rundir import SWEEP_FILE, Spec
 from deepseek_exp.tracking.uri import sqlite_path
 
 JOB_FILE = "job.json"
-# the sections whose overrides are worth a place in the run's name
+# Sections whose overrides appear in the run's name.
 NAMED = ("model", "data", "optim")
-# and further overrides that make one run another
+# Further keys whose overrides appear in the run's name.
 NAMED_KEYS = (
     *("seed", "optim", "recipes", "parallel", "kernels", "trainer"),
     *("trainer.max_steps", "trainer.global_batch_seqs", "trainer.precision"),
 )
-# in each checkpoint: the overrides and the size that its configuration was composed from
+# A file in each checkpoint: the overrides and size that its configuration was composed from.
 COMMAND_FILE = "command.json"
-# parameters that a resume may change within one MLflow run: where things lie, and what is done after the training
+# Parameters that a resume may change within one MLflow run: locations, and what is done after training.
 NOT_TRAINING = (
     *("do", "resume", "output_dir", "tracking", "launch", "cluster", "sample", "export", "verify", "init_from"),
     *(f"data.{name}" for name in resume.PLACES),
@@ -47,12 +47,12 @@ NOT_TRAINING = (
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """The checkpoint whose weights a new run begins with.
+    """The checkpoint whose weights a new run starts from.
 
     Attributes:
         run_id: MLflow run that saved it.
         run_dir: folder of that run.
-        step: optimizer steps that it had done.
+        step: number of optimizer steps completed.
     """
 
     run_id: str
@@ -66,16 +66,16 @@ class Job:
 
     Attributes:
         cfg: the checked configuration.
-        yaml: the same, resolved, as text; it may hold the store's password.
-        name: what the run is called.
-        overrides: what the command line changed.
-        history: what all command lines of the training changed, this one last; None: the checkpoint does not say.
+        yaml: the same, resolved, as text. It may contain the store's password.
+        name: name of the run.
+        overrides: overrides of the command line.
+        history: overrides of all command lines of this training, this one last. None if the checkpoint lacks them.
         size: the option of the group `size`.
         run_dir: the run's folder.
-        checkpoint: folder to resume from or to use, whole.
-        continues: the run that this new one continues with changed parameters; None: it continues none, or itself.
-        started_from: the run whose weights this one starts from, with everything else at its beginning.
-        in_sweep: it is one of several.
+        checkpoint: folder of the complete checkpoint to resume from or use.
+        continues: the run that this new run continues with changed parameters. None if it continues none, or itself.
+        started_from: the run whose weights this one starts from; all other state starts from scratch.
+        in_sweep: whether the job is part of a sweep.
     """
 
     cfg: ExperimentConfig
@@ -92,26 +92,26 @@ class Job:
 
     @property
     def n_ranks(self) -> int:
-        """Processes that train or evaluate it."""
+        """Number of processes that train or evaluate it."""
         return degrees(self.cfg).world_size
 
     @property
     def shown_yaml(self) -> str:
-        """The configuration without secrets, for files and eyes of others."""
+        """The configuration without secrets, for files that others may read."""
         return saved_config.dump_values(redact_tree(saved_config.parse(self.yaml)))
 
     @property
     def command_json(self) -> str:
-        """What a checkpoint keeps of the command lines, without secrets."""
+        """The command lines as stored in a checkpoint, without secrets."""
         overrides = None if self.history is None else [redact(o) for o in self.history]
         return json.dumps({"overrides": overrides, "size": self.size})
 
     def save(self, run_id: str | None) -> Path:
-        """Write it for its ranks, with the MLflow run that records it (None: rank 0 starts one); gives the file."""
+        """Write the job file for the ranks and return its path. If run_id is None, rank 0 starts the MLflow run."""
         file = self.run_dir / worker.FOLDER / JOB_FILE
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(0o600)
-        file.chmod(0o600)  # the store's URL may hold a password, and an earlier version wrote this file for all to read
+        file.chmod(0o600)  # the store's URL may contain a password, and earlier versions made this file world-readable
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cfg"}
         for name in ("continues", "started_from"):
             fields[name] = dataclasses.asdict(fields[name]) if fields[name] is not None else None
@@ -137,7 +137,7 @@ class Job:
 
 
 def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_dir: Path | None) -> Job:
-    """Return the job that a composed tree asks for: what is run and where; imports neither torch nor MLflow.
+    """Return the job of a composed tree: what is run, and where. Imports neither torch nor MLflow.
 
     Args:
         composed: the tree as Hydra composed it.
@@ -146,7 +146,7 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
         sweep_dir: the job's folder within a sweep.
 
     Raises:
-        ConfigError: a rule is broken, or the checkpoint is of another experiment.
+        ConfigError: a rule is broken, or the checkpoint belongs to another experiment.
         CheckpointError: the checkpoint is missing or damaged.
     """
     checkpoint, started_from, before = None, None, None
@@ -201,7 +201,7 @@ def _located(resume: str, composed: DictConfig) -> Path:
 
 
 def _with_weights_of(composed: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Origin | None]:
-    """Return the tree with the model of `init_from`, and the run that it names if it is one of ours."""
+    """Return the tree with the model of `init_from`, and its origin if it names one of our runs."""
     checkpoint, named = None, str(composed.init_from)
     if init_from.names_a_run(named):
         try:
@@ -221,7 +221,7 @@ def _origin(checkpoint: Path) -> Origin:
 
 
 def _laid_out(composed: DictConfig) -> ExperimentConfig:
-    """Settle the layout: parallel=auto becomes numbers in the tree, and what cannot fit is refused."""
+    """Write the degrees chosen by parallel=auto into the tree, and raise an error if the layout cannot fit."""
     cfg = compose.to_experiment(composed)
     if cfg.parallel.auto:
         chosen, sentence = planner.choose(cfg)
@@ -236,22 +236,22 @@ def _laid_out(composed: DictConfig) -> ExperimentConfig:
 
 
 def _is_own(checkpoint: Path, output_dir: str) -> bool:
-    """Return whether a checkpoint lies in the command's output_dir."""
+    """Return whether a checkpoint is in the command's output_dir."""
     return checkpoint.resolve().is_relative_to(Path(output_dir).resolve())
 
 
 def _on_top_of(
     checkpoint: Path, composed: DictConfig, overrides: Sequence[str]
 ) -> tuple[DictConfig, ExperimentConfig, dict[str, Any] | None]:
-    """Return a checkpoint's configuration under what the command line asks for.
+    """Merge the command line onto a checkpoint's configuration.
 
     Args:
-        checkpoint: its folder.
-        composed: the tree that the command line alone makes.
-        overrides: of the command line.
+        checkpoint: folder of the checkpoint.
+        composed: the tree composed from the command line alone.
+        overrides: overrides of the command line.
 
     Returns:
-        The merged tree, the checkpoint's configuration, and what the checkpoint knows of its command line.
+        The merged tree, the checkpoint's configuration, and the command line stored in the checkpoint.
     """
     saved = saved_config.read(checkpoint)
     is_own = _is_own(checkpoint, composed.output_dir)
@@ -264,7 +264,7 @@ def _on_top_of(
     fixed = resume.resume_problems(before, now)
     if fixed:
         raise ConfigError(*fixed)
-    if now.do is not Do.train:  # a run that is separate from the one that trained
+    if now.do is not Do.train:  # recorded as a run separate from the training
         named = [_key(o) for o in overrides]
         for key in ("parent_run_id", "run_name"):
             if f"tracking.{key}" not in named:
@@ -273,7 +273,7 @@ def _on_top_of(
 
 
 def _needs_saved_tokenizer(merged: DictConfig, overrides: Sequence[str]) -> bool:
-    """Return whether the checkpoint's tokenizer takes the place of one that is trained, or of one that is gone."""
+    """Return whether to use the checkpoint's tokenizer instead of training one or reading one whose file is missing."""
     if merged.do not in (Do.train, Do.eval):
         return False
     named = [_key(o) for o in overrides]
@@ -286,10 +286,10 @@ def _needs_saved_tokenizer(merged: DictConfig, overrides: Sequence[str]) -> bool
 
 
 def _moved_along(saved: dict[str, Any], output_dir: str, run_dir: Path) -> dict[str, Any]:
-    """Return the values of a run of this output_dir with what lay in its own output_dir where it lies now.
+    """Return the saved values of a run in this output_dir, with paths into its former output_dir updated.
 
-    The store's address is that of the run's folder if the checkpoint has it without its password, or as a relative path
-    that began in another working directory.
+    The store's address is taken from the run's folder if the checkpoint has it without its password, or as a path
+    relative to another working directory.
     """
     before, tracking, data = saved.get("output_dir"), saved.get("tracking"), saved.get("data")
     if not (isinstance(before, str) and isinstance(tracking, dict) and isinstance(data, dict)):
@@ -310,13 +310,13 @@ def _moved_along(saved: dict[str, Any], output_dir: str, run_dir: Path) -> dict[
 
 
 def _has_database(uri: str) -> bool:
-    """Return whether an address is that of a database file that exists."""
+    """Return whether an address names an existing database file."""
     path = sqlite_path(uri)
     return path is not None and path.is_file()
 
 
 def _check_where_recorded(checkpoint: Path, output_dir: str, overrides: Sequence[str]) -> None:
-    """Refuse to continue the MLflow run of a checkpoint from elsewhere unless the command says where it is recorded."""
+    """Raise an error if a checkpoint outside output_dir is resumed without the command naming its tracking store."""
     if any(o.lstrip("+").startswith(("tracking.uri=", "tracking=")) for o in overrides):
         return
     run_dir = checkpoint.resolve().parent.parent
@@ -328,10 +328,10 @@ def _check_where_recorded(checkpoint: Path, output_dir: str, overrides: Sequence
 
 
 def _read_command(checkpoint: Path, *, is_own: bool) -> dict[str, Any] | None:
-    """Return what `Job.command_json` wrote; None for a checkpoint of a version that did not.
+    """Return the content written by `Job.command_json`, or None if an older version saved the checkpoint.
 
-    Of a checkpoint from elsewhere, what is not taken from it is left out: the overrides become part of a command that
-    is printed to be pasted.
+    For a checkpoint from elsewhere, overrides that are not taken from it are dropped, because the overrides become part
+    of a printed command that users paste.
     """
     try:
         found = json.loads((checkpoint / COMMAND_FILE).read_text(encoding="utf-8"))
@@ -344,7 +344,7 @@ def _read_command(checkpoint: Path, *, is_own: bool) -> dict[str, Any] | None:
 
 
 def _history(saved_command: dict[str, Any] | None, overrides: Sequence[str]) -> tuple[str, ...] | None:
-    """Return the overrides of a training that is resumed: of two that set one key the later."""
+    """Return the overrides of a resumed training. If two set the same key, the later one wins."""
     if saved_command is None:
         return None
     latest = {_key(o): o for o in (*saved_command["overrides"], *overrides)}
@@ -365,9 +365,9 @@ def _check_steps_left(cfg: ExperimentConfig, checkpoint: Path) -> None:
 def _name(
     cfg: ExperimentConfig, overrides: Sequence[str], size: str, checkpoint: Path | None, swept: list[str] | None
 ) -> str:
-    """Name a run by its version, size and data, then by what its command line set; in a sweep, by what is swept.
+    """Return a run name made of version, size, data and the overrides of the command line (in a sweep, the swept ones).
 
-    Of a path only the last part is named: lists of runs show the beginning of a name.
+    A path is shortened to its last component, because lists of runs show only the beginning of a name.
     """
     if checkpoint is not None and cfg.do is not Do.train:
         folder = checkpoint.resolve()
@@ -386,9 +386,10 @@ def _name(
 
 
 def _folder_name(name: str) -> str:
-    """Name a run's folder by the time, the run and the process, so that no two share one.
+    """Return a unique folder name made of the time, the run's name and the process id.
 
-    Only letters, digits and `_ . = + -` of the run's name stay: a slash would make a folder within a folder.
+    Other characters of the run's name than letters, digits and `_ . = + -` are replaced: a slash would create a
+    subfolder.
     """
     words = re.sub(r"[^\w.=+-]+", "-", "_".join(name.split()[:2]), flags=re.ASCII).strip(".-")[:80]
     return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{words or 'run'}_{os.getpid()}"

@@ -1,4 +1,4 @@
-"""Continue from a checkpoint: its configuration under what the command line asks for, and what may not change."""
+"""Resume from a checkpoint: merge its configuration with the command line, and check that fixed keys are unchanged."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from deepseek_exp.config.keys import SECTION_OF, schema_keys
 from deepseek_exp.config.schema import DataConfig, ExperimentConfig, MixturePart
 from deepseek_exp.errors import ConfigError, Problem
 
-# where data and files lie may differ: data are identified by their digests once they are read
+# Locations of data and files may differ: data are identified by digest when they are read.
 PLACES = ("path", "valid_path", "tokenizer", "n_workers", "cache_dir")
 
 
 def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Problem]:
-    """Return what differs from the checkpoint and may not.
+    """Return a problem for each key that differs from the checkpoint and may not.
 
-    Always the model; for a training that continues also the seed, what decides about the data except its paths, the
-    precision and the optimizer's class and arguments (its learning rate, decay and clipping may change), and the batch
-    if the memory's lanes depend on it.
+    The model may never differ. When training continues, these may not differ either: the seed, the data section except
+    for paths, the precision, the optimizer's class and arguments (learning rate, decay and clipping may change), and
+    the batch size if the lanes of the segment memory depend on it.
     """
     fixed: dict[str, tuple[Any, Any]] = {}
     if now.do is Do.train:
@@ -51,7 +51,7 @@ def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Prob
 
 
 def differing(before: ExperimentConfig, now: ExperimentConfig, ignored: Sequence[str]) -> list[str]:
-    """Return the keys whose values differ, without those that are or lie in an ignored section."""
+    """Return the keys whose values differ, except for ignored keys and sections."""
     before, now = (dataclasses.replace(exp, data=_without_paths(exp.data)) for exp in (before, now))
     return [
         key
@@ -69,13 +69,13 @@ def _leaf_pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any,
 
 
 def _without_paths(data: DataConfig) -> DataConfig:
-    """Return a data section whose mixture is the weight of each part."""
+    """Return the data section with each part of its mixture replaced by its weight."""
     weights = {name: getattr(part, "weight", part) for name, part in data.mixture.items()}
     return dataclasses.replace(data, mixture=weights)
 
 
 def _leaves(name: str, old: Any, new: Any, skip: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
-    """Pair the leaves of two sections of one kind under their full keys."""
+    """Return the pairs of leaves of two sections of the same type, by full key."""
     pairs: dict[str, tuple[Any, Any]] = {}
     for f in dataclasses.fields(old):
         before, now = getattr(old, f.name), getattr(new, f.name)
@@ -94,14 +94,14 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-# what of a checkpoint's configuration these verbs use; the rest is the command line's, over the defaults
+# The part of a checkpoint's configuration that these verbs use. The rest comes from the command line and the defaults.
 USED_BY = {
     Do.sample: ("model", "seed", "sample", "trainer.precision"),
     Do.export: ("model", "seed", "trainer.precision"),
 }
 
 
-# what says where things go and what is started, which is not taken from a checkpoint of somebody else
+# Keys that decide where output goes and what is started. They are not taken from somebody else's checkpoint.
 OF_THE_MACHINE = ("tracking", "launch", "output_dir", "data.cache_dir")
 
 
@@ -109,20 +109,20 @@ OF_THE_COMMAND = ("do", "resume", "tracking.new_run")
 
 
 def merge_saved(saved: dict[str, Any], overrides: Sequence[str], *, is_own: bool = True) -> DictConfig:
-    """Return the configuration of a checkpoint with what the command line asks for on top of it.
+    """Merge the command line onto the configuration of a checkpoint.
 
-    A leaf is asked for if an override names it or selects its group's option, or if a recipe sets it. Every other leaf
-    keeps its saved value, also if it was derived from one that is asked for; what is asked for may refer to saved
-    leaves. Of a free mapping, such as the callbacks, an override changes the entries that it names. A section or a key
-    that the checkpoint's version did not have has its default, except for keys of the model, which must be there.
+    A leaf is requested if an override names it or selects its group's option, or if a recipe sets it. Every other leaf
+    keeps its saved value, even if it was derived from a requested one. Requested values may refer to saved leaves. In a
+    free mapping, such as the callbacks, an override changes only the entries that it names. A section or key that the
+    checkpoint's version did not have takes its default, except for keys of the model, which must be present.
 
     Args:
-        saved: the checkpoint's values; no interpolation in them is evaluated.
+        saved: the checkpoint's values. Interpolations in them are not evaluated.
         overrides: the command line's overrides.
-        is_own: the checkpoint lies in this command's output_dir; if not, `OF_THE_MACHINE` is taken from the command.
+        is_own: whether the checkpoint is in this command's output_dir. If not, `OF_THE_MACHINE` comes from the command.
 
     Returns:
-        The merged tree under the schema. do=sample and do=export take from the checkpoint what they use, no more.
+        The merged tree under the schema. do=sample and do=export take only what they use from the checkpoint.
 
     Raises:
         ConfigError: the saved tree does not fit this version's schema.
@@ -146,7 +146,7 @@ def merge_saved(saved: dict[str, Any], overrides: Sequence[str], *, is_own: bool
             elif has_path(saved, path):
                 asked = _changed(literal(select(saved, path)), value, path, named)
             else:
-                asked = MISSING  # a key of the model, which is reported as one without a value
+                asked = MISSING  # a key of the model, which is reported as having no value
             OmegaConf.update(merged, path, asked, merge=False, force_add=False)
     except OmegaConfBaseException as error:
         raise ConfigError(_unfit(str(error).splitlines()[0])) from error
@@ -154,7 +154,7 @@ def merge_saved(saved: dict[str, Any], overrides: Sequence[str], *, is_own: bool
 
 
 def saved_experiment(saved: dict[str, Any]) -> ExperimentConfig:
-    """Return a checkpoint's configuration as it is: of the right types, and not checked by any rule of this machine.
+    """Return a checkpoint's configuration with the schema's types. It is not validated against this machine.
 
     Raises:
         ConfigError: it does not fit this version's schema.
@@ -171,7 +171,7 @@ def _unfit(reason: str) -> Problem:
 
 
 def _check_keys(saved: dict[str, Any]) -> None:
-    """Refuse saved values that today's schema has no key for, or that have another shape."""
+    """Raise an error for saved keys that the schema no longer has, or whose structure differs."""
     known = schema_keys()
     for path, _ in _flat_to(saved, set(known)):
         if path not in known:
@@ -179,7 +179,7 @@ def _check_keys(saved: dict[str, Any]) -> None:
 
 
 def _flat_to(tree: dict[str, Any], leaves: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Walk a tree down to the paths in `leaves`, and to whatever lies outside of them."""
+    """Yield the values at the paths in `leaves`, and every leaf outside of them."""
     for name, value in tree.items():
         path = f"{prefix}{name}"
         if isinstance(value, dict) and path not in leaves:
@@ -189,20 +189,20 @@ def _flat_to(tree: dict[str, Any], leaves: set[str], prefix: str = "") -> Iterat
 
 
 def _within(path: str, sections: Sequence[str]) -> bool:
-    """Return whether a path is one of the keys or lies in one of the sections; "" is the whole tree."""
+    """Return whether a path is one of the keys or inside one of the sections; "" is the entire tree."""
     return any(not name or path == name or path.startswith(f"{name}.") for name in sections)
 
 
 def is_of_the_machine(key: str) -> bool:
-    """Return whether an override's key says where things go, what is started, or where options are found.
+    """Return whether an override decides where output goes, what is started, or where options are found.
 
-    A flag of the command line, such as --config-dir, does as well.
+    True also for a command-line flag such as --config-dir.
     """
     return _within(key, (*OF_THE_MACHINE, "hydra")) or key.startswith(("hydra/", "-"))
 
 
 def _changed(kept: Any, now: Any, path: str, named: Sequence[str]) -> Any:
-    """Return a saved mapping with those of its entries replaced that overrides name one by one."""
+    """Return a saved mapping with the entries replaced that overrides name individually."""
     entries = [name.removeprefix(f"{path}.").split(".") for name in named if name.startswith(f"{path}.")]
     for *parents, last in entries:
         source, target = now, kept
@@ -211,6 +211,6 @@ def _changed(kept: Any, now: Any, path: str, named: Sequence[str]) -> Any:
             target = target.setdefault(name, {})
         if last in source:
             target[last] = source[last]
-        else:  # deleted, as in ~optim.optimizer.fused
+        else:  # deleted by an override such as ~optim.optimizer.fused
             target.pop(last, None)
     return kept

@@ -84,7 +84,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise errors instead of printing them
     config.register()
     register_help()
-    sys.argv[1:] = [re.sub(r"^resume=([0-9a-f]+)$", r"resume='\1'", arg) for arg in sys.argv[1:]]  # 12e4 may be a run id
+    sys.argv[1:] = [re.sub(r"^resume=([0-9a-f]+)$", r"resume='\1'", arg) for arg in sys.argv[1:]]  # 12e4 is a run id
     try:
         command_line.check_command_line(sys.argv[1:])
         with console.redacted(command_line.prints_configuration(sys.argv[1:])):

@@ -1,6 +1,6 @@
-"""Recording runs in MLflow without costing the training process anything.
+"""Records runs in MLflow at no cost to the training process.
 
-The training process appends events to a journal on disk (`TrackedRun`); a second process, the sender, carries them to
+The training process appends events to a journal on disk (`TrackedRun`); a second process, the sender, sends them to
 MLflow. Neither MLflow nor Lightning is imported here; the Lightning adapter is `deepseek_exp.tracking.logger`.
 """
 

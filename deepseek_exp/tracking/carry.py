@@ -1,4 +1,4 @@
-"""Moves the journal of a run into the store, for as long as the training process lives and a little longer."""
+"""Moves the journal of a run into the store, while the training process lives and shortly after."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ _KILLED = "the training process was killed: it went away without reporting how t
 
 
 class Lifeline:
-    """Tells whether the training process is there: its end of the standard input is open, and it is our parent."""
+    """Detects the end of the training process: its end of standard input closes, or it is no longer our parent."""
 
     def __init__(self, parent_pid: int) -> None:
         self._parent_pid = parent_pid
 
     def is_cut(self, wait_seconds: float) -> bool:
-        """Wait, at most this long, for the training process to go away; returns whether it did.
+        """Wait for the training process to end, at most this long; return whether it did.
 
-        A worker that it forked may hold the pipe open after its death, hence the look at the parent's id.
+        A worker that it forked may hold the pipe open after its death, so the parent's process id is checked too.
         """
         readable, _, _ = select.select([sys.stdin], [], [], wait_seconds)
         return bool(readable) or os.getppid() != self._parent_pid
 
 
 class Carrier:
-    """Moves what the journal has into the store and remembers how far it came.
+    """Moves the journal's events into the store and remembers how far it got.
 
     Args:
         run_dir: the run's folder.
         spec: what the run is.
-        progress: how far earlier senders came; it is brought up to date and saved.
+        progress: how far earlier senders got; updated and saved.
         outbox: the run in the store.
         sampler: source of system metrics, or None.
     """
@@ -65,23 +65,23 @@ class Carrier:
         self._last_progress = 0.0
 
     def watch(self, lifeline: Lifeline, when_gone: Callable[[], None]) -> None:
-        """Wait for the training process to go away, in a thread of its own.
+        """Wait for the training process to end, in a separate thread.
 
-        From then on this process ends, whatever it hangs in, when nothing has arrived for `drain_seconds`; the rest is
-        in the journal.
+        After that this process ends, even if it hangs, once nothing has arrived for `drain_seconds`; the rest stays in
+        the journal.
 
         Args:
-            lifeline: tells when the training process is gone.
-            when_gone: is called then.
+            lifeline: detects the end of the training process.
+            when_gone: called when it has ended.
         """
         threading.Thread(target=self._give_up_without_progress, args=[lifeline, when_gone], daemon=True).start()
 
     def run(self, lifeline: Lifeline, when_gone: Callable[[], None]) -> None:
-        """Send until the training process is gone and all has arrived.
+        """Send until the training process has ended and everything has arrived.
 
         Args:
-            lifeline: tells when the training process is gone.
-            when_gone: is called then.
+            lifeline: detects the end of the training process.
+            when_gone: called when it has ended.
         """
         pause, gone = 0.0, False
         while True:
@@ -99,12 +99,12 @@ class Carrier:
             )
 
     def attempt(self, *, closing: bool) -> bool:
-        """Send all that is there; if `closing`, set the final status too. Returns whether everything went well."""
+        """Send everything available; if `closing`, set the final status too. Return whether everything went well."""
         troubles = []
         for send in (lambda: self._send_values(closing=closing), self._send_artifacts):
             try:
                 send()
-            except Exception as error:  # whatever the store's driver raises, the next attempt may do better
+            except Exception as error:  # any error of the store's driver; the next attempt may succeed
                 troubles.append(reason(error))
                 sys.stderr.write(f"{time.strftime('%FT%T')} {error!r}\n")
         trouble = troubles[0] if troubles else None
@@ -162,7 +162,7 @@ class Carrier:
             self._save()
 
     def _remember_end(self, events: list[Event]) -> None:
-        """Keep the end of the run's last life: what was resumed after it ended has not ended."""
+        """Keep the end of the run's last life: an end that was followed by a resume does not count."""
         for event in events:
             if event["kind"] == "end":
                 self._progress.end = event
@@ -170,6 +170,6 @@ class Carrier:
                 self._progress.end = None
 
     def _killed(self) -> Event:
-        """Make up the end event of a training process that could write none."""
+        """Return the end event of a training process that could not write one."""
         died_ms = int((self._run_dir / JOURNAL).stat().st_mtime * 1000)
         return {"t": died_ms, "kind": "end", "status": "FAILED", "error": _KILLED}

@@ -1,4 +1,4 @@
-"""Opening an MLflow store, its experiment and a run; every failure becomes a TrackingError that says what to do."""
+"""Opening an MLflow store, its experiment and a run; every failure becomes a TrackingError with a fix."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _CLIENT_SETTINGS = {
 def connect(
     cfg: TrackingConfig, artifact_dir: Path, on_repair: Callable[[str], object] | None = None
 ) -> tuple[MlflowClient, str]:
-    """Open the store, creating a sqlite database and the experiment where they are missing.
+    """Open the store; create a missing sqlite database or experiment.
 
     Args:
         cfg: `uri` and `experiment` are used.
         artifact_dir: where a database store keeps artifacts; a server decides that itself.
-        on_repair: is called with a sentence if a sqlite database was half made.
+        on_repair: called with a sentence if a sqlite database was incomplete.
 
     Returns:
         The client and the id of the experiment.
@@ -54,11 +54,11 @@ def connect(
 
 
 def open_store(cfg: TrackingConfig, on_repair: Callable[[str], object] | None = None) -> MlflowClient:
-    """Open the store of `cfg.uri`, making a sqlite database that is missing or was left half made.
+    """Open the store of `cfg.uri`; create a sqlite database that is missing or incomplete.
 
     Args:
         cfg: `uri` is used.
-        on_repair: is called with a sentence if a database was half made.
+        on_repair: called with a sentence if a database was incomplete.
 
     Raises:
         TrackingError: the store cannot be reached or used.
@@ -68,14 +68,14 @@ def open_store(cfg: TrackingConfig, on_repair: Callable[[str], object] | None = 
     with store_errors(cfg.uri), _database_lock(cfg.uri):
         note = make_whole(absolute_uri(cfg.uri))
         client = MlflowClient(absolute_uri(cfg.uri))
-        client.get_experiment_by_name(cfg.experiment)  # the first call of a server, and of a database in its schema
+        client.get_experiment_by_name(cfg.experiment)  # the first request to a server, or schema query
     if note and on_repair:
         on_repair(note)
     return client
 
 
 def find_run(client: MlflowClient, cfg: TrackingConfig, run_id: str) -> Run:
-    """Return a run that is to be continued.
+    """Fetch the run to resume.
 
     Raises:
         TrackingError: there is no such run, or it is deleted.
@@ -96,7 +96,7 @@ def find_run(client: MlflowClient, cfg: TrackingConfig, run_id: str) -> Run:
 
 
 def create_run(client: MlflowClient, experiment_id: str, name: str, tags: dict[str, str], start_ms: int) -> str:
-    """Create a run with its name, user and tags; returns its id."""
+    """Create a run with its name, user and tags; return its id."""
     full = {"mlflow.user": _user(), "mlflow.source.type": "LOCAL", **tags}
     shortened = {key: cut(value, TAG_CHARACTERS) for key, value in redact_tree(full).items()}
     run = client.create_run(experiment_id, start_time=start_ms, tags=shortened, run_name=redact(name))
@@ -105,7 +105,7 @@ def create_run(client: MlflowClient, experiment_id: str, name: str, tags: dict[s
 
 @contextmanager
 def store_errors(uri: str) -> Iterator[None]:
-    """Turn what a store raises, of whatever type its driver chose, into a TrackingError."""
+    """Convert any exception of a store's driver to a TrackingError."""
     try:
         yield
     except TrackingError:
@@ -115,7 +115,7 @@ def store_errors(uri: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Find out why a call failed: the operating system's word if there is one, else the first line of the message."""
+    """Return why a call failed: the operating system's reason if any, else the first line of the message."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (ConnectionError, TimeoutError)) and type(cause).__module__ == "builtins":
@@ -128,7 +128,7 @@ def reason(error: BaseException) -> str:
 
 
 def _store_error(uri: str, error: Exception) -> TrackingError:
-    """Word the failure of a store: the reason below MLflow's wrapping, and what to do."""
+    """Return the error for a store failure: the reason below MLflow's wrapping, and a fix."""
     if uri.startswith(("http://", "https://")):
         rule, fix = f"does not answer ({reason(error)})", "start that server"
     else:
@@ -147,7 +147,7 @@ def _experiment(client: MlflowClient, cfg: TrackingConfig, artifact_dir: Path) -
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(cfg.experiment)  # another run was faster
+            found = client.get_experiment_by_name(cfg.experiment)  # another run created it first
     if found.lifecycle_stage != "active":
         restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
         fix = f"take another name, or restore it (MLFLOW_TRACKING_URI={redact(cfg.uri)} {restore})"
@@ -156,7 +156,7 @@ def _experiment(client: MlflowClient, cfg: TrackingConfig, artifact_dir: Path) -
 
 
 def _database_lock(uri: str) -> AbstractContextManager[None]:
-    """Let one process at a time create what is missing in a sqlite database, its folder included."""
+    """Let one process at a time create what is missing in a sqlite database, including its folder."""
     database = sqlite_path(uri)
     if database is None:
         return nullcontext()

@@ -1,8 +1,8 @@
-"""A sqlite store is made whole or not at all.
+"""Creates a sqlite store completely or not at all.
 
-MLflow makes its tables by dozens of migrations, which sqlite does not undo together: a process that is killed, or a
-disk that is full, leaves a file with some of them, which MLflow refuses for ever. So a new database is made under
-another name and renamed, and one that was left half made is replaced.
+MLflow creates its tables by dozens of migrations, which sqlite cannot roll back together: a killed process, or a full
+disk, leaves a file with some of them, which MLflow rejects from then on. So a new database is created under another
+name and renamed, and an incomplete one is replaced.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from deepseek_exp.tracking.uri import sqlite_path, with_path
 _VERSION = "alembic_version"
 # MLflow fills these itself.
 _SEEDED = {_VERSION, "experiments", "workspaces"}
-# An experiment that MLflow did not make itself is made after the last migration.
+# The ids of experiments that MLflow did not create itself; those are created after the last migration.
 _OWN_EXPERIMENTS = "SELECT 1 FROM experiments WHERE experiment_id <> 0 LIMIT 1"
 
 
 def make_whole(uri: str) -> str | None:
-    """Make the database of a sqlite address if it is missing or was left half made; its lock must be held.
+    """Create the database of a sqlite address if it is missing or incomplete; the caller holds its lock.
 
     Returns:
-        What became of a database that was half made, as a sentence; None if there was none.
+        What became of an incomplete database, as a sentence; None if there was none.
 
     Raises:
-        TrackingError: the database is of another version of MLflow or half made, and has runs or experiments.
+        TrackingError: the database is of another version of MLflow, or incomplete but with runs or experiments.
     """
     path = sqlite_path(uri)
     if path is None:
@@ -54,7 +54,7 @@ def _make(uri: str, path: Path) -> None:
     new = path.with_name(f".{path.name}.new")
     _remove(new)
     engine = mlflow_db.create_sqlalchemy_engine(with_path(uri, new))
-    # The file is of no use until it is whole, so only the end waits for the disk.
+    # An incomplete file is useless, so only the end is synced to disk.
     sqlalchemy.event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
     try:
         mlflow_db._initialize_tables(engine)
@@ -68,22 +68,22 @@ def _make(uri: str, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a database that is not whole, and the journal of its last transaction."""
+    """Remove an incomplete database, and the journal of its last transaction."""
     for suffix in ("", "-journal", "-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 def _is_half_made(path: Path, uri: str) -> bool:
-    """Return whether a database has part of MLflow's tables, no runs, and no experiments but MLflow's own.
+    """Return whether a database has some of MLflow's tables, no runs, and no experiments but MLflow's own.
 
     Raises:
-        TrackingError: it has part of the tables, and runs or experiments.
+        TrackingError: it has some of the tables, and runs or experiments.
     """
     try:
         with closing(sqlite3.connect(path)) as connection:
             names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if not names & {_VERSION, "experiments"}:
-                return False  # it is not MLflow's
+                return False  # not MLflow's
             version = (
                 connection.execute(f"SELECT version_num FROM {_VERSION}").fetchone() if _VERSION in names else None
             )
@@ -92,7 +92,7 @@ def _is_half_made(path: Path, uri: str) -> bool:
             rows = {n: f'SELECT 1 FROM "{n}" LIMIT 1' for n in names - _SEEDED}
             rows |= {"experiments": _OWN_EXPERIMENTS} if "experiments" in names else {}
             filled = [n for n, query in rows.items() if connection.execute(query).fetchone()]
-    except sqlite3.DatabaseError:  # MLflow says what is wrong with it
+    except sqlite3.DatabaseError:  # MLflow reports what is wrong with it
         return False
     if filled:
         rule = f"is an MLflow store of another version, or half made (revision {version[0] if version else 'none'})"

@@ -1,4 +1,4 @@
-"""What a run depended on beside its configuration: git state, installed packages, hardware."""
+"""What a run depended on in addition to its configuration: git state, installed packages, hardware."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _TIMEOUT_SECONDS = 10
 
 
 def git_facts(source_dir: Path) -> tuple[dict[str, str], str]:
-    """Read the git state of a folder.
+    """Return the git state of a folder.
 
     Returns:
-        The tags (`git.state`: clean, dirty, `not a repository` or `git is not installed`; commit and branch if there
-        are any) and the diff against the commit, followed by the names of untracked files; empty when clean.
+        The tags (`git.state`: clean, dirty, `not a repository` or `git is not installed`; commit and branch if any)
+        and the diff against the commit, followed by the names of untracked files; empty if clean.
     """
     try:
         state = _git(source_dir, "status", "--porcelain")
@@ -40,7 +40,7 @@ def git_facts(source_dir: Path) -> tuple[dict[str, str], str]:
 
 
 def environment_files() -> dict[str, str]:
-    """Collect packages.txt (`name==version` of each installed distribution) and hardware.json."""
+    """Return packages.txt (`name==version` of each installed distribution) and hardware.json."""
     return {"packages.txt": _packages(), "hardware.json": json.dumps(_hardware(), indent=2)}
 
 
@@ -78,7 +78,7 @@ def _cpu_model() -> str:
 
 
 def _gpus() -> list[str]:
-    """Name, memory and driver of each NVIDIA GPU; none without nvidia-smi."""
+    """Return name, memory and driver of each NVIDIA GPU; none without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         result = subprocess.run(command, capture_output=True, check=True, timeout=_TIMEOUT_SECONDS)

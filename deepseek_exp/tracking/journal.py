@@ -2,7 +2,7 @@
 
 A line is one event: `t` (milliseconds since 1970), `kind`, and the fields of that kind. A line is one write system
 call, so a SIGKILL of the writer loses nothing that was logged. NaN and infinities, which JSON lacks, are the strings
-"NaN", "Infinity" and "-Infinity": `float()` reads them back.
+"NaN", "Infinity" and "-Infinity", which `float()` accepts.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any
 Event = dict[str, Any]
 
 _READ_BYTES = 1 << 18
-# how `encode_float` writes what JSON lacks
+# The strings of `encode_float` for values that JSON lacks.
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class JournalWriter:
-    """Appends events; one process at a time may hold a journal, and let another one write while it only waits.
+    """Appends events; one process at a time holds a journal, and may let another one write while it only waits.
 
     Attributes:
-        size_before: bytes that the journal had when `start` was called.
+        size_before: size of the journal in bytes when `start` was called.
     """
 
     size_before = 0
 
     def __init__(self, path: Path, *, held_by_another: bool = False) -> None:
-        """Open or create the journal; what a killed writer left of a last line is cut off.
+        """Open or create the journal; truncate the incomplete last line of a killed writer.
 
         Args:
             path: the journal.
@@ -58,7 +58,7 @@ class JournalWriter:
         self._append("start", {})
 
     def take_back(self) -> None:
-        """Remove all that was written since `start`, which is included."""
+        """Remove everything written since `start`, including its event."""
         os.ftruncate(self._fd, self.size_before)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -66,7 +66,7 @@ class JournalWriter:
         fields: Event = {"step": step, "values": values}
         try:
             self._append("metrics", fields)
-        except ValueError:  # a value that is not finite
+        except ValueError:  # not finite
             self._append("metrics", {"step": step, "values": {k: encode_float(v) for k, v in values.items()}})
 
     def params(self, values: Mapping[str, str]) -> None:
@@ -78,11 +78,11 @@ class JournalWriter:
         self._append("tags", {"values": values})
 
     def text(self, text: str, path: str) -> None:
-        """Record a text that becomes the artifact `path`."""
+        """Record a text to store as the artifact `path`."""
         self._append("text", {"text": text, "path": path})
 
     def file(self, path: Path, folder: str | None) -> None:
-        """Record that a file is to be copied to the artifact folder (None: the top)."""
+        """Record a file to copy to the artifact folder (None means the top)."""
         self._append("file", {"path": str(path), "folder": folder})
 
     def dataset(self, fields: Event) -> None:
@@ -90,12 +90,12 @@ class JournalWriter:
         self._append("dataset", fields)
 
     def end(self, status: str, error: str | None) -> None:
-        """Record how the run ended; a process that was let write may have been killed within a line."""
+        """Record how the run ended; truncate a partial line first, if the process that was let write was killed."""
         self._cut_torn_line()
         self._append("end", {"status": status, "error": error})
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         os.close(self._fd)
 
     def _append(self, kind: str, fields: Event) -> None:
@@ -114,22 +114,22 @@ class JournalWriter:
 
 
 def encode_float(value: float) -> float | str:
-    """Turn a float into what JSON can hold: itself, "NaN", "Infinity" or "-Infinity"."""
+    """Encode a float for JSON: itself, "NaN", "Infinity" or "-Infinity"."""
     if value != value:
         return "NaN"
     return {float("inf"): "Infinity", float("-inf"): "-Infinity"}.get(value, value)
 
 
 def read_events(path: Path, offset: int, max_bytes: int = _READ_BYTES) -> tuple[list[Event], int]:
-    """Read complete lines from a byte offset on.
+    """Read complete lines from a byte offset.
 
     Args:
         path: the journal.
         offset: where to begin, bytes; the start of a line.
-        max_bytes: about how much to read at once; a longer line is read whole.
+        max_bytes: about how much to read at once; a longer line is read completely.
 
     Returns:
-        The events (a line that is no JSON is an event of the kind `unreadable`) and the offset behind them. A last
+        The events (a line that is not JSON is an event of the kind `unreadable`) and the offset after them. A last
         line without its newline is left for the next call.
     """
     with path.open("rb") as file:
@@ -142,13 +142,13 @@ def read_events(path: Path, offset: int, max_bytes: int = _READ_BYTES) -> tuple[
 
 
 def copy_metrics(source: Path, target: Path, last_step: int) -> None:
-    """Begin a journal with the metrics of another one, their times included.
+    """Begin a journal with the metrics of another one, including their times.
 
     Args:
         source: the journal to read.
-        target: the journal to make; it must not exist.
-        last_step: metrics of later steps are left out. If a metric has several values of one step, since a resumed
-            run repeated it, the last one is taken.
+        target: the journal to create; it must not exist.
+        last_step: metrics of later steps are left out. If a metric has several values for one step, since a resumed
+            run repeated it, the last one is used.
     """
     last: dict[tuple[str, int], int] = {}
     for number, event in enumerate(metric_events(source)):
@@ -164,7 +164,7 @@ def copy_metrics(source: Path, target: Path, last_step: int) -> None:
 
 
 def metric_events(path: Path) -> Iterator[Event]:
-    """Yield the metrics of a journal; a line that no journal writer wrote is left out."""
+    """Yield the metrics of a journal; skip lines that no journal writer wrote."""
     offset, events = 0, [{"kind": "begin"}]
     while events:
         events, offset = read_events(path, offset)
@@ -172,7 +172,7 @@ def metric_events(path: Path) -> Iterator[Event]:
 
 
 def _is_metrics(event: Event) -> bool:
-    """Return whether an event is a step's metrics; a journal from elsewhere may hold anything."""
+    """Return whether an event is a step's metrics; a foreign journal may hold anything."""
     if event.get("kind") != "metrics" or type(event.get("step")) is not int or type(event.get("t")) is not int:
         return False
     values = event.get("values")
@@ -180,7 +180,7 @@ def _is_metrics(event: Event) -> bool:
 
 
 def is_being_written(path: Path) -> bool:
-    """Whether a living process holds the journal."""
+    """Return whether a living process holds the journal."""
     with path.open("r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

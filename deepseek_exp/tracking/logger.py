@@ -12,9 +12,9 @@ from deepseek_exp.tracking.run import RunLog
 
 
 class JournalLogger(Logger):
-    """Takes what `self.log` and third-party callbacks log into a `RunLog`.
+    """Forwards what `self.log` and third-party callbacks log to a `RunLog`.
 
-    The caller of `TrackedRun.start` finishes the run: only it knows how the run ended.
+    The caller of `TrackedRun.start` finishes the run, because only it knows how the run ended.
     """
 
     def __init__(self, run: RunLog) -> None:
@@ -23,7 +23,7 @@ class JournalLogger(Logger):
 
     @property
     def experiment(self) -> RunLog:
-        """The run that is logged to."""
+        """The run to log to."""
         return self._run
 
     @property
@@ -43,11 +43,11 @@ class JournalLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Record metrics; names outside of `METRICS` pass, since callbacks of others choose their own."""
+        """Record metrics; names outside `METRICS` are allowed, since third-party callbacks choose their own."""
         self._run.log_foreign_metrics(metrics, step or 0)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: `TrackedRun.start` was given every leaf of the configuration already.
+        """Do nothing: `TrackedRun.start` has already received every leaf of the configuration.
 
         What Lightning passes here (the arguments of modules) would repeat those under other names.
         """

@@ -1,4 +1,4 @@
-"""The one table of metric names: what each number is and in which unit."""
+"""The one table of metric names: meaning and unit of each number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric's number means, and its unit."""
+    """The meaning and unit of a metric."""
 
     unit: str
     meaning: str
@@ -70,14 +70,14 @@ METRICS: dict[str, Metric] = {
 }
 
 
-# the rows that stand for many names: what is written in <> is one word of the user's
+# Rows that stand for many names: <> is replaced by one word chosen by the user.
 PATTERNS = {
     re.compile(re.sub("<.*?>", "[^/]+", re.escape(name))): metric for name, metric in METRICS.items() if "<" in name
 }
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse metric names that the table lacks.
+    """Reject metric names that are not in the table.
 
     Raises:
         ValueError: names the metrics and the table.
@@ -99,7 +99,7 @@ def describe(names: Iterable[str]) -> str:
 
 
 def _row(name: str) -> Metric | None:
-    """Find the table's row for a name."""
+    """Return the table's row for a name."""
     if "<" in name:
         return None
     fitting = (metric for pattern, metric in PATTERNS.items() if pattern.fullmatch(name))

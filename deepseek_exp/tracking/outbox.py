@@ -1,4 +1,4 @@
-"""Carries journal events into one MLflow run."""
+"""Sends journal events to one MLflow run."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _Entity = Metric | Param | RunTag
 
 
 class Outbox:
-    """The run in the store, as something to send events to.
+    """A run in the store, as the receiver of events.
 
-    Sending an event twice is harmless. What the store refuses for good (a name with a forbidden character, say) goes
-    to `refused` and holds up nothing; every other failure is raised, for the caller to try again.
+    Sending an event twice is harmless. What the store rejects permanently (a name with a forbidden character, say) goes
+    to `refused` and blocks nothing; every other failure is raised, for the caller to retry.
 
     Args:
         client: the open store.
         run: the run as it is in the store.
-        refused: list that refusals are added to, one text each.
+        refused: list that rejections are appended to, one text each.
     """
 
     def __init__(self, client: MlflowClient, run: Run, refused: list[str]) -> None:
@@ -82,9 +82,9 @@ class Outbox:
         self._names.update(metric.key for metric in metrics)
 
     def send_params(self, values: dict[str, str]) -> None:
-        """Send parameters; one that the run has with another value stays, and the change goes to a tag.
+        """Send parameters; one that the run has with another value is kept, and the change is recorded in a tag.
 
-        MLflow never changes a parameter. The tag `changed_on_resume` has a line `name: old -> new` for each.
+        MLflow never changes a parameter. The tag `changed_on_resume` has a line `name: old -> new` per change.
         """
         values = {name: cut(value, MAX_PARAM_VAL_LENGTH) for name, value in values.items()}
         changed = [f"{k}: {self._params[k]} -> {v}" for k, v in values.items() if self._params.get(k, v) != v]
@@ -106,14 +106,14 @@ class Outbox:
         self._send([path], lambda part: self._client.log_text(self._run_id, text, part[0]), str)
 
     def go_on(self, git_tags: dict[str, str]) -> None:
-        """Set an ended run back to running; the code's state stays that of the first life, a change is noted."""
+        """Set an ended run back to running; the code's tags stay those of the first life, a change is noted."""
         self._client.update_run(self._run_id, status="RUNNING")
         if "error" in self._tags:
             self._client.delete_tag(self._run_id, "error")
         self._note_changes([f"{k}: {self._tags.get(k)} -> {v}" for k, v in git_tags.items() if self._tags.get(k) != v])
 
     def close(self, end: Event) -> None:
-        """Set the final status of the run, and the error if there was one."""
+        """Set the final status of the run, and the error if any."""
         if end["error"]:
             self.send_tags({"error": end["error"]})
         self._client.set_terminated(self._run_id, end["status"], end["t"])
@@ -125,7 +125,7 @@ class Outbox:
             self.send_tags({"changed_on_resume": self._tags["changed_on_resume"]})
 
     def _describe(self) -> None:
-        """Keep the run's description up to date with the metrics that it logged."""
+        """Update the run's description to the metrics that it logged."""
         text = cut("\n\n".join(filter(None, [self._description, describe(self._names)])), TAG_CHARACTERS)
         if text and text != self._described:
             self.send_tags({"mlflow.note.content": text})
@@ -138,7 +138,7 @@ class Outbox:
             self._refused.append(f"file {path}: not there any more")
 
     def _send(self, items: list[Any], call: Callable[[list[Any]], object], name: Callable[[Any], str]) -> None:
-        """Send items in one call; if the store refuses some for good, find out which by halving."""
+        """Send items in one call; if the store rejects some permanently, find them by bisection."""
         try:
             call(items)
         except MlflowException as error:
@@ -152,7 +152,7 @@ class Outbox:
             self._send(items[half:], call, name)
 
     def _is_deleted(self) -> bool:
-        """Whether somebody deleted the run: MLflow then refuses everything, with the same error code."""
+        """Return whether the run was deleted: MLflow then rejects everything, with the same error code."""
         return bool(self._client.get_run(self._run_id).info.lifecycle_stage != "active")
 
 
@@ -165,15 +165,15 @@ def open_run(
     live: bool,
     on_repair: Callable[[str], object] | None = None,
 ) -> tuple[Outbox, int]:
-    """Create the run, or find the one to go on with, and send it the parameters and tags.
+    """Create the run, or find the one to continue, and send it the parameters and tags.
 
     Args:
         run_dir: the run's folder.
         spec: what the run is.
-        progress: gets the run id; of a new run it is saved at once.
-        git_tags: git state of the source now.
-        live: the training process is there; a run to go on with is set back to running.
-        on_repair: is called with a sentence if a sqlite database was half made.
+        progress: receives the run id; for a new run it is saved at once.
+        git_tags: current git state of the source.
+        live: the training process is running; a run to continue is set back to running.
+        on_repair: called with a sentence if a sqlite database was incomplete.
 
     Returns:
         The outbox and when the run was created, milliseconds since 1970.

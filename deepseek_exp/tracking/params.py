@@ -1,4 +1,4 @@
-"""How values of the configuration become MLflow parameters: dotted names and strings."""
+"""Conversion of configuration values to MLflow parameters: dotted names and strings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from deepseek_exp.redact import redact, redact_tree
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, str]:
-    """Turn a tree of values into one level: dotted names, values as strings.
+    """Flatten a tree of values: dotted names, values as strings.
 
-    Strings stay as they are, enums become their value, all else is JSON (`null`, `true`, `0.001`, `[1, 2]`). Secrets
-    are hidden.
+    Strings are unchanged, enums become their value, all else is JSON (`null`, `true`, `0.001`, `[1, 2]`). Secrets are
+    hidden.
     """
     return {name: redact(text) for name, text in _flat(redact_tree(values)).items()}
 
@@ -30,7 +30,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def cut(text: str, limit: int) -> str:
-    """Shorten a text to at most `limit` characters; one that is cut says so and how long it was."""
+    """Truncate a text to at most `limit` characters; a truncated text ends with its original length."""
     if len(text) <= limit:
         return text
     note = f" ... [cut, {len(text)} characters in all]"

@@ -30,7 +30,7 @@ _EXIT_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Delivery:
-    """Whether all that a run logged is in the store; if not, `message` says what is where and how to send it."""
+    """Whether everything that a run logged is in the store; if not, `message` says what is where and how to send it."""
 
     arrived: bool
     run_id: str | None
@@ -38,37 +38,37 @@ class Delivery:
 
 
 class RunLog:
-    """What a training process logs. It writes a line to a file; it neither waits for MLflow nor fails with it."""
+    """What a training process logs. It writes lines to a file, never waits for MLflow and never fails with it."""
 
     def __init__(self, run_dir: Path, journal: JournalWriter) -> None:
-        """For `attach` and `TrackedRun.start`, which see."""
+        """Internal; use `attach` or `TrackedRun.start`."""
         self.run_dir = run_dir
         self._journal = journal
         self._known: set[tuple[str, int, float | str]] = set()
 
     @classmethod
     def attach(cls, run_dir: Path, *, records: bool) -> RunLog:
-        """Log into the run of another process, which started it, waits, and will finish it.
+        """Log to the run of another process, which started it, waits, and will finish it.
 
         Args:
             run_dir: the run's folder.
-            records: false: what is logged is thrown away, as several processes do the same and one records it.
+            records: if False, discard what is logged, because another process records the same.
         """
         run_dir = run_dir.resolve()
         return cls(run_dir, JournalWriter(run_dir / JOURNAL if records else Path(os.devnull), held_by_another=True))
 
     def skip_known_after(self, step: int) -> None:
-        """Let metrics not be logged again that the journal has, with the same value, for steps after this one.
+        """After a resume, skip metrics for later steps that the journal already holds with the same value.
 
         Args:
-            step: the step that a resumed run goes on from: what it repeats after it was logged by its earlier life.
+            step: the step that a resumed run continues from; its earlier life has logged the steps that it repeats.
         """
         for event in metric_events(self.run_dir / JOURNAL):
             if event["step"] > step:
                 self._known.update((name, event["step"], value) for name, value in event["values"].items())
 
     def logged(self, name: str) -> dict[int, float]:
-        """Give what was logged of a metric: step -> the last value."""
+        """Return what was logged of a metric: step -> the last value."""
         events = metric_events(self.run_dir / JOURNAL)
         return {e["step"]: float(e["values"][name]) for e in events if name in e["values"]}
 
@@ -102,15 +102,15 @@ class RunLog:
         self._journal.text(redact(text), artifact_path)
 
     def log_file(self, path: Path, artifact_folder: str | None = None) -> None:
-        """Record a file as an artifact; it must stay where it is until it was sent."""
+        """Record a file as an artifact; it must not be moved until it has been sent."""
         self._journal.file(path.resolve(), artifact_folder)
 
     def log_dataset(self, name: str, context: str, digest: str, source: str, profile: dict[str, Any]) -> None:
         """Record a dataset that the run uses.
 
         Args:
-            name: what it is called.
-            context: what it is used for, such as `training` or `validation`.
+            name: its name.
+            context: its use, such as `training` or `validation`.
             digest: hash of its content; MLflow keeps the first 36 characters.
             source: path or address that it came from.
             profile: its size in numbers.
@@ -120,14 +120,14 @@ class RunLog:
 
 
 class TrackedRun(RunLog):
-    """A run that is recorded, from its start to its end: a separate process takes the journal to MLflow.
+    """A run that is recorded, from its start to its end: a separate process sends the journal to MLflow.
 
     Attributes:
-        notes: what there is to say of the store once `wait_ready` has returned, one sentence each.
+        notes: remarks about the store after `wait_ready` has returned, one sentence each.
     """
 
     def __init__(self, run_dir: Path, spec: Spec, journal: JournalWriter) -> None:
-        """For `start`, which see."""
+        """Internal; use `start`."""
         super().__init__(run_dir, journal)
         self._spec = spec
         self.notes: list[str] = []
@@ -156,19 +156,19 @@ class TrackedRun(RunLog):
 
         Args:
             cfg: the store, the experiment, further tags and the parent run.
-            run_dir: folder of this run alone; the journal goes there, and a resumed run uses it again.
+            run_dir: folder of this run only; the journal goes there, and a resumed run uses it again.
             name: name of the run.
             params: the configuration as a tree or with dotted names; each leaf becomes a parameter.
             config_yaml: the composed configuration, stored as config.yaml.
-            tags: tags of the run; those of `cfg` beat them.
+            tags: tags of the run; those of `cfg` take precedence.
             source_dir: folder whose git state is recorded.
             artifact_dir: where a database store keeps artifacts; a server decides that itself.
-            run_id: MLflow run to continue; None: a new one. Nothing in `run_dir` changes if it cannot be continued.
-            continues: MLflow run and step that a new run goes on from; become tags. `copy_history` can begin its
-                journal before.
+            run_id: MLflow run to continue; None means a new one. `run_dir` is unchanged if it cannot be continued.
+            continues: MLflow run and step that a new run continues from; become tags. `copy_history` can begin its
+                journal beforehand.
 
         Raises:
-            TrackingError: `run_dir` is another run's, or a process is writing there.
+            TrackingError: `run_dir` belongs to another run, or a process is writing there.
         """
         run_dir = run_dir.resolve()
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -195,10 +195,10 @@ class TrackedRun(RunLog):
         return cls(run_dir, spec, journal)
 
     def wait_ready(self, timeout_seconds: float) -> str:
-        """Wait until the run is in the store; returns its run id.
+        """Wait until the run is in the store; return its run id.
 
         Raises:
-            TrackingError: the store cannot be reached or used, the run to go on with is not there, or there is no
+            TrackingError: the store cannot be reached or used, the run to continue does not exist, or there is no
                 answer within `timeout_seconds`. Nothing is being sent then, and the folder of a run that was to be
                 continued is as it was before `start`.
         """
@@ -210,13 +210,13 @@ class TrackedRun(RunLog):
             raise
         if self._spec.run_id is not None:
             Spec.settle(self.run_dir, keep=True)
-            with suppress(BrokenPipeError):  # the sender has died: `finish` says so
+            with suppress(BrokenPipeError):  # the sender has died: `finish` reports it
                 self._process.stdin.write(b"\n")  # type: ignore[union-attr]
                 self._process.stdin.flush()  # type: ignore[union-attr]
         return run_id
 
     def _take_back(self) -> None:
-        """Leave the folder of a run that cannot be continued as it was."""
+        """Restore the folder of a run that cannot be continued."""
         self._process.kill()
         self._process.wait()
         Spec.settle(self.run_dir, keep=False)
@@ -225,7 +225,7 @@ class TrackedRun(RunLog):
         self._taken_back = True
 
     def _answer(self, timeout_seconds: float) -> str:
-        """Wait for the sender's answer; returns the run id."""
+        """Wait for the sender's answer; return the run id."""
         uri = redact(self._spec.tracking.uri)
         answers = self._process.stdout
         assert answers is not None
@@ -245,7 +245,7 @@ class TrackedRun(RunLog):
         return str(answer["run_id"])
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"], error: str | None) -> Delivery:
-        """End the run, and wait until everything is in the store, or nothing has arrived there for `drain_seconds`.
+        """End the run; wait until everything is in the store, or nothing has arrived there for `drain_seconds`.
 
         Args:
             status: how the run ended.
@@ -263,7 +263,7 @@ class TrackedRun(RunLog):
         return self._delivery(Progress.load(self.run_dir))
 
     def _wait_for_sender(self) -> None:
-        """Wait for the sender to end, and end it when nothing has arrived for longer than it may wait itself."""
+        """Wait for the sender to end; terminate it if nothing has arrived for longer than it may wait itself."""
         patience = self._spec.tracking.drain_seconds + _EXIT_SECONDS
         seen, since = None, time.monotonic()
         while self._process.poll() is None:
@@ -282,7 +282,7 @@ class TrackedRun(RunLog):
         parts = []
         if not sent:
             if progress.run_id is None and not any(_count_from(self.run_dir / JOURNAL, self._began_at, self._began_at)):
-                return Delivery(False, None, "")  # the store did not open, which `wait_ready` said, and nothing is lost
+                return Delivery(False, None, "")  # the store did not open, as `wait_ready` said; nothing is lost
             values, artifacts = _count_from(self.run_dir / JOURNAL, progress.values_offset, progress.artifacts_offset)
             parts.append(
                 f"{values} metric values and {artifacts} artifacts have not reached "
@@ -302,8 +302,8 @@ def copy_history(old_run_dir: Path, new_run_dir: Path, last_step: int) -> None:
 
     Args:
         old_run_dir: folder of the run that is continued.
-        new_run_dir: folder of the new run; it is made if missing, and a journal that it has already is left as it is.
-        last_step: step that the new run goes on from; metrics of later steps are left out.
+        new_run_dir: folder of the new run; created if missing. An existing journal is left unchanged.
+        last_step: step that the new run continues from; metrics of later steps are left out.
     """
     new_run_dir.mkdir(parents=True, exist_ok=True)
     source, target = old_run_dir / JOURNAL, new_run_dir / JOURNAL
@@ -345,7 +345,7 @@ def _command(run_dir: Path) -> str:
 
 
 def _count_from(journal: Path, values_offset: int, artifacts_offset: int) -> tuple[int, int]:
-    """Count the metric values and the artifacts in the journal behind two byte offsets."""
+    """Count the metric values and the artifacts in the journal after two byte offsets."""
     values = artifacts = 0
     offset, events = values_offset, [{"kind": "begin"}]
     while events:

@@ -1,7 +1,7 @@
-"""The files beside the journal that the training process and its sender share.
+"""The files next to the journal that the training process and its sender share.
 
-tracking.json (`Spec`) says what the run is, journal.offset (`Progress`) how much of it has arrived; both are replaced
-as a whole, so a reader never sees half of one.
+tracking.json (`Spec`) describes the run, journal.offset (`Progress`) how much of it has arrived; both are replaced
+atomically, so a reader never sees a partial file.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ JOURNAL = "journal.jsonl"
 LOG = "sender.log"
 SENDER_LOCK = "sender.lock"
 FACTS = "facts.json"
-# in the folder of a sweep: its run id, and the keys that it sweeps over
+# The file in a sweep's folder with its run id and the keys that it sweeps over.
 SWEEP_FILE = "sweep.json"
 _SPEC = "tracking.json"
 _PROGRESS = "journal.offset"
-# What a resume will be, until it is certain that it starts: one that fails leaves the folder as it was.
+# The spec of a resume until it is certain to start: a resume that fails leaves the folder unchanged.
 _PENDING_SPEC = "tracking.json.new"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a run is; times in milliseconds since 1970, paths absolute, that in `tracking.uri` too."""
+    """Description of a run; times in milliseconds since 1970, absolute paths, also in `tracking.uri`."""
 
     tracking: TrackingConfig
     name: str
@@ -46,12 +46,12 @@ class Spec:
     start_ms: int
 
     def save(self, run_dir: Path, *, pending: bool = False) -> None:
-        """Write it into the run's folder; if `pending`, next to the one that counts until `settle`."""
+        """Write it into the run's folder; if `pending`, next to the current one until `settle`."""
         write_json(run_dir / (_PENDING_SPEC if pending else _SPEC), asdict(self))
 
     @staticmethod
     def settle(run_dir: Path, *, keep: bool) -> None:
-        """Let the pending one, if there is one, replace the one that counts; without `keep`, remove it."""
+        """Replace the current spec by the pending one, if any; if not `keep`, remove the pending one."""
         with suppress(FileNotFoundError):
             if keep:
                 (run_dir / _PENDING_SPEC).replace(run_dir / _SPEC)
@@ -60,7 +60,7 @@ class Spec:
 
     @classmethod
     def load(cls, run_dir: Path, *, pending: bool = False) -> Spec:
-        """Read it from the run's folder; if `pending`, the pending one if there is one."""
+        """Read it from the run's folder; if `pending`, prefer the pending one."""
         path = run_dir / _PENDING_SPEC
         if not pending or not path.exists():
             path = run_dir / _SPEC
@@ -72,7 +72,7 @@ class Spec:
 class Progress:
     """How much of a run has reached the store.
 
-    Metrics, parameters and tags go ahead of artifacts, so that a broken artifact store holds up no metric: each has
+    Metrics, parameters and tags are sent before artifacts, so that a broken artifact store blocks no metric: each has
     its own byte offset in the journal.
     """
 
@@ -92,7 +92,7 @@ class Progress:
 
     @classmethod
     def load(cls, run_dir: Path) -> Progress:
-        """Read it from the run's folder; a run that was never sent has sent nothing."""
+        """Read it from the run's folder; empty if the run was never sent."""
         path = run_dir / _PROGRESS
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else cls()
 
@@ -107,7 +107,7 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def lock(path: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a file's lock; the kernel lets go of it when the process dies.
+    """Hold a file's lock; the kernel releases it when the process dies.
 
     Raises:
         BlockingIOError: another process holds it and `wait` is false.

@@ -1,6 +1,6 @@
-"""The process that carries a run's journal to MLflow: `python -m deepseek_exp.tracking.sender RUN_DIR`.
+"""The process that sends a run's journal to MLflow: `python -m deepseek_exp.tracking.sender RUN_DIR`.
 
-`TrackedRun` starts it beside the training process with `--live PID`; it ends by itself when that process is gone. By
+`TrackedRun` starts it with `--live PID` next to the training process; it ends by itself when that process has ended. By
 hand, without `--live`, it sends what an earlier sender could not, and ends.
 """
 
@@ -27,13 +27,13 @@ from deepseek_exp.tracking.rundir import FACTS, JOURNAL, SENDER_LOCK, Progress, 
 if TYPE_CHECKING:
     from deepseek_exp.tracking.system import SystemSampler
 
-# The lowest priority while training runs: with both cores of a machine in use, 20 metrics a step at 70 steps/s cost
-# training 4.4 ms a step at 5 and 1.2 ms at 19 (2026-11-22; tests/bench/README.md has the conditions).
+# The lowest priority while training runs: with both cores of a machine in use, 20 metrics per step at 70 steps/s cost
+# training 4.4 ms per step at 5 and 1.2 ms at 19 (2026-11-22; tests/bench/README.md has the conditions).
 NICE = 19
 
 
 def send_live(run_dir: Path, parent_pid: int) -> int:
-    """Send a run while its training process lives; the run id, or the problem, is answered on standard output."""
+    """Send a run while its training process lives; answer the run id, or the problem, on standard output."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     answers = _take_standard_output()
@@ -55,21 +55,21 @@ def send_live(run_dir: Path, parent_pid: int) -> int:
             return 1
         _answer(answers, {"run_id": progress.run_id, "notes": notes})
         if spec.run_id:
-            os.read(0, 1)  # until the training process is sure to go on, or is gone: the folder stays as it was
+            os.read(0, 1)  # until the training process is sure to continue, or has ended: the folder stays unchanged
             Spec.settle(run_dir, keep=True)
         progress.save(run_dir)
         _be_nice(NICE)
         _tune_garbage_collection()
         sampler = _sampler(spec, str(progress.run_id), start_ms)
         carrier, lifeline = Carrier(run_dir, spec, progress, outbox, sampler), Lifeline(parent_pid)
-        carrier.watch(lifeline, when_gone=lambda: _be_nice(0))  # already: what follows is slow on a busy machine
+        carrier.watch(lifeline, when_gone=lambda: _be_nice(0))  # already now: what follows is slow on a busy machine
         _save_facts(run_dir, spec, git_diff)
         carrier.run(lifeline, when_gone=lambda: _be_nice(0))
     return 0
 
 
 def send_rest(run_dir: Path) -> int:
-    """Send what did not arrive while the run was on; says on standard output how it went."""
+    """Send what did not arrive during the run; report the result on standard output."""
     from deepseek_exp.tracking.carry import Carrier
     from deepseek_exp.tracking.outbox import open_run
 
@@ -99,7 +99,7 @@ def send_rest(run_dir: Path) -> int:
 
 
 def _save_facts(run_dir: Path, spec: Spec, git_diff: str) -> None:
-    """Keep the environment of this life of the run, as artifacts to be; each resume has its own folder."""
+    """Save the environment of this life of the run, to be sent as artifacts; each resume has its own folder."""
     folder = time.strftime("resumed_%Y-%m-%dT%H-%M-%SZ/", time.gmtime()) if spec.run_id else ""
     files = {"config.yaml": spec.config_yaml, **facts.environment_files()}
     if git_diff:
@@ -116,12 +116,12 @@ def _sampler(spec: Spec, run_id: str, start_ms: int) -> SystemSampler | None:
 
 
 def _be_nice(level: int) -> None:
-    """Give way to the training process: within a session by the nice level, across sessions by that of the session.
+    """Yield the CPU to the training process: within a session by the nice level, across sessions by the session's.
 
-    Linux shares the processor between sessions first (autogroup), so the nice level alone would do nothing here. Going
-    back to 0 needs a privilege for the first and none for the second.
+    Linux distributes the CPU between sessions first (autogroup), so the nice level alone would have no effect here.
+    Resetting it to 0 needs a privilege for the first and none for the second.
     """
-    for thread in Path("/proc/self/task").glob("*"):  # the level is a thread's own, and another one may ask for this
+    for thread in Path("/proc/self/task").glob("*"):  # the level is per thread, and another thread may call this
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, int(thread.name), level)
     with suppress(OSError):
@@ -129,13 +129,13 @@ def _be_nice(level: int) -> None:
 
 
 def _tune_garbage_collection() -> None:
-    """Leave MLflow's modules out of garbage collection, which took 40% of the time of sending a metric."""
+    """Exclude MLflow's modules from garbage collection, which took 40% of the time of sending a metric."""
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
 
 
 def _take_standard_output() -> TextIO:
-    """Keep standard output for answers; what libraries print goes to standard error, its secrets hidden."""
+    """Reserve standard output for answers; what libraries print goes to standard error, with secrets hidden."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.stdout = sys.stderr = cast(TextIO, _Redacted(sys.stderr))
@@ -150,14 +150,14 @@ class _Redacted(io.TextIOBase):
         self._line = ""
 
     def write(self, text: str) -> int:
-        """Write the lines that are complete."""
+        """Write the complete lines."""
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
             self._stream.write(redact(line) + "\n")
         return len(text)
 
     def flush(self) -> None:
-        """Flush the lines that are complete."""
+        """Flush the complete lines."""
         self._stream.flush()
 
 
@@ -167,7 +167,7 @@ def _answer(answers: TextIO, content: dict[str, object]) -> None:
 
 
 def main() -> int:
-    """Parse the command line and send; returns the exit code."""
+    """Parse the command line and send; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m deepseek_exp.tracking.sender", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a run, with its journal.jsonl")
     parser.add_argument("--live", type=int, metavar="PID", help="go along with this training process")
@@ -180,4 +180,4 @@ if __name__ == "__main__":
     exit_code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(exit_code)  # taking the interpreter and MLflow's modules apart costs 0.75 s that training would wait for
+    os._exit(exit_code)  # tearing down the interpreter and MLflow's modules takes 0.75 s that training would wait for

@@ -1,6 +1,6 @@
-"""The run that groups the jobs of a sweep, and the table of what they found.
+"""The run that groups the jobs of a sweep, and the table of their results.
 
-Used by the process that starts the jobs, which trains nothing itself: it talks to MLflow directly.
+Used by the process that starts the jobs, which does not train: it talks to MLflow directly.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class SweepRow:
         job: its number in the sweep, which is the name of its folder.
         run_id: its MLflow run.
         name: name of the run.
-        overrides: words of its command line.
+        overrides: its command-line overrides.
         status: of the run.
         val_loss: last validation loss, nats per token.
         val_bits_per_byte: the same in bits per byte.
-        n_params: parameters of the model.
-        flops_per_token: FLOPs of training on one token.
-        tokens: training tokens seen.
+        n_params: number of parameters of the model.
+        flops_per_token: training FLOPs per token.
+        tokens: number of training tokens seen.
         tokens_per_second: speed at the end.
         minutes: duration.
         error: first line of the error; empty if there was none.
@@ -84,14 +84,14 @@ def start_sweep(
     artifact_dir: Path,
     on_repair: Callable[[str], object] | None = None,
 ) -> str:
-    """Create the parent run of a sweep; returns its run id, to be the `parent_run_id` of each job.
+    """Create the parent run of a sweep; return its run id, the `parent_run_id` of each job.
 
     Args:
         cfg: the store, the experiment and further tags.
         name: name of the run.
         tags: tags of the run.
         artifact_dir: where a database store keeps artifacts; a server decides that itself.
-        on_repair: is called with a sentence if a sqlite database was half made.
+        on_repair: called with a sentence if a sqlite database was incomplete.
 
     Raises:
         TrackingError: the store cannot be reached or used.
@@ -127,9 +127,9 @@ def finish_sweep(cfg: TrackingConfig, parent_run_id: str, rows: list[SweepRow], 
 
     Args:
         cfg: the store.
-        parent_run_id: what `start_sweep` returned.
+        parent_run_id: result of `start_sweep`.
         rows: the table.
-        failed: a job failed, also one that got no run.
+        failed: a job failed, possibly before it had a run.
 
     Raises:
         TrackingError: the store cannot be reached or used, or does not have the parent run.
@@ -175,7 +175,7 @@ def render_table(rows: list[SweepRow]) -> str:
 def seed_table(rows: list[SweepRow]) -> list[list[str]]:
     """Return mean and standard deviation over the seeds of each configuration, as lines of cells.
 
-    The standard deviation is that of a sample, with n - 1. Empty if no configuration has several seeds.
+    It is the sample standard deviation, with n - 1. Empty if no configuration has several seeds.
     """
     groups: dict[str, list[SweepRow]] = {}
     for row in filter(_has_loss, rows):
@@ -208,7 +208,7 @@ def _aligned(lines: list[list[str]]) -> str:
 
 
 def _shown_columns(rows: list[SweepRow]) -> list[str]:
-    """Choose the columns of the text: the name repeats the overrides, so it is shown only if these say nothing."""
+    """Choose the columns of the text: the name repeats the overrides, so it is shown only if there are none."""
     hidden = {"name"} if all(row.overrides for row in rows) else {"overrides"} if rows else set()
     if not any(row.error for row in rows):
         hidden.add("error")
@@ -244,12 +244,12 @@ def _row(run: Run) -> SweepRow:
 
 
 def _has_loss(row: SweepRow) -> bool:
-    """Whether there is a loss to compare; MLflow stores infinity as the largest float."""
+    """Return whether there is a loss to compare; MLflow stores infinity as the largest float."""
     return row.val_loss is not None and abs(row.val_loss) < sys.float_info.max
 
 
 def _without_common(rows: list[SweepRow]) -> list[SweepRow]:
-    """Leave out the overrides that all jobs share: the table tells what differs."""
+    """Remove the overrides that all jobs share: the table shows the differences."""
     split = [row.overrides.split() for row in rows]
     common = set.intersection(*map(set, split)) if len(rows) > 1 else set()
     kept = (" ".join(o for o in own if o not in common) for own in split)

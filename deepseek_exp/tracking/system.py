@@ -13,9 +13,9 @@ PERIOD_SECONDS = 10.0
 class SystemSampler:
     """CPU, memory, disk, network and GPU use, every 10 s.
 
-    MLflow's own thread stops for good at the first failure of the server, gives a short run no sample and delays the
-    end of a run; so only its collectors are used and the sender keeps the time. The step of a sample is the number of
-    periods since the run was created: a resumed run goes on behind its earlier samples.
+    MLflow's own thread stops permanently at the first failure of the server, takes no sample in a short run and delays
+    the end of a run; so only its collectors are used, and the sender schedules the samples. The step of a sample is the
+    number of periods since the run was created: a resumed run continues after its earlier samples.
 
     Args:
         uri: the store.

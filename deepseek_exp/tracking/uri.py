@@ -1,4 +1,4 @@
-"""Store addresses, made absolute for other processes, and the files of those that are sqlite's."""
+"""Store addresses, made absolute for other processes, and the files of sqlite addresses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SQLITE = re.compile(r"(?P<scheme>sqlite(?:\+\w+)?:///)(?P<path>[^?]+)(?P<option
 
 
 def absolute_uri(uri: str) -> str:
-    """Make the path of a sqlite address independent of the working directory; other addresses stay as they are."""
+    """Make the path of a sqlite address independent of the working directory; other addresses are unchanged."""
     path = sqlite_path(uri)
     return uri if path is None else with_path(uri, path)
 
@@ -34,12 +34,12 @@ def with_path(uri: str, path: Path) -> str:
 
 
 def runs_page(server: str, experiment_id: str) -> str:
-    """Return the address of an experiment's training runs in MLflow's UI, which else opens with traces."""
+    """Return the address of an experiment's training runs in MLflow's UI, which otherwise opens with traces."""
     return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
 
 
 @functools.cache
 def _decodes() -> bool:
-    """Return whether SQLAlchemy reads %20 in a path as a blank: it does from version 2.1 on."""
+    """Return whether SQLAlchemy decodes %20 in a path to a space: it does from version 2.1 on."""
     major, minor = importlib.metadata.version("sqlalchemy").split(".")[:2]
     return (int(major), int(minor)) >= (2, 1)

@@ -69,8 +69,7 @@ class LocalDispatcher:
             ids_TK: experts of each token.
             n_experts: number of experts.
             capacity: maximum rows per expert, the first tokens' first; None means no limit. Later tokens cannot
-                displace
-                earlier ones, so a token's result does not depend on what follows it.
+                displace earlier ones, so a token's result does not depend on what follows it.
         """
         expert_R, order_R = ids_TK.flatten().sort(stable=True)
         ends_E = ends_of(expert_R, n_experts)

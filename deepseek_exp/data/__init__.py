@@ -1,4 +1,4 @@
-"""Text in, batches of token sequences out: corpus -> tokenizer -> packed shards -> an order that can be resumed."""
+"""From text to batches of token sequences: corpus -> tokenizer -> packed shards -> a resumable order."""
 
 from deepseek_exp.data.module import Batch, TokenDataModule
 from deepseek_exp.data.prepare import PreparedData, prepare

@@ -1,13 +1,13 @@
-"""The documents of an experiment, split into train and valid, in an order that never changes.
+"""The documents of an experiment, split into train and valid, in a fixed order.
 
-Split: with a validation path, its documents are valid and all others train. Without one, a document is valid when
-hash(document) / 2^64 < valid_fraction, so that adding documents moves none; the hash is of its text, for the standard
-library of its relative path. Fewer than `FEW` documents of text cannot be split that way: the last lines of each are
+Split: if there is a validation path, its documents are valid and all others are train. Otherwise a document is valid if
+hash(document) / 2^64 < valid_fraction, so adding documents moves no others. The hash is of its text, or of its relative
+path for the standard library. Fewer than `FEW` documents of text cannot be split that way: the last lines of each are
 held out instead, or the last words if no document has lines. If that holds nothing out, the documents with the lowest
-hashes are valid, valid_fraction of them and one at least; of a single document it is its last words.
+hashes are valid: valid_fraction of them, at least one. Of a single document, the last words are held out.
 
-Limit: max_bytes is shared between the splits (valid gets valid_fraction of it); each takes documents in order until
-its share is full, the last one cut at a character border.
+Limit: max_bytes is divided between the splits (valid gets valid_fraction of it). Each split takes documents in order
+until its share is full; the last document is cut at a character boundary.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ from deepseek_exp.data.readers import Reader
 from deepseek_exp.disk import expand
 from deepseek_exp.errors import DataError, Problem
 
-FORMAT = 2  # to be raised when the same text and settings make other tokens, or meta.json other keys
+FORMAT = 2  # increase if the same text and settings produce different tokens, or if the keys of meta.json change
 FEW = 100
 MIN_TAIL_CHARS = 400
 FOR_VALIDATION = re.compile(r"(?i)(?<![a-z])(valid|validation|val|dev|test|eval)(?![a-z])")
-WORD_CHARS = 100  # characters in which a word should end; text without spaces is cut between any two
-SUM_BYTES = 260  # of a document of `sums`, about
+WORD_CHARS = 100  # characters searched for the end of a word; text without spaces is cut anywhere
+SUM_BYTES = 260  # approximate size of a document of `sums`
 NOT_TEXT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 Document = tuple[str, str]  # (split: "train" or "valid", text)
-Way = Callable[[int, str], Iterable[Document]]  # number and text of a document -> what it becomes
+Way = Callable[[int, str], Iterable[Document]]  # (number, text) of a document -> its train and valid parts
 
 
 def library_files(root: Path) -> list[Path]:
-    """List the Python sources below a folder, without installed packages and tests, sorted by relative path."""
+    """Return the Python sources below a folder, without installed packages and tests, sorted by relative path."""
     found = []
     for parent, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in NOT_TEXT]
         found += [Path(parent, name) for name in names if name.endswith(".py")]
-    found = [path for path in found if path.is_file()]  # a link may lead nowhere
+    found = [path for path in found if path.is_file()]  # skips dangling links
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 def sums() -> Iterator[str]:
-    r"""Yield documents of sums without end, such as "7 + 5 = 12\n40 + 2 = 42\n"; the same ones each time."""
+    r"""Yield an endless, deterministic sequence of documents of sums such as "7 + 5 = 12\n40 + 2 = 42\n"."""
     rng = random.Random(0)
     while True:
         pairs = [(int(100 * rng.random()), int(100 * rng.random())) for _ in range(20)]
@@ -66,15 +66,15 @@ def sums() -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What `cfg` names as text.
+    """The text that `cfg` names.
 
     Attributes:
         cfg: the data section.
         root: folder of the standard library (source=stdlib), else None.
-        files: files of the text that is split (source=synthetic: none).
-        valid_files: files of the validation text (data.valid_path), else none.
-        name: of the part of a mixture; "" for every other source.
-        unreadable: folders and links that cannot be read (data.on_bad_line=skip), which `documents` counts as skipped.
+        files: files of the text to split; empty for source=synthetic.
+        valid_files: files of the validation text (data.valid_path); empty if there is none.
+        name: name of the part of a mixture; "" for every other source.
+        unreadable: folders and links that cannot be read (data.on_bad_line=skip); `documents` counts them as skipped.
     """
 
     cfg: DataConfig
@@ -86,10 +86,10 @@ class Corpus:
 
     @classmethod
     def parts(cls, cfg: DataConfig) -> list[Corpus]:
-        """Find the files of every part of a mixture, in its order; any other source is one part without a name.
+        """Find the files of every part of a mixture, in order. Any other source is one part without a name.
 
         Raises:
-            DataError: as `of` does.
+            DataError: see `of`.
         """
         if cfg.source is not Source.mixture:
             return [cls.of(cfg)]
@@ -101,14 +101,14 @@ class Corpus:
 
     @classmethod
     def of(cls, cfg: DataConfig, name: str = "") -> Corpus:
-        """Find the files; nothing is read yet.
+        """Find the files without reading them.
 
         Args:
-            cfg: the data section; that of a part names the part's text as its own.
-            name: of the part of a mixture.
+            cfg: the data section; for a part of a mixture, with the part's path and valid_path.
+            name: name of the part of a mixture.
 
         Raises:
-            DataError: no files, a missing setting, or files that are both for training and for validation.
+            DataError: no files, a missing setting, or files used for both training and validation.
         """
         if cfg.source is Source.stdlib:
             root = Path(sysconfig.get_paths()["stdlib"])
@@ -134,14 +134,14 @@ class Corpus:
         return dataclasses.replace(found, files=files, valid_files=valid_files, unreadable=unreadable or [])
 
     def key(self, leaf: str) -> str:
-        """Give the configuration key of this text's path or valid_path."""
+        """Return the configuration key of this text's path or valid_path."""
         return f"data.mixture.{self.name}.{leaf}" if self.name else f"data.{leaf}"
 
     def documents(self, skipped: Counter[str]) -> Iterator[Document]:
         """Yield each document with its split, within max_bytes.
 
         Args:
-            skipped: count of rows that could not be read, by file; added to.
+            skipped: number of unreadable rows by file; updated in place.
 
         Raises:
             DataError: a row or a file cannot be read.
@@ -157,13 +157,13 @@ class Corpus:
             yield from _within(self._split(skipped), shares)
 
     def source(self, split: str) -> str:
-        """Say where the text of a split comes from, for the record."""
+        """Return where the text of a split comes from, for the tracker."""
         if self.cfg.source is Source.text:
             return str(self.cfg.valid_path if split == "valid" and self.valid_files else self.cfg.path)
         return str(self.root) if self.root else "synthetic"
 
     def fingerprint(self) -> str:
-        """Digest all that decides about the tokens: settings, and path, size and time of change of every file.
+        """Return a digest of everything that determines the tokens: settings, and each file's path, size and mtime.
 
         Returns:
             32 hexadecimal digits.
@@ -181,7 +181,7 @@ class Corpus:
 
     @property
     def hint(self) -> str | None:
-        """What the user may not have meant: training text whose name says that it is for validation or tests."""
+        """A warning if the training text includes files whose names suggest validation or test data, else None."""
         if self.valid_files or self.cfg.path is None:
             return None
         top = expand(self.cfg.path).resolve()
@@ -205,7 +205,7 @@ class Corpus:
         return str(path), stat.st_size, stat.st_mtime_ns
 
     def _shares(self) -> dict[str, float]:
-        """Bytes that each split may take."""
+        """Return the maximum number of bytes of each split."""
         if self.cfg.max_bytes is None:
             return {"train": math.inf, "valid": math.inf}
         valid = int(self.cfg.max_bytes * self.cfg.valid_fraction)
@@ -230,7 +230,7 @@ class Corpus:
 
     @cached_property
     def _way(self) -> Way:
-        """Choose how documents are split: the first way that holds something out, of which one document is enough."""
+        """How documents are split: the first method that holds out anything, even of only one document."""
         fraction, texts = self.cfg.valid_fraction, partial(self._texts, self.key("path"), self.files)
         ways: list[Way] = [partial(_by_hash, fraction)]
         if sum(1 for _ in itertools.islice(texts(Counter()), FEW)) < FEW:
@@ -254,7 +254,7 @@ def _library(root: Path, files: list[Path], valid_fraction: float) -> Iterator[D
 
 
 def _check_sums(cfg: DataConfig) -> None:
-    """Refuse a share so small that documents would be made nearly without end until one falls into it."""
+    """Raise an error for a split so small that almost endless documents would be generated until one falls into it."""
     valid = int(cfg.max_bytes * cfg.valid_fraction)
     small = min(valid, cfg.max_bytes - valid)
     if 0 < small < SUM_BYTES:
@@ -269,7 +269,7 @@ def _hash(name: str) -> int:
 
 
 def _side(name: str, valid_fraction: float) -> str:
-    """Choose the split by a stable hash, uniform over [0, 1)."""
+    """Return the split, chosen by a stable hash that is uniform over [0, 1)."""
     return "valid" if _hash(name) / 2**64 < valid_fraction else "train"
 
 
@@ -278,7 +278,7 @@ def _by_hash(valid_fraction: float, _: int, text: str) -> list[Document]:
 
 
 def _cut(border: Callable[[str, int], int], min_chars: int, valid_fraction: float, _: int, text: str) -> list[Document]:
-    """Cut at the first border in the last `valid_fraction` of the text; without one, all of it is train."""
+    """Cut the text at the first border in its last `valid_fraction`. If there is none, all of it is train."""
     cut = border(text, int(len(text) * (1 - valid_fraction)))
     if len(text) < min_chars or cut == 0 or not text[cut:].strip():
         return [("train", text)]
@@ -290,14 +290,14 @@ def _line_border(text: str, place: int) -> int:
 
 
 def _word_border(text: str, place: int) -> int:
-    """Find the end of the first white space from a place on; if a text has no words, that place."""
+    """Return the end of the first whitespace after `place`, or `place` if the text has no words."""
     place = max(1, min(place, len(text) - 1))
     found = re.compile(r"\s+").search(text, place, place + WORD_CHARS)
     return found.end() if found is not None and found.end() < len(text) else place
 
 
 def _lowest_hashes(texts: Iterator[str], valid_fraction: float) -> Way:
-    """Return the way that holds out whole documents, or the end of the only one."""
+    """Return the method that holds out complete documents, or the end of the only document."""
     n = 0
 
     def hashes() -> Iterator[tuple[int, int]]:
@@ -313,7 +313,7 @@ def _lowest_hashes(texts: Iterator[str], valid_fraction: float) -> Way:
 
 
 def _within(documents: Iterator[Document], shares: dict[str, float]) -> Iterator[Document]:
-    """Pass documents on until each split has had its share of bytes."""
+    """Yield documents until each split has reached its number of bytes."""
     left = dict(shares)
     for split, text in documents:
         size = len(text.encode())

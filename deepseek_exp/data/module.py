@@ -1,4 +1,4 @@
-"""Batches of token sequences for Lightning; training can go on from any position at no cost."""
+"""Batches of token sequences for Lightning. Training can resume from any position at no cost."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from deepseek_exp.data.prepare import PreparedData
 from deepseek_exp.data.shards import Shard
 from deepseek_exp.errors import DataError, Problem
 
-FILLER = -1  # in place of a sequence's number: a row that only fills up
+FILLER = -1  # sequence number of a padding row
 
 
 class Batch(NamedTuple):
-    """Sequences, and where they come from.
+    """A batch of sequences with their origin.
 
     Attributes:
         tokens: (sequences, seq_len + 1) int64.
-        part: (sequences,) int64, index of each one's part in the order of data.mixture; -1 where there is no mixture.
-        n_counted: in validation, the sequences that count; those after them only fill the batch up.
+        part: (sequences,) int64, index of each sequence's part in the order of data.mixture; -1 without a mixture.
+        n_counted: in validation, the number of sequences that count; those after them are padding.
     """
 
     tokens: torch.Tensor
@@ -39,15 +39,15 @@ class Batch(NamedTuple):
 class TokenDataModule(LightningDataModule):
     """Serves training and validation batches.
 
-    A batch of training is all the sequences of one optimizer step; its rows are the sequences at the global indices
-    position .. position + global_batch_seqs - 1 (stream.py). Of several data-parallel ranks each has an equal run of
-    these rows, so a step consists of the same sequences whatever dp is. The loader does not know what was trained on:
-    the training loop calls `advance` for each step, before a checkpoint of that step is taken. (In Lightning that is in
-    `training_step` or `optimizer_step`; callbacks run ahead of the module's `on_train_batch_end`.)
+    A training batch holds all sequences of one optimizer step: those at the global indices
+    position .. position + global_batch_seqs - 1 (order.py). With several data-parallel ranks, each has an equal
+    contiguous range of these rows, so a step consists of the same sequences for every dp. The loader does not know what
+    was trained on: the training loop calls `advance` for each step, before a checkpoint of that step is saved. (In
+    Lightning that is in `training_step` or `optimizer_step`; callbacks run before the module's `on_train_batch_end`.)
 
     Attributes:
-        position: sequences consumed so far.
-        n_train_sequences: sequences of one pass over the training text, of all parts.
+        position: number of sequences consumed so far.
+        n_train_sequences: number of sequences in one pass over the training text, all parts together.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class TokenDataModule(LightningDataModule):
         fill_up: bool = False,
         pin_memory: bool = False,
     ) -> None:
-        """Prepare to serve; nothing is read yet.
+        """Set up the module without reading anything.
 
         Args:
             data: the tokens.
             cfg: the data section.
-            seed: decides the order of shuffled sequences.
+            seed: seed of the order of shuffled sequences.
             global_batch_seqs: rows of a training batch.
-            micro_batch_seqs: rows of a validation batch; decides nothing else.
-            eval_seqs: sequences of one validation; 0: all of them.
-            dp: data-parallel ranks.
-            dp_rank: this one's place among them.
-            fill_up: make all validation batches of one size, and equally many for each rank.
+            micro_batch_seqs: rows of a validation batch; has no other effect.
+            eval_seqs: number of sequences per validation; 0 means all of them.
+            dp: number of data-parallel ranks.
+            dp_rank: this process's data-parallel rank.
+            fill_up: pad validation so that all batches have one size and all ranks have equally many.
             pin_memory: put batches into page-locked memory, for a GPU.
 
         Raises:
@@ -100,41 +100,41 @@ class TokenDataModule(LightningDataModule):
             self._order = Shuffled(self._train.n_sequences, seed)
 
     def train_dataloader(self) -> DataLoader:
-        """Serve this rank's share of global_batch_seqs sequences without end, from `position` on."""
+        """Return an endless loader of this rank's rows of each global batch, starting at `position`."""
         if self._n_workers:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns at each fork
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise tokenizers warns at each fork
         share = self._global_batch_seqs // self._dp
         steps = _Steps(self._order, self._global_batch_seqs, self._dp_rank * share, share, lambda: self.position)
         return self._loader(self._train, steps, self._n_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Serve eval_seqs sequences, or all, in batches of micro_batch_seqs.
+        """Return a loader of eval_seqs sequences, or all, in batches of micro_batch_seqs.
 
-        Which sequences these are depends neither on the micro batch nor on the layout. Fewer than all are taken at
-        even distances, so that they stand for the whole text and not for its first documents; a last batch may be
-        smaller. Read in the training process: validation has no separate order to prefetch.
+        The choice of sequences depends neither on the micro-batch nor on the layout. If not all are used, they are
+        evenly spaced, so that they represent the entire text rather than its first documents. The last batch may be
+        smaller. They are read in the training process, because validation has no separate order to prefetch.
 
-        The parts of a mixture follow one another, no batch holds two of them, and each part has an equal number of
-        sequences whatever its weight: at least one, and the first parts one more if the numbers do not divide.
+        The parts of a mixture follow one another, and no batch mixes parts. Each part has an equal number of sequences
+        whatever its weight: at least one, with one more for the first parts if the number does not divide evenly.
 
-        With order=contiguous the text is read in lanes, as in training: `n_eval_lanes` of them start at even
-        distances, and each goes through eval_seqs // n_eval_lanes sequences in a row. A step of all lanes is cut into
-        `batches_per_eval_step` batches, so lane l is in row l % micro_batch_seqs of every batch_idx that leaves the
-        remainder l // micro_batch_seqs when divided by it.
+        With order=contiguous the text is read in lanes, as in training: `n_eval_lanes` lanes start at evenly spaced
+        places, and each reads eval_seqs // n_eval_lanes consecutive sequences. A step of all lanes is split into
+        `batches_per_eval_step` batches, so lane l is in row l % micro_batch_seqs of each batch with
+        batch_idx % batches_per_eval_step == l // micro_batch_seqs.
 
-        Several data-parallel ranks take turns. With fill_up, rows that do not count complete all batches, and each
-        rank has equally many batches.
+        Batches are assigned to data-parallel ranks in turn. With fill_up, all batches are padded with rows that do not
+        count, and all ranks have equally many batches.
         """
         return self._loader(self._valid, self._share(self._val_batches()), 0)
 
     @property
     def n_eval_lanes(self) -> int:
-        """Lanes of a validation with order=contiguous: global_batch_seqs, or fewer if there are fewer sequences."""
+        """Number of validation lanes with order=contiguous: global_batch_seqs, or fewer if sequences are fewer."""
         return min(self._global_batch_seqs, self._valid.n_sequences, self._eval_seqs or self._valid.n_sequences)
 
     @property
     def batches_per_eval_step(self) -> int:
-        """Batches that hold one sequence of each lane of a validation with order=contiguous."""
+        """Number of validation batches that hold one sequence of each lane, with order=contiguous."""
         return -(-self.n_eval_lanes // self._micro_batch_seqs)
 
     def _val_batches(self) -> list[list[int]]:
@@ -158,22 +158,22 @@ class TokenDataModule(LightningDataModule):
         return [sequences[i : i + rows] for i in range(0, len(sequences), rows)]
 
     def _share(self, batches: list[list[int]]) -> list[list[int]]:
-        """Take this rank's turns."""
+        """Return the batches of this data-parallel rank."""
         if self._fill_up:
             batches = batches + [[]] * (-len(batches) % self._dp)
             batches = [batch + [FILLER] * (self._micro_batch_seqs - len(batch)) for batch in batches]
         return batches[self._dp_rank :: self._dp]
 
     def advance(self, n: int) -> None:
-        """Count n more sequences as consumed."""
+        """Mark n more sequences as consumed."""
         self.position += n
 
     def state_dict(self) -> dict[str, Any]:
-        """Say where training is; Lightning keeps it in the checkpoint."""
+        """Return the position in the data; Lightning stores it in the checkpoint."""
         return {"position": self.position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from where a checkpoint was taken."""
+        """Restore the position of a checkpoint."""
         self.position = state_dict["position"]
 
     def _loader(self, sequences: _Sequences, batches: Iterable[list[int]], n_workers: int) -> DataLoader:
@@ -184,12 +184,12 @@ class TokenDataModule(LightningDataModule):
             persistent_workers=n_workers > 0,
             pin_memory=self._pin_memory,
             collate_fn=_as_is,
-            generator=torch.Generator(),  # a loader draws a number at its start; not from the global generator
+            generator=torch.Generator(),  # a loader draws one number at its start; keep the global generator unchanged
         )
 
 
 class _Steps(Sampler[list[int]]):
-    """A share of the sequences of each optimizer step, without end, from what `position()` gives at the start on."""
+    """Endless sampler of this rank's sequences of each optimizer step, starting at the value of `position()`."""
 
     def __init__(
         self, order: Contiguous | Mixed | Shuffled, rows: int, first: int, share: int, position: Callable[[], int]
@@ -202,14 +202,14 @@ class _Steps(Sampler[list[int]]):
 
 
 class _Sequences(Dataset[Batch]):
-    """Rows of the parts' shards, which count through all parts; each process maps the files itself.
+    """Rows of the shards of all parts, numbered consecutively. Each process memory-maps the files itself.
 
     Row i of a part is tokens[i * seq_len : i * seq_len + seq_len + 1] of its shard.
 
     Attributes:
-        sizes: sequences of each part.
-        starts: number of the first sequence of each.
-        n_sequences: of all parts.
+        sizes: number of sequences of each part.
+        starts: index of the first sequence of each part.
+        n_sequences: total number of sequences.
     """
 
     def __init__(self, shards: Sequence[Shard], seq_len: int, *, labelled: bool) -> None:
@@ -234,7 +234,7 @@ class _Sequences(Dataset[Batch]):
         return Batch(torch.from_numpy(rows), torch.from_numpy(parts), len(counted))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel to another process without the map, whose tokens would be copied."""
+        """Pickle without the memory maps, whose tokens would be copied."""
         return {**self.__dict__, "_tokens": None}
 
 

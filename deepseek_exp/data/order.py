@@ -1,7 +1,7 @@
-"""The order in which the sequences of a token stream are visited: pure functions of a global index.
+"""The order in which the sequences of a token stream are visited, as pure functions of a global index.
 
 Sequence i of a stream is tokens[i * seq_len : i * seq_len + seq_len + 1]. Index g counts the sequences consumed since
-the start of training, over all epochs; nothing depends on the number of loader processes or devices.
+the start of training, over all epochs. The order does not depend on the number of loader processes or devices.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Shuffled:
 
 @dataclass(frozen=True)
 class Contiguous:
-    """Each lane of a batch reads on through its own equal part of the stream, and starts over at its end.
+    """Each lane of a batch reads its own equal part of the stream in order, and starts over at the end of the part.
 
-    Lane g % n_lanes is at step g // n_lanes; a part has n_sequences // n_lanes sequences, what is left over at the end
-    of the stream is not visited.
+    Index g belongs to lane g % n_lanes at step g // n_lanes. A part has n_sequences // n_lanes sequences; the remainder
+    at the end of the stream is not visited.
     """
 
     n_sequences: int
@@ -62,19 +62,19 @@ class Contiguous:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Several streams, each with its own share and its own random order, epoch after epoch.
+    """Several streams, each with its own share and its own random order per epoch.
 
-    Sequences count through all parts in turn: part k has the numbers from starts[k] on. Of the first n * BLOCK indices
-    part k has a number that is its share of them within a few slots (`_counts`), so long-run shares are the weights
-    exactly. Block b = index // BLOCK holds the difference of two such counts, in an arrangement that is random by
-    (seed, b). A part's sequences come in the order `Shuffled` gives them, with a seed of the part's own, none twice in
-    an epoch of the part. Any index costs O(BLOCK) time and memory.
+    Sequences are numbered consecutively through all parts; those of part k start at starts[k]. Among the first
+    n * BLOCK indices, the count of part k equals its share within a few slots (`_counts`), so the long-run shares are
+    exactly the weights. Block b = index // BLOCK holds the difference of two such counts, in a random arrangement
+    seeded by (seed, b). The sequences of a part come in the order of `Shuffled` with a seed specific to the part, so
+    none repeats within an epoch of the part. Any index costs O(BLOCK) time and memory.
 
     Attributes:
-        names: of the parts; they decide the parts' seeds, so that other parts' orders don't depend on a new one.
-        sizes: sequences of each part.
-        weights: share of each part, times any factor.
-        seed: of the arrangements and the orders.
+        names: names of the parts. They determine the parts' seeds, so that adding a part keeps the others' orders.
+        sizes: number of sequences of each part.
+        weights: share of each part, up to a common factor.
+        seed: seed of the arrangements and the orders.
     """
 
     names: tuple[str, ...]
@@ -84,7 +84,7 @@ class Mixed:
 
     @cached_property
     def starts(self) -> list[int]:
-        """Number of the first sequence of each part."""
+        """Index of the first sequence of each part."""
         return [0, *accumulate(self.sizes)][:-1]
 
     def sequence_at(self, index: int) -> int:
@@ -104,7 +104,7 @@ def _seed(seed: int, name: str) -> int:
 
 @lru_cache(maxsize=16)
 def _block(weights: tuple[float, ...], seed: int, block: int) -> list[tuple[int, int]]:
-    """Lay out a block: for each slot the part, and how many of the part's sequences came before."""
+    """Return the slots of a block, each as (part, number of earlier sequences of the part)."""
     done = _counts(weights, block * BLOCK)
     counts = [after - before for after, before in zip(_counts(weights, (block + 1) * BLOCK), done, strict=True)]
     ends, order, layout = list(accumulate(counts)), Shuffled(BLOCK, seed), []
@@ -116,10 +116,10 @@ def _block(weights: tuple[float, ...], seed: int, block: int) -> list[tuple[int,
 
 
 def _counts(weights: Sequence[float], n: int) -> list[int]:
-    """Share n out by weights, to whole numbers.
+    """Divide n into integer counts proportional to the weights.
 
-    Part 0 takes its share, rounded; part 1 its share of what is left, and so on. As n grows by one, so does exactly one
-    of the counts: rounded x * share grows by 0 or 1 when x grows by 1, and what it leaves by 1 or 0.
+    Part 0 gets its rounded share, part 1 its rounded share of the remainder, and so on. If n grows by one, exactly one
+    count grows by one: rounded x * share grows by 0 or 1 if x grows by 1, and the remainder grows by 1 or 0.
     """
     counts, left, rest = [], n, sum(map(Fraction, weights))
     for weight in map(Fraction, weights):
@@ -135,7 +135,7 @@ def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def _feistel(place: int, half: int, keys: tuple[int, ...]) -> int:
-    """Permute the numbers of 2 * half bits; one to one whatever the round function is."""
+    """Permute the numbers of 2 * half bits. Bijective for every round function."""
     mask = (1 << half) - 1
     left, right = place >> half, place & mask
     for k in keys:
@@ -144,7 +144,7 @@ def _feistel(place: int, half: int, keys: tuple[int, ...]) -> int:
 
 
 def _mix(x: int) -> int:
-    """Finalizer of splitmix64: a 64-bit hash of a 64-bit number."""
+    """Return a 64-bit hash of a 64-bit number (the finalizer of splitmix64)."""
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
     x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
     return x ^ x >> 31

@@ -1,4 +1,4 @@
-"""From the data section to tokens on disk: found in the cache, or built into it."""
+"""Prepare the tokens of a data section on disk: find them in the cache, or build them there."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Part:
     """One text of an experiment, packed.
 
     Attributes:
-        name: in data.mixture; "" where the source is no mixture, which then is the only part.
+        name: its name in data.mixture; "" for the only part of any other source.
         weight: its share of the sequences is this / the sum of all weights.
-        train: tokens to train on.
-        valid: tokens to validate on.
+        train: tokens for training.
+        valid: tokens for validation.
     """
 
     name: str
@@ -52,15 +52,15 @@ class Part:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Text, ready to train on.
+    """Text that is ready for training.
 
     Attributes:
-        tokenizer: trained on the training text of all parts, or given.
+        tokenizer: the tokenizer, trained on the training text of all parts or read from data.tokenizer.
         parts: in the order of data.mixture; one, without a name, for every other source.
-        unigram_bits: (vocab_size,) float64, bits that each token costs a model that knows only how often it is in the
-            training text; each part of a mixture counts by its weight.
-        skipped: rows that could not be read (data.on_bad_line=skip), by file.
-        inputs: what an experiment tracker records of each split of each part: name, context, digest, source,
+        unigram_bits: (vocab_size,) float64, cost in bits of each token under the token frequencies of the training
+            text; the parts of a mixture are weighted.
+        skipped: number of unreadable rows (data.on_bad_line=skip), by file.
+        inputs: records for the experiment tracker, one per split of each part: name, context, digest, source,
             n_documents, n_bytes, n_tokens.
     """
 
@@ -72,34 +72,34 @@ class PreparedData:
 
     @property
     def part_names(self) -> list[str]:
-        """Names of the parts of a mixture, in its order; none for every other source."""
+        """Names of the parts of a mixture, in order; empty for every other source."""
         return [part.name for part in self.parts if part.name]
 
     @property
     def n_train_tokens(self) -> int:
-        """Tokens to train on, of all parts."""
+        """Number of training tokens of all parts."""
         return sum(part.train.n_tokens for part in self.parts)
 
     @property
     def n_valid_tokens(self) -> int:
-        """Tokens to validate on, of all parts."""
+        """Number of validation tokens of all parts."""
         return sum(part.valid.n_tokens for part in self.parts)
 
     def first_words(self) -> str:
-        """Return the beginning of the first line of validation text, as a prompt; 5 words or 40 characters at most."""
+        """Return the beginning of the first validation line as a prompt, at most 5 words or 40 characters."""
         shard = self.parts[0].valid
         ids = shard.open()[:PROMPT_TOKENS].tolist()
         if self.tokenizer.end_id in ids:
             ids = ids[: ids.index(self.tokenizer.end_id)]
-        text = self.tokenizer.decode(ids).strip("\ufffd \t\r\n")  # half a character may be at the end
+        text = self.tokenizer.decode(ids).strip("\ufffd \t\r\n")  # the cut may split a character
         line = text.partition("\n")[0]
         return " ".join(line.split()[:5])[:40].rstrip()
 
     def digests(self) -> dict[str, str]:
-        """Identify the data by its content, whatever its path: name -> sha256.
+        """Return the sha256 digests of the data by name. They depend on its content, not on its path.
 
         Names are `tokenizer`, `train` and `valid` (the text of a split), `train tokens` and `valid tokens` (its packed
-        ids); of a mixture `train of <part>`, `train tokens of <part>` and so on.
+        ids). For a mixture they are `train of <part>`, `train tokens of <part>` and so on.
         """
         found = {"tokenizer": self.tokenizer.digest}
         for part in self.parts:
@@ -111,19 +111,19 @@ class PreparedData:
 
 
 def prepare(cfg: DataConfig) -> PreparedData:
-    """Make the tokenizer and the packed tokens of a data section, or find them in `cfg.cache_dir`.
+    """Build the tokenizer and packed tokens of a data section, or find them in `cfg.cache_dir`.
 
-    The cache is keyed by the settings, by path, size and time of change of every file, and by the content of a given
-    tokenizer, so a second start reads no text. Several processes may call this at once: one builds, the others wait.
-    Packed tokens whose digest is not that of their record are packed again.
+    The cache is keyed by the settings, by path, size and mtime of every file, and by the content of data.tokenizer, so
+    a second start reads no text. Several processes may call this at once: one builds and the others wait. Packed tokens
+    whose digest differs from the recorded one are packed again.
 
     Raises:
-        DataError: there is no such text or tokenizer, it cannot be read or used, the text is too short, or the cache
+        DataError: the text or tokenizer does not exist or cannot be read or used, the text is too short, or the cache
             cannot be written.
     """
     try:
         plan, (tokenizer, packed) = _find_or_build(cfg)
-    except OSError as error:  # what is read of the text and of tokenizers is worded where it is read
+    except OSError as error:  # the cache; errors of reading text and tokenizers are converted where they are read
         raise DataError(_unusable_cache(cfg, error)) from error
     _check_lengths(plan, packed)
     for corpus in plan.corpora:
@@ -148,7 +148,7 @@ def prepare(cfg: DataConfig) -> PreparedData:
 
 def _find_or_build(cfg: DataConfig) -> tuple[_Plan, tuple[Tokenizer, list[Shards]]]:
     plan = _Plan.of(cfg)
-    if plan.given is not None:  # it may be that of a checkpoint, trained on this very text, which is packed already
+    if plan.given is not None:  # it may be a checkpoint's, trained on the same text, whose tokens are already packed
         trained = plan.keyed(None)
         found = _cached(trained)
         if found is not None and found[0].digest == plan.given.digest:
@@ -168,16 +168,16 @@ def _unusable_cache(cfg: DataConfig, error: OSError) -> Problem:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is looked for in the cache, and built when it is not there.
+    """The cache entries of a data section, which are built if they do not exist.
 
     Attributes:
         cfg: the data section.
-        given: the tokenizer that is used instead of one that is trained.
+        given: an existing tokenizer to use instead of training one.
         corpora: the text of each part.
-        fingerprints: of each.
-        lock: file that keeps others out while the tokenizer is trained and the parts are packed; all who would write
-            into one of the folders use the same.
-        folders: of each part's packed tokens.
+        fingerprints: fingerprint of each part's text.
+        lock: lock file held while the tokenizer is trained and the parts are packed. All processes that write to one
+            of the folders use the same file.
+        folders: folder of each part's packed tokens.
     """
 
     cfg: DataConfig
@@ -194,9 +194,9 @@ class _Plan:
         return cls(cfg, None, corpora, prints, Path(), []).keyed(given)
 
     def keyed(self, given: Tokenizer | None) -> _Plan:
-        """Return the same plan with the tokenizer `given`, or one that is trained on the text."""
+        """Return the plan with the tokenizer `given`, or with one trained on the text if it is None."""
         prints = self.fingerprints
-        # what decides about the tokenizer
+        # The cache key of the tokenizer.
         vocabulary = given.digest[:32] if given else prints[0] if len(prints) == 1 else _hash(*prints)
         top = expand(self.cfg.cache_dir).absolute() / "shards"
         folders = [top / (p if p == vocabulary else _hash(p, vocabulary)) for p in prints]
@@ -208,7 +208,7 @@ def _hash(*words: str) -> str:
 
 
 def _given(cfg: DataConfig) -> Tokenizer | None:
-    """Read the tokenizer that the configuration names."""
+    """Return the tokenizer that data.tokenizer names, or None."""
     return None if cfg.tokenizer is None else Tokenizer.named(cfg.tokenizer, cfg.vocab_size)
 
 
@@ -243,7 +243,7 @@ def _build(plan: _Plan) -> tuple[Tokenizer, list[Shards]]:
 
 
 def _check_unchanged(plan: _Plan) -> None:
-    """Refuse what was packed from text that changed meanwhile."""
+    """Raise an error if the text changed while it was packed."""
     changed = [
         corpus for corpus, before in zip(plan.corpora, plan.fingerprints, strict=True) if corpus.fingerprint() != before
     ]
@@ -255,9 +255,9 @@ def _check_unchanged(plan: _Plan) -> None:
 
 
 def _tokenizer(plan: _Plan, surveys: list[Survey]) -> tuple[Tokenizer, str]:
-    """Find the tokenizer in the cache, or train it; its file name depends on the training text alone.
+    """Find the tokenizer in the cache, or train it. Its file name depends only on the training text.
 
-    A given tokenizer is put there too, so that all packed tokens name theirs in one way.
+    An existing tokenizer is copied into the cache too, so that all packed tokens refer to theirs in the same way.
     """
     if plan.given:
         path = _tokenizers(plan.cfg) / f"{plan.given.digest[:32]}.json"
@@ -279,7 +279,7 @@ def _tokenizer(plan: _Plan, surveys: list[Survey]) -> tuple[Tokenizer, str]:
 
 
 def _unigram_bits(weights: list[float], packed: list[Shards]) -> Tensor:
-    """Mix the parts' token frequencies by weight: -log2(sum of share * 2^-bits)."""
+    """Return the bits of the parts' token frequencies mixed by weight: -log2(sum of share * 2^-bits)."""
     if len(packed) == 1:
         return torch.from_numpy(packed[0].unigram_bits)
     frequencies = sum(w / sum(weights) * np.exp2(-p.unigram_bits) for w, p in zip(weights, packed, strict=True))
@@ -292,7 +292,7 @@ def _tokenizers(cfg: DataConfig) -> Path:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Keep other processes of this machine out; the lock ends with the process, however it ends."""
+    """Hold an exclusive lock among the processes of this machine. It is released however the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as lock:
         try:
@@ -304,7 +304,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _check_text(corpus: Corpus, found: Survey) -> None:
-    """Refuse a corpus without text to train on or to validate on, before anything is trained."""
+    """Raise an error if a corpus has no training or no validation text, before anything is trained."""
     cfg, path, valid_path = corpus.cfg, corpus.key("path"), corpus.key("valid_path")
     if not found.n_bytes["train"]:
         if cfg.source is Source.text:

@@ -1,4 +1,4 @@
-"""Files of text into documents, one at a time; a row that cannot be read stops the run or is counted."""
+"""Read documents from text files, one at a time. An unreadable row stops the run or is skipped and counted."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BOM = b"\xef\xbb\xbf"
 OTHER_KEY = "set data.text_key to the key of the text, or data.on_bad_line=skip"
 MEND = "mend the row, or set data.on_bad_line=skip"
 CONVERT = "convert the file ({}), leave it out, or set data.on_bad_line=skip"
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # what such a file begins with
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 REPLACE = "replace the file, or leave it out"
 
 
 class _BadRow(Exception):
-    """One row cannot be read: which rule it breaks, the remedy, and the lines of the row before the fault."""
+    """A row cannot be read. Holds the broken rule, the fix, and the number of lines of the row before the fault."""
 
     def __init__(self, rule: str, fix: str = MEND, lines_before: int = 0) -> None:
         super().__init__(rule)
@@ -33,17 +33,17 @@ class _BadRow(Exception):
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads documents and decides about rows that cannot be read.
+    """Reads documents and handles rows that cannot be read.
 
-    A .txt or .md file is one document, line ends kept. A line of .jsonl and a row of .parquet is one document, found
-    under `text_key`. Empty rows (nothing but white space) hold no document. How documents are split into training and
-    validation text: corpus.py.
+    A .txt or .md file is one document, with its line ends. Each line of .jsonl and each row of .parquet is one
+    document, in the field `text_key`. Rows of only whitespace are skipped. corpus.py splits documents into training and
+    validation text.
 
     Attributes:
-        key: configuration key that holds the path, for messages.
+        key: configuration key of the path, for messages.
         text_key: field of a .jsonl row or column of a .parquet file that holds the text.
         on_bad_line: stop with a DataError, or skip and count.
-        skipped: count of skipped rows by file; this reader adds to it.
+        skipped: number of skipped rows by file; updated in place.
     """
 
     key: str
@@ -55,7 +55,7 @@ class Reader:
         """Yield the documents of one file.
 
         Raises:
-            DataError: a row cannot be read and on_bad_line is stop; or the file as a whole cannot be read.
+            DataError: a row cannot be read and on_bad_line is stop, or the file cannot be read at all.
         """
         rows, parse = self._open(path)
         for line, row in self._guarded(path, rows):
@@ -71,7 +71,7 @@ class Reader:
                 yield text
 
     def _open(self, path: Path) -> tuple[Iterator[tuple[int, Any]], Callable[[Any], str]]:
-        """Find how a file is read: an iterator over (number from 1, raw row), and what turns a raw row into text."""
+        """Return an iterator over the file's (number from 1, raw row), and the function that decodes a raw row."""
         name = path.name.lower()
         if name.endswith((".txt", ".md")):
             return _whole(path), _file_text
@@ -149,7 +149,7 @@ def _decode(raw: bytes) -> str:
 
 
 def _file_text(raw: bytes) -> str:
-    """Decode a whole file, whose encoding is that of no row alone."""
+    """Decode an entire file, whose encoding cannot be judged by a single row."""
     try:
         return _decode(raw)
     except _BadRow as bad:
@@ -157,7 +157,7 @@ def _file_text(raw: bytes) -> str:
 
 
 def _not_utf_8(raw: bytes, rule: str, lines_before: int) -> _BadRow:
-    """Describe what a file seems to be, if it is not UTF-8 as `rule` says."""
+    """Return the error for a file that breaks `rule` because it is not UTF-8, with a guess at its encoding."""
     if raw.startswith(UTF_16):
         return _BadRow("is UTF-16, not UTF-8", CONVERT.format("iconv -f utf-16 -t utf-8"), lines_before)
     if b"\0" in raw:
@@ -177,7 +177,7 @@ def _cell_text(cell: Any) -> str:
 
 
 def _encodable(text: str) -> str:
-    r"""Refuse half of a surrogate pair, which JSON can write (as \ud83d alone) and UTF-8 cannot."""
+    r"""Return the text; raise an error for a lone surrogate, which JSON can express (as \ud83d) and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,10 +1,10 @@
-"""Tokens of a corpus, packed into one memory-mapped file per split, built once.
+"""Tokens of a corpus, packed once into one memory-mapped file per split.
 
 A folder `<fingerprint>` holds train.bin and valid.bin (flat token ids, <|endoftext|> after each document),
-unigram_bits.npy and meta.json. It is built next to its place, synced and renamed, so it is whole or not there.
+unigram_bits.npy and meta.json. It is built in an adjacent folder, synced and renamed, so it is complete or absent.
 
-meta.json has the sha256 of the other files and one of itself. Token files may be large, so they are read for their
-digest only if they are not those that were read the last time, by size, times and inode (verified.json).
+meta.json has the sha256 of the other files and of itself. Token files may be large, so their digest is only recomputed
+if size, times or inode differ from those at the last verification (verified.json).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNIGRAM = "unigram_bits.npy"
 VERIFIED = "verified.json"
 BATCH_CHARS = 1 << 20
 REPORT_SECONDS = 5.0
-BIG = 1 << 30  # bytes that take about a second to verify
+BIG = 1 << 30  # bytes; verifying them takes about a second
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,9 @@ class Shard:
     Attributes:
         path: file of token ids.
         dtype: numpy type of an id.
-        n_tokens: ids in the file, ends of documents included.
-        n_documents: documents.
-        n_bytes: bytes of text, UTF-8.
+        n_tokens: number of ids in the file, including ends of documents.
+        n_documents: number of documents.
+        n_bytes: size of the text in UTF-8, in bytes.
         digest: sha256 of the text, in hexadecimal.
         tokens_digest: sha256 of the file of token ids.
     """
@@ -62,21 +62,21 @@ class Shard:
     tokens_digest: str
 
     def open(self) -> np.memmap:
-        """Map the ids, shape (n_tokens,), read-only."""
+        """Return a read-only memory map of the ids, shape (n_tokens,)."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Both splits, and what was found while they were built.
+    """Both splits, with the statistics collected while they were built.
 
     Attributes:
-        train: tokens to train on.
-        valid: tokens to validate on.
-        tokenizer: sha256 of the tokenizer that made them.
+        train: tokens for training.
+        valid: tokens for validation.
+        tokenizer: sha256 of the tokenizer that encoded them.
         tokenizer_file: name of its file.
-        unigram_bits: (vocab_size,) float64, bits that each token costs under the frequencies of the training tokens.
-        skipped: rows that could not be read, by file.
+        unigram_bits: (vocab_size,) float64, cost in bits of each token under the frequencies of the training tokens.
+        skipped: number of unreadable rows, by file.
     """
 
     train: Shard
@@ -89,7 +89,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a first reading of a corpus finds: documents, bytes and sha256 by split, rows skipped by file."""
+    """Result of a first pass over a corpus: documents, bytes and sha256 by split, skipped rows by file."""
 
     n_documents: Counter[str]
     n_bytes: Counter[str]
@@ -98,7 +98,10 @@ class Survey:
 
 
 def survey(corpus: Corpus) -> Survey:
-    """Read a corpus once. The digest of a split is over (size as 8 bytes, UTF-8 text) of each document."""
+    """Read a corpus once and return its statistics.
+
+    The digest of a split is over (size as 8 bytes, UTF-8 text) of each document.
+    """
     n_documents, n_bytes, skipped = Counter(), Counter(), Counter()
     hashes = {split: hashlib.sha256() for split in SPLITS}
     for split, text in corpus.documents(skipped):
@@ -111,14 +114,14 @@ def survey(corpus: Corpus) -> Survey:
 
 
 class _DamagedError(Exception):
-    """A folder does not hold what was packed into it; the text says what is wrong."""
+    """A folder does not hold what was packed into it; the message states what is wrong."""
 
 
 def load(folder: Path, *, warn: bool = False) -> Shards | None:
-    """Open what `build` made; None if it is not there or damaged.
+    """Return the shards that `build` wrote, or None if they are missing or damaged.
 
     Args:
-        folder: of packed tokens.
+        folder: folder of the packed tokens.
         warn: log what is damaged.
     """
     try:
@@ -157,7 +160,7 @@ def _json_digest(tree: dict[str, Any]) -> str:
 
 
 def _check_tokens(folder: Path, packed: dict[str, Shard]) -> None:
-    """Compare the token files with their digests, unless they are the ones that were compared the last time."""
+    """Compare the token files with their digests, unless they are unchanged since the last comparison."""
     stamps = {split: _stamp(shard.path) for split, shard in packed.items()}
     if _read_stamps(folder) == stamps:
         return
@@ -168,12 +171,12 @@ def _check_tokens(folder: Path, packed: dict[str, Shard]) -> None:
         with shard.path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.tokens_digest:
                 raise _DamagedError(f"{shard.path.name} is not what was packed")
-    with contextlib.suppress(OSError):  # a folder that cannot be written is verified at each start
+    with contextlib.suppress(OSError):  # a read-only folder is verified at each start
         _write_stamps(folder, stamps)
 
 
 def _stamp(path: Path) -> list[int]:
-    """Return what changes when a file is written to or replaced: size, times in nanoseconds, inode."""
+    """Return the attributes that change if a file is written or replaced: size, times in nanoseconds, inode."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
@@ -192,26 +195,26 @@ def _write_stamps(folder: Path, stamps: dict[str, list[int]]) -> None:
 
 
 def build(corpus: Corpus, found: Survey, tokenizer: Tokenizer, tokenizer_file: str, folder: Path) -> Shards:
-    """Pack a corpus into a folder; documents are in memory one batch at a time.
+    """Pack a corpus into a folder, with one batch of documents in memory at a time.
 
-    Only one process of a machine may build a folder at a time. When another machine finishes the same folder first,
-    that one is kept.
+    Only one process of a machine may build a folder at a time. If another machine finishes the same folder first, its
+    result is kept.
 
     Args:
         corpus: the documents.
         found: its survey.
-        tokenizer: what encodes them.
-        tokenizer_file: name of the tokenizer's file, for the record.
-        folder: where the result appears.
+        tokenizer: the tokenizer that encodes them.
+        tokenizer_file: name of the tokenizer's file, stored in meta.json.
+        folder: destination folder.
     """
     part = folder.with_name(f"{folder.name}.{socket.gethostname()}.part")
-    for leftover in (part, folder):  # of a build that was killed, or a folder that was damaged
+    for leftover in (part, folder):  # from a killed build, or damaged
         shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         _fill(part, corpus, found, tokenizer, tokenizer_file)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)  # above all if the disk is full
+        shutil.rmtree(part, ignore_errors=True)  # especially if the disk is full
         raise
     publish(part, folder)
     return load(folder)
@@ -248,7 +251,7 @@ def _fill(part: Path, corpus: Corpus, found: Survey, tokenizer: Tokenizer, token
 
 
 def publish(part: Path, folder: Path) -> None:
-    """Give a finished folder its name; when a whole one has that name already, it stays and ours goes."""
+    """Rename a finished folder to its final name. If a complete one exists already, keep it and delete ours."""
     try:
         part.rename(folder)
     except OSError:
@@ -261,10 +264,10 @@ def publish(part: Path, folder: Path) -> None:
 
 
 def unigram_bits(counts: np.ndarray) -> np.ndarray:
-    """Cost of each token for a model that knows only how often it was seen: -log2((count + 1) / (total + vocab_size)).
+    """Return the cost of each token under a unigram model: -log2((count + 1) / (total + vocab_size)).
 
     Args:
-        counts: (vocab_size,) how often each id is in the training tokens, ends of documents included.
+        counts: (vocab_size,) number of occurrences of each id in the training tokens, including ends of documents.
 
     Returns:
         (vocab_size,) float64, bits.
@@ -273,7 +276,7 @@ def unigram_bits(counts: np.ndarray) -> np.ndarray:
 
 
 def reported(documents: Iterable[Document], what: str, total_bytes: int) -> Iterator[Document]:
-    """Pass documents on, with a line in the log every few seconds."""
+    """Yield the documents, logging progress every few seconds."""
     done, last = 0, time.monotonic()
     for split, text in documents:
         yield split, text
@@ -286,7 +289,7 @@ def reported(documents: Iterable[Document], what: str, total_bytes: int) -> Iter
 def _write_tokens(
     documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, folder: Path
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Write <split>.bin files; returns counts of ids, (vocab_size,) by split, and each file's sha256."""
+    """Write the <split>.bin files. Return the counts of ids by split, each (vocab_size,), and the sha256 by split."""
     counts = {split: np.zeros(tokenizer.vocab_size, dtype=np.int64) for split in SPLITS}
     hashes = {split: hashlib.sha256() for split in SPLITS}
     with (folder / "train.bin").open("wb") as train, (folder / "valid.bin").open("wb") as valid:
@@ -307,7 +310,7 @@ def _write_tokens(
 
 
 def _batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[list[tuple[str, str, bool]]]:
-    """Group (split, piece of a document, whether the document ends with it) into batches of about a megabyte."""
+    """Yield batches of about a megabyte of (split, piece of a document, whether it is the last piece)."""
     batch, size = [], 0
     for split, text in documents:
         todo = list(tokenizer.pieces(text))

@@ -1,8 +1,8 @@
-"""How a BPE tokenizer writes text as tokens: by bytes, or as SentencePiece does, with byte fallback.
+"""The two supported forms of BPE tokenizers: byte-level, and SentencePiece with byte fallback.
 
-Byte level (GPT-2, section 2.2): each character of a token stands for one byte. SentencePiece (Kudo and Richardson 2018;
-Llama 2, Mistral): a token is text in which U+2581 stands for a space, one of these is put before the text, and a
-character that has no token becomes one token `<0xE9>` for each of its bytes.
+Byte-level (GPT-2, section 2.2): each character of a token represents one byte. SentencePiece (Kudo and Richardson 2018;
+Llama 2, Mistral): a token is text in which U+2581 represents a space, a space is prepended to the text, and a character
+without a token becomes one token such as `<0xE9>` for each of its bytes.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from tokenizers import pre_tokenizers
 SPACE = "▁"
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
-# normalizers and pre-tokenizers that change nothing but where SentencePiece puts its spaces
+# Normalizers and pre-tokenizers that only affect where SentencePiece puts its spaces.
 PREPEND = {"type": "Prepend", "prepend": SPACE}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 DECODERS = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
 DECODERS += [{"type": "Fuse"}]
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-# a line break after a letter or a digit, before each kind of character that pre-tokenizers tell apart
+# A line break after a letter or digit, before each class of characters that pre-tokenizers distinguish.
 LINE_BREAKS = ["a\nb", "a\n b", "7\n7", "é\n\n", "a\n!", "世\n\t", "a\r\nb", "a\n世"]
 
 
 class Form:
-    """What a tokenizer does with text before and after its vocabulary.
+    """How a tokenizer transforms text before encoding and after decoding.
 
     Attributes:
-        sentencepiece: it is of SentencePiece's kind.
-        puts_space: of that kind, a text gets a space in front if it has none there; a document counts one byte more.
-        cuttable: a line break after a letter or a digit always begins a new word.
+        sentencepiece: whether it has the SentencePiece form.
+        puts_space: SentencePiece prepends a space if the text does not begin with one; adds one byte per document.
+        cuttable: a line break after a letter or digit always begins a new word.
     """
 
     def __init__(self, bpe: tokenizers.Tokenizer) -> None:
-        """Read the form of a tokenizer, whichever kind it is."""
+        """Determine the form of a tokenizer."""
         self._bpe = bpe
         self._normalizers = list(_parts(bpe.normalizer, "normalizers"))
         self._words = list(_parts(bpe.pre_tokenizer, "pretokenizers"))
@@ -48,10 +48,10 @@ class Form:
         self.cuttable = not self.sentencepiece and all(map(self._begins_word, LINE_BREAKS))
 
     def check(self) -> None:
-        """Refuse a form that is neither.
+        """Check that the form is one of the two supported ones.
 
         Raises:
-            ValueError: the text continues after "the file" or a file's name.
+            ValueError: it is not; the message continues a sentence that starts with the file's name.
         """
         vocab = self._bpe.get_vocab()
         if not self.sentencepiece:
@@ -75,7 +75,7 @@ class Form:
                 raise ValueError(f"{rule}; the Unicode normal forms {', '.join(UNICODE_FORMS)} are understood")
 
     def normalize(self, text: str) -> str:
-        """Return what the tokens of a text decode to."""
+        """Return the text that the tokens of a text decode to."""
         if self._bpe.normalizer is not None:
             text = self._bpe.normalizer.normalize_str(text)
         if not self.sentencepiece:
@@ -86,9 +86,9 @@ class Form:
         return text.removeprefix(" ") if STRIP in self._decoders else text
 
     def n_bytes(self, token: str) -> int:
-        """Return how many bytes of normalized text an entry of the vocabulary stands for."""
+        """Return the number of bytes of normalized text that a vocabulary entry represents."""
         if not self.sentencepiece:
-            return len(token)  # one character stands for one byte
+            return len(token)  # one character per byte
         return 1 if BYTE.fullmatch(token) else len(token.replace(SPACE, " ").encode())
 
     def _begins_word(self, text: str) -> bool:
@@ -100,7 +100,7 @@ class Form:
 
 
 def _parts(component: Any, name: str) -> Iterator[dict[str, Any]]:
-    """List the parts of a normalizer, pre-tokenizer or decoder as their JSON says, sequences taken apart."""
+    """Yield the JSON of the parts of a normalizer, pre-tokenizer or decoder, with sequences flattened."""
 
     def walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if node["type"] == "Sequence":

@@ -1,4 +1,4 @@
-"""BPE tokenizers (Sennrich et al. 2016): a byte-level one trained offline on the text, or one that others trained."""
+"""BPE tokenizers (Sennrich et al. 2016): a byte-level one trained offline on the text, or an existing one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from deepseek_exp.disk import expand
 from deepseek_exp.errors import DataError, Problem
 
 END = "<|endoftext|>"
-# what ends a document in a file of others: the first of these that is a special token there
+# End-of-document tokens of existing tokenizers. The first one that is a special token is used.
 ENDS = (END, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")
-# texts in which a tokenizer that changes text otherwise than `Form.normalize` says changes something
+# Probe texts that reveal a tokenizer whose changes to text differ from `Form.normalize`.
 PROBES = [
     "A b  c\t\r\n\n\x00 don't 1234 é e\u0301 ﬁ Ⅳ 大家。\u3000🙂 x",
     "",
@@ -37,26 +37,25 @@ PIECE_CHARS = 1 << 16
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
-    All 256 bytes are in the vocabulary, so any text can be encoded, and comes back unchanged from a tokenizer that is
-    trained here. One that others trained may normalize text: to a Unicode normal form, and one of SentencePiece's kind
-    takes U+2581 for a space and puts a space in front of a document (see token_form.py). The end of a document is a
-    special token, the first of `ENDS` that there is; no text produces it, not even one that contains the words
-    `<|endoftext|>`.
+    All 256 bytes are in the vocabulary, so any text can be encoded. A tokenizer that is trained here restores it
+    unchanged. An existing one may normalize text to a Unicode normal form; one with the SentencePiece form also treats
+    U+2581 as a space and prepends a space to a document (see token_form.py). The end of a document is a special token,
+    the first one of `ENDS` in the vocabulary. No text encodes to it, not even the literal `<|endoftext|>`.
 
     Attributes:
-        vocab_size: entries of the vocabulary, or more where ids were left out; ids are 0 .. vocab_size - 1.
+        vocab_size: the largest id + 1, which exceeds the number of entries if ids are skipped.
         end_id: id of the end of a document.
         json: the tokenizer in the tokenizers library's own format.
         digest: sha256 of `json`, in hexadecimal.
     """
 
     def __init__(self, json_text: str) -> None:
-        """Use the JSON of a tokenizer.
+        """Create the tokenizer from its JSON.
 
         Raises:
-            ValueError: it is none, or not one of this kind; the text goes on after "the file" or a file's name.
+            ValueError: it is no supported tokenizer; the message continues a sentence that starts with the file name.
         """
         self.json = json_text
         self._bpe = _parse(json_text)
@@ -67,7 +66,7 @@ class Tokenizer:
         if not found:
             raise ValueError(f"has no special token {' or '.join(ENDS)}")
         self.end_id = found[0]
-        self._bpe.encode_special_tokens = True  # written like a special token, yet text; the JSON does not keep this
+        self._bpe.encode_special_tokens = True  # encode their literals as plain text; the JSON does not store this
         self._bpe.no_truncation()
         self._bpe.no_padding()
         self.vocab_size = 1 + max(self._bpe.get_vocab().values())
@@ -75,12 +74,12 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Learn merges from texts; the same texts give the same tokenizer.
+        """Train a tokenizer on the texts. Deterministic.
 
         Args:
             texts: training documents.
-            vocab_size: entries at most, bytes and end of document included; a pair is merged when seen twice, so a
-                small corpus gives fewer.
+            vocab_size: maximum number of entries, including bytes and end of document. A pair must occur twice to be
+                merged, so a small corpus yields fewer entries.
         """
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -97,11 +96,11 @@ class Tokenizer:
 
     @classmethod
     def given(cls, path: Path) -> Tokenizer:
-        """Take a tokenizer that others trained; if its file has none of `ENDS`, `END` is added as its last entry.
+        """Load an existing tokenizer. If its file has none of `ENDS`, `END` is added as the last entry.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not a BPE on bytes or with byte fallback, or changes text in a way that is not understood.
+            ValueError: it is not a byte-level BPE or one with byte fallback, or it changes text in an unsupported way.
         """
         bpe = _parse(_read(path, errors="replace"))
         if not isinstance(bpe.model, models.BPE) or bpe.model.dropout:
@@ -111,7 +110,7 @@ class Tokenizer:
         if special.isdisjoint(ENDS):
             bpe.add_special_tokens([END])
         ids = list(bpe.get_vocab().values())
-        if len(set(ids)) < len(ids):  # the library numbers what is added by how many entries there are
+        if len(set(ids)) < len(ids):  # the library uses the number of entries as the id of an added token
             raise ValueError(f"leaves ids out, so that {END} cannot be added, and has no other end of a document")
         tokenizer = cls(bpe.to_str())
         tokenizer._probe()
@@ -119,14 +118,14 @@ class Tokenizer:
 
     @classmethod
     def named(cls, name: str, n_entries: int) -> Tokenizer:
-        """Take the tokenizer that `data.tokenizer` names.
+        """Load the tokenizer that `data.tokenizer` names.
 
         Args:
-            name: of its file.
-            n_entries: that the model has room for.
+            name: path of its file.
+            n_entries: maximum number of entries.
 
         Raises:
-            DataError: there is no such file, it is a tokenizer of another kind, or it has more entries.
+            DataError: the file does not exist, is not a supported tokenizer, or has more entries.
         """
         fix = (
             "use the tokenizer.json of a BPE on bytes or with byte fallback; data.tokenizer=null trains one on the text"
@@ -148,15 +147,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read what `save` wrote.
+        """Load a tokenizer that `save` wrote.
 
         Raises:
-            ValueError: the file is damaged, or a tokenizer of another kind.
+            ValueError: the file is damaged or is not a supported tokenizer.
         """
         return cls(_read(path))
 
     def save(self, path: Path) -> None:
-        """Write one JSON file in the format of the tokenizers library; it is whole or not there."""
+        """Write one JSON file in the format of the tokenizers library, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         with part.open("w", encoding="utf-8") as file:
@@ -166,53 +165,53 @@ class Tokenizer:
         part.replace(path)
 
     def encode(self, text: str) -> list[int]:
-        """Turn text into token ids."""
+        """Return the token ids of a text."""
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Turn many texts into token ids, on all cores."""
+        """Return the token ids of many texts, using all cores."""
         return [encoding.ids for encoding in self._bpe.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn token ids into text; bytes that are no UTF-8 become U+FFFD, the end of a document nothing."""
+        """Return the text of token ids. Invalid UTF-8 becomes U+FFFD; the end of a document is omitted."""
         return self._bpe.decode(ids)
 
     def continuation(self, before: Sequence[int], new: Sequence[int]) -> str:
-        """Turn ids that follow others into text.
+        """Return the text of ids that follow others.
 
-        What a token stands for can depend on what comes before: SentencePiece's first space of a text is left out.
+        The text of a token can depend on those before it: SentencePiece omits the first space of a text.
         """
         head = self.decode(before)
         return self.decode([*before, *new])[len(head) :]
 
     def normalize(self, text: str) -> str:
-        """Return the text that comes back from a text's tokens."""
+        """Return the text that the tokens of a text decode to."""
         return self._form.normalize(text)
 
     def pieces(self, text: str) -> Iterator[str]:
-        """Cut a long text into pieces that encode to the same tokens as the whole, to bound memory.
+        """Yield pieces of a long text that encode to the same tokens as the entire text, to bound memory.
 
-        A tokenizer in which words may go across the line breaks that `pieces` cuts at takes a text whole.
+        The text is not cut if words of the tokenizer may cross the line breaks at which `pieces` cuts.
         """
         return pieces(text) if self._form.cuttable else iter([text])
 
     @cached_property
     def token_bytes(self) -> torch.Tensor:
-        """How many bytes of normalized text each id stands for; 0 for special tokens, which text never holds.
+        """Number of bytes of normalized text that each id represents; 0 for special tokens, which text never contains.
 
-        The tokens of a text add up to the bytes of `normalize(text)`, and with SentencePiece's kind to one more, the
-        space in front of it. So bits per byte are bits per byte of normalized text.
+        The tokens of a text add up to the bytes of `normalize(text)`; with the SentencePiece form to one more, for the
+        prepended space. So bits per byte are bits per byte of normalized text.
 
         Returns:
             int64 tensor (vocab_size,).
         """
         sizes = [self._form.n_bytes(self._bpe.id_to_token(i) or "") for i in range(self.vocab_size)]
-        for i, token in self._bpe.get_added_tokens_decoder().items():  # these are written as text
+        for i, token in self._bpe.get_added_tokens_decoder().items():  # their entries are plain text
             sizes[i] = 0 if token.special else len(token.content.encode())
         return torch.tensor(sizes)  # (vocab_size,)
 
     def _probe(self) -> None:
-        """Try that texts come back as `normalize` says, with as many bytes as `token_bytes` says.
+        """Check that the probe texts decode to `normalize(text)`, with the bytes stated by `token_bytes`.
 
         Raises:
             ValueError: one does not.
@@ -227,14 +226,14 @@ class Tokenizer:
                 raise ValueError(f"has tokens that stand for other bytes than their entries say: {text!r}")
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str]]:
-        """Travel between processes as JSON."""
+        """Pickle as JSON."""
         return Tokenizer, (self.json,)
 
 
 def _parse(json_text: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(json_text)
-    except Exception as error:  # the library raises no narrower one
+    except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"is not the JSON of a tokenizer ({error})") from error
 
 
@@ -245,7 +244,7 @@ def _read(path: Path, errors: str = "strict") -> str:
 
 
 def _in_background(work: Callable[[], None]) -> None:
-    """Run what does not return to Python for long, so that a signal meanwhile is handled at once."""
+    """Run native code that does not return to Python for long in a thread, so that signals are handled at once."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -254,7 +253,7 @@ def _in_background(work: Callable[[], None]) -> None:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)  # it does not keep the process from ending
+    thread = threading.Thread(target=run, daemon=True)  # daemon: does not keep the process alive
     thread.start()
     while thread.is_alive():
         thread.join(0.2)
@@ -263,10 +262,10 @@ def _in_background(work: Callable[[], None]) -> None:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut a long text at line breaks that begin a new word; see `Tokenizer.pieces`.
+    """Yield pieces of a long text, cut at line breaks that begin a new word; see `Tokenizer.pieces`.
 
-    A line break after a letter or a digit always begins a new word of the pre-tokenizer (in GPT-2's pattern, and in
-    later ones, where a word of punctuation takes line breaks along), and no token crosses words; so the text is cut
+    A line break after a letter or digit always begins a new word of the pre-tokenizer (in GPT-2's pattern, and also in
+    later ones, in which a word of punctuation includes line breaks), and no token crosses words. So the text is cut
     there, about every 65536 characters.
     """
     start = 0

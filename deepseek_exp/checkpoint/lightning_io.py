@@ -1,14 +1,14 @@
 """Save and load the state of a run as plain files: safetensors for tensors, JSON for the rest.
 
-Nothing is pickled, so loading runs no code of the file's. Layout of a checkpoint folder:
+Nothing is pickled, so loading executes no code from the file. Layout of a checkpoint folder:
     model.safetensors   the model's parameters under their own names
     state.safetensors   every other tensor (optimizer, random number generators)
-    state.json          the rest of the tree, with a reference where a tensor stood
+    state.json          the rest of the tree, with a reference in place of each tensor
     manifest.json       see manifest.py
-and the texts handed over by the run (config.yaml, tokenizer.json). Where many ranks save, the model and its optimizer
-are in shard-00000.safetensors and so on, one a rank; see shards.py. They save in this order:
-    rank 0              folder = begin(target), and tells the others
-    every rank          save_shard(folder, ...); what it returns is gathered at rank 0
+and the texts of the run (config.yaml, tokenizer.json). If many ranks save, the model and its optimizer are in
+shard-00000.safetensors and so on, one per rank; see shards.py. They save in this order:
+    rank 0              folder = begin(target), and sends it to the others
+    every rank          save_shard(folder, ...); the results are gathered on rank 0
     rank 0              FolderCheckpointIO.finish(folder, target, ...)
 """
 
@@ -38,10 +38,10 @@ PREFIX = "model."
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Lightning's door to checkpoint folders."""
+    """Lightning's interface to checkpoint folders."""
 
     def __init__(self, texts: Mapping[str, str], run_id: str) -> None:
-        """Remember what goes into every checkpoint beside Lightning's own state.
+        """Store what goes into every checkpoint in addition to Lightning's own state.
 
         Args:
             texts: file name -> content, such as the resolved configuration.
@@ -50,7 +50,7 @@ class FolderCheckpointIO(CheckpointIO):
         self.texts, self.run_id = dict(texts), run_id
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write the folder `path` so that it is either whole or not there."""
+        """Write the folder `path` atomically."""
         folder = begin(Path(path))
         rest = {k: v for k, v in checkpoint.items() if k != "state_dict"}
         weights = {k.removeprefix(PREFIX): v for k, v in checkpoint["state_dict"].items()}
@@ -70,10 +70,10 @@ class FolderCheckpointIO(CheckpointIO):
 
         Args:
             folder: from `begin`.
-            target: where the checkpoint will stand.
+            target: the final path of the checkpoint.
             checkpoint: Lightning's; its `state_dict` and `optimizer_states` are in the shards.
-            whole: what is said once of all shards.
-            shards: what `save_shard` returned on all ranks, together.
+            whole: metadata common to all shards.
+            shards: the results of `save_shard` on all ranks, merged.
 
         Raises:
             ValueError: the folder does not hold these shards.
@@ -98,7 +98,7 @@ class FolderCheckpointIO(CheckpointIO):
         manifest.seal(folder, target, step=step, run_id=self.run_id, digests=digests, **said)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a folder back into the tree that one process saves; `manifest.locate` checks its digests before."""
+        """Read a folder back into the tree that one process saves; `manifest.locate` checks its digests first."""
         folder = Path(path)
         if not (folder / MODEL).is_file():
             return _of_one_process(open_state(folder))
@@ -113,7 +113,7 @@ class FolderCheckpointIO(CheckpointIO):
 
 
 def begin(target: Path) -> Path:
-    """Make the empty folder that the checkpoint `target` is written to until it is whole."""
+    """Create the empty folder that the checkpoint `target` is written to until it is complete."""
     folder = part_folder(target)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -121,12 +121,12 @@ def begin(target: Path) -> Path:
 
 
 def remove_unfinished(target: Path) -> None:
-    """Remove what there is of the checkpoint `target` before it is whole."""
+    """Remove an incomplete checkpoint `target`."""
     shutil.rmtree(part_folder(target), ignore_errors=True)
 
 
 def part_folder(target: Path) -> Path:
-    """Name the folder that the checkpoint `target` is written to until it is whole."""
+    """Return the folder that the checkpoint `target` is written to until it is complete."""
     return target.with_name(f".{target.name}.part")
 
 
@@ -142,11 +142,11 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def in_one_file(checkpoint: Path, beside: Path) -> Iterator[Path]:
-    """Give a checkpoint whose weights lie in one model.safetensors, for as long as it is needed.
+    """Yield a checkpoint whose weights are in one model.safetensors; it exists inside the context only.
 
     Args:
-        checkpoint: of any layout; one of one process is given as it is.
-        beside: of shards, the merged weights and the texts are written to a folder next to this one, and removed after.
+        checkpoint: of any layout; a checkpoint of one process is yielded unchanged.
+        beside: merged shards and the texts are written to a temporary folder next to this one.
     """
     if (checkpoint / MODEL).is_file():
         yield checkpoint
@@ -169,7 +169,7 @@ def _weights(state: State) -> dict[str, Tensor]:
 
 
 def _of_one_process(state: State) -> dict[str, Any]:
-    """Give what one process would have saved: Lightning's tree with the state of optim.build_optimizer's optimizer."""
+    """Return what one process would have saved: Lightning's tree with the state of build_optimizer's optimizer."""
     names = [name for group in state.param_groups for name in group["param_names"]]
     index, groups, states = {name: i for i, name in enumerate(names)}, [], {}
     for group in state.param_groups:
@@ -186,7 +186,7 @@ def _of_one_process(state: State) -> dict[str, Any]:
 
 
 def _without_aliases(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Keep one name for each storage: safetensors stores tied parameters once."""
+    """Keep one name per storage: safetensors stores tied parameters once."""
     first: dict[int, str] = {}
     aliases = {}
     for name, tensor in weights.items():

@@ -1,8 +1,8 @@
-"""The folder of one checkpoint: whether it is whole, which are there, and which one `resume` means.
+"""The folder of one checkpoint: whether it is complete, which exist, and which one `resume` selects.
 
-A checkpoint is a folder `step-00000100` whose `manifest.json` names every file with its size and SHA-256. The folder is
-written under another name and renamed when all is on disk, so that a folder of that name is whole unless it was damaged
-later. This module does not import torch.
+A checkpoint is a folder `step-00000100` whose `manifest.json` lists every file with its size and SHA-256. The folder is
+written under another name and renamed when everything is on disk, so a folder of that name is complete unless it was
+damaged later. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 from deepseek_exp.disk import fsync_path
 from deepseek_exp.errors import CheckpointError, Problem
 
-FORMAT = 3  # 1 knew no shards, 2 had no digest of the manifest
+FORMAT = 3  # 1 had no shards, 2 had no digest of the manifest
 MANIFEST = "manifest.json"
 MODEL, STATE, TREE = "model.safetensors", "state.safetensors", "state.json"
 SHARDS = "shard-*.safetensors"
-# what a reader may open, and so has to be named where it is there
+# Files that a reader may open; if one exists, the manifest has to list it.
 READ = (MODEL, STATE, TREE, SHARDS, "config.yaml", "tokenizer.json", "data.json")
 MOST_BYTES = 1 << 26  # of a manifest; one of 100,000 ranks has a fifth of it
 OTHER = "name another checkpoint, or resume=last for the newest whole one"
@@ -38,16 +38,16 @@ REPLACED = ".replaced"
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """Metadata of a checkpoint.
 
     Attributes:
         step: optimizer steps done.
         run_id: MLflow run that it belongs to.
         saved_at: seconds since the epoch.
-        val_loss: validation loss at this step, nats per token, where it was measured.
+        val_loss: validation loss at this step, nats per token, if measured.
         files: name -> {"bytes": size, "sha256": digest}.
-        finite: all steps up to here, the weights and the optimizer's state were finite; None: saved by a version that
-            did not check.
+        finite: all steps so far, the weights and the optimizer's state were finite; None if saved by a version that did
+            not check.
         format: version of this layout.
     """
 
@@ -67,12 +67,12 @@ class Manifest:
 
 
 def checkpoint_name(step: int) -> str:
-    """Name the folder of a step's checkpoint."""
+    """Return the folder name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder is a checkpoint of a run, whole or not."""
+    """Return whether a folder is a checkpoint of a run, complete or not."""
     return (folder / MANIFEST).is_file()
 
 
@@ -90,16 +90,16 @@ def seal(
 
     Args:
         folder: the written files; on the same file system as target.
-        target: where the checkpoint will stand; what stood there is replaced.
+        target: the final path of the checkpoint; an existing one is replaced.
         step: optimizer steps done.
         run_id: MLflow run that it belongs to.
         val_loss: validation loss at this step, or None.
-        digests: name -> {"bytes": size, "sha256": digest} of files that whoever wrote them has digested already.
+        digests: name -> {"bytes": size, "sha256": digest} of files whose writer has already computed the digest.
         finite: everything in it was checked to be finite.
     """
     files = {path.name: digests.get(path.name) or _digest(path) for path in sorted(folder.iterdir())}
     before = max((_saved_at(path) for path in list_checkpoints(target.parent.parent)), default=0.0)
-    saved_at = max(time.time(), before + 1e-3)  # the order of saving, also where a clock was set back
+    saved_at = max(time.time(), before + 1e-3)  # keeps the order of saving even if the clock was set back
     manifest = Manifest(step, run_id, saved_at, val_loss, files, finite)
     (folder / MANIFEST).write_text(manifest.text(), encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
@@ -150,7 +150,7 @@ def _read_text(path: Path) -> str:
 
 
 def _what_is_wrong(fields: Any) -> str | None:
-    """Return what is wrong with the content of a manifest; None: nothing is."""
+    """Return what is wrong with the content of a manifest; None if nothing is."""
     if not isinstance(fields, dict):
         return "it is not a JSON object"
     is_old = fields.get("format", 1) in (1, 2)
@@ -196,7 +196,7 @@ def verify(folder: Path) -> Manifest:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        CheckpointError: a file is missing, truncated, changed, or not named by the manifest.
+        CheckpointError: a file is missing, truncated, changed, or not listed in the manifest.
     """
     manifest = read_manifest(folder)
     damage = _missing_or_unnamed(folder, manifest.files)
@@ -208,7 +208,7 @@ def verify(folder: Path) -> Manifest:
 
 
 def _missing_or_unnamed(folder: Path, files: Mapping[str, Any]) -> str | None:
-    """Return what is wrong if a file that every checkpoint has is missing or not in the manifest; None: nothing is."""
+    """Return what is wrong if a required file is missing or not in the manifest; None if nothing is."""
     weights = MODEL in files or any(fnmatch(name, SHARDS) for name in files)
     for name in [*(n for n in (STATE, TREE) if n not in files), *([] if weights else [MODEL])]:
         return f"{name} is missing"
@@ -227,7 +227,7 @@ def _damage_of(path: Path, want: Mapping[str, Any]) -> str | None:
         if _sha256(path) != want["sha256"]:
             return f"{path.name} is corrupted: its SHA-256 is not the one recorded"
     except FileNotFoundError:
-        raise  # removed meanwhile, as its run goes on
+        raise  # removed meanwhile, because its run continues
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
     return None
@@ -236,8 +236,8 @@ def _damage_of(path: Path, want: Mapping[str, Any]) -> str | None:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """List the checkpoints of a run in the order they were saved.
 
-    That is not the order of their steps where a run went on from an earlier one. One that was moved away for its
-    successor is listed as long as that does not stand.
+    That is not the order of their steps if a run was resumed from an earlier one. A checkpoint that was moved away for
+    its successor is listed until the successor exists.
     """
     folder = run_dir / FOLDER
     moved = [p for p in folder.glob(f".step-*{REPLACED}") if not (folder / p.name[1 : -len(REPLACED)]).exists()]
@@ -245,16 +245,16 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Remove unfinished checkpoints and all that need not stay.
+    """Remove incomplete checkpoints and all that need not be kept.
 
-    The newest `keep` stay, the one with the lowest validation loss, and the newest that was checked to be finite.
+    Kept are the newest `keep`, the one with the lowest validation loss, and the newest that was checked to be finite.
     """
     readable = []
     for path in list_checkpoints(run_dir):
         try:
             readable.append((path, read_manifest(path)))
         except CheckpointError:
-            continue  # damaged: left for the user to look at
+            continue  # damaged: kept for the user to inspect
     measured = [(m.val_loss, path) for path, m in readable if m.val_loss is not None and math.isfinite(m.val_loss)]
     good = [path for path, m in readable if m.finite]
     stay = {path for path, _ in readable[-keep:]} | ({min(measured)[1]} if measured else set()) | set(good[-1:])
@@ -264,22 +264,22 @@ def prune(run_dir: Path, keep: int) -> None:
 
 
 def locate(resume: str, output_dir: Path) -> tuple[Path, list[str]]:
-    """Find the checkpoint that `resume` means, whole.
+    """Return the complete checkpoint that `resume` selects.
 
     Args:
-        resume: `last` (the run that saved last), an MLflow run id or its beginning, the folder of a run, or the folder
-            of one checkpoint.
-        output_dir: where runs lie.
+        resume: `last` (the run that saved last), an MLflow run id or its prefix, the folder of a run, or the folder of
+            one checkpoint.
+        output_dir: the folder of the runs.
 
     Returns:
-        The checkpoint's folder, verified, and a sentence for every damaged one that was passed over.
+        The checkpoint's folder, verified, and a sentence for every damaged one that was skipped.
 
     Raises:
-        CheckpointError: nothing matches, or nothing that matches is whole.
+        CheckpointError: nothing matches, or nothing that matches is complete.
     """
     try:
         return _locate(resume, output_dir)
-    except (OSError, ValueError) as error:  # a folder one may not enter, a name that is too long or holds a NUL
+    except (OSError, ValueError) as error:  # an inaccessible folder, a name that is too long or contains NUL
         why = getattr(error, "strerror", None) or error
         where = "name another folder, or one that you may read"
         raise CheckpointError(Problem("resume", resume, f"cannot be read ({why})", where)) from error
@@ -306,11 +306,11 @@ def _locate(resume: str, output_dir: Path) -> tuple[Path, list[str]]:
 
 
 def run_dir_of(checkpoint: Path, otherwise: str | None = None) -> Path:
-    """Return the run folder that a checkpoint lies in.
+    """Return the run folder of a checkpoint.
 
     Args:
         checkpoint: its folder.
-        otherwise: what to do instead of putting it back if it lies in none, for the error.
+        otherwise: the alternative fix for the error message, instead of moving it back.
 
     Raises:
         CheckpointError: it was moved out of its run's folder.
@@ -324,14 +324,14 @@ def run_dir_of(checkpoint: Path, otherwise: str | None = None) -> Path:
 
 
 def _newest_whole(resume: str, run_dir: Path) -> tuple[Path, list[str]]:
-    next((run_dir / FOLDER).iterdir(), None)  # a folder that one may not read would look like an empty one
+    next((run_dir / FOLDER).iterdir(), None)  # raises for an unreadable folder, which would look empty
     passed_over = []
     for path in reversed(list_checkpoints(run_dir)):
         try:
             verify(path)
             return path, passed_over
         except (CheckpointError, FileNotFoundError) as error:
-            if isinstance(error, FileNotFoundError) or not path.exists():  # its run goes on, and has a newer one
+            if isinstance(error, FileNotFoundError) or not path.exists():  # its run continues, and has a newer one
                 return _newest_whole(resume, run_dir)
             problem = error.problems[0]
             passed_over.append(f"{problem.value} {problem.rule}; taking the one before")
@@ -340,7 +340,7 @@ def _newest_whole(resume: str, run_dir: Path) -> tuple[Path, list[str]]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder if it is there, under another name first: for whoever reads it a checkpoint is there or not."""
+    """Remove a folder if it exists, under another name first, so that a reader never sees a partial checkpoint."""
     gone = folder.with_name(f".{folder.name.removeprefix('.')}.removed")
     shutil.rmtree(gone, ignore_errors=True)
     with suppress(FileNotFoundError):
@@ -364,13 +364,13 @@ def _saved_at(folder: Path) -> float:
     try:
         return read_manifest(folder).saved_at
     except CheckpointError:
-        with suppress(OSError):  # removed meanwhile, as its run goes on, or in a folder that one may not enter
+        with suppress(OSError):  # removed by its continuing run, or inaccessible
             return folder.stat().st_mtime
         return 0.0
 
 
 def _run_ids(run_dir: Path) -> list[str]:
-    """List the MLflow runs that the checkpoints of a folder belong to, that of the newest first."""
+    """List the MLflow runs that the checkpoints of a folder belong to, the newest checkpoint's first."""
     found = []
     for path in reversed(list_checkpoints(run_dir)):
         with suppress(CheckpointError):

@@ -1,7 +1,7 @@
-"""The configuration that a checkpoint carries: plain values, written without secrets, read without evaluating anything.
+"""The configuration in a checkpoint: plain values, written without secrets, read without evaluating anything.
 
-A saved configuration is data. It may come from somebody else, so an interpolation or a resolver in it is text like any
-other, YAML tags make no objects, and aliases, with which a small file can describe a huge tree, are refused.
+A saved configuration is data. It may come from somebody else, so an interpolation or a resolver in it is plain text,
+YAML tags create no objects, and aliases, with which a small file can describe a huge tree, are rejected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
 class _Loader(yaml.SafeLoader):
-    """Loads mappings, lists, texts, numbers, booleans and null alone."""
+    """Loads only mappings, lists, texts, numbers, booleans and null."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-# dates stay texts, as the configuration has none
+# Dates stay texts, as the configuration has none.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -48,10 +48,10 @@ def dump_values(values: Any) -> str:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """Return the values that `dump` wrote, or an earlier version, under today's keys.
+    """Return the values that `dump`, or an earlier version of it, wrote, under today's keys.
 
     Raises:
-        ValueError: the text is no such configuration.
+        ValueError: the text is not such a configuration.
     """
     if len(text) > MAX_BYTES:
         raise ValueError(f"it has {len(text):,} characters, and {MAX_BYTES:,} are the limit")
@@ -68,7 +68,7 @@ def read(checkpoint: Path) -> dict[str, Any]:
     """Return the values in a checkpoint's folder.
 
     Raises:
-        CheckpointError: the file is missing or is no configuration.
+        CheckpointError: the file is missing or is not a configuration.
     """
     try:
         with (checkpoint / FILE).open("rb") as file:
@@ -81,7 +81,7 @@ def read(checkpoint: Path) -> dict[str, Any]:
 
 
 def literal(value: Any) -> Any:
-    r"""Return a value for an OmegaConf tree that reads as it stands: each `${` in a text is escaped.
+    r"""Return a value for an OmegaConf tree that reads literally: each `${` in a text is escaped.
 
     Backslashes in front of one are doubled, since OmegaConf reads `\\${` as a backslash and an interpolation.
     """
@@ -93,7 +93,7 @@ def literal(value: Any) -> Any:
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Return saved values under today's names: validation was counted in micro batches once."""
+    """Return saved values under today's names: older versions counted validation in micro-batches."""
     trainer = values.get("trainer")
     if isinstance(trainer, dict) and "eval_batches" in trainer:
         n_batches, micro_batch_seqs = trainer["eval_batches"], trainer.get("micro_batch_seqs")

@@ -1,10 +1,10 @@
 """Checkpoints of many ranks that any layout can load.
 
-Each rank writes what it holds of each parameter, with where in the whole parameter that is. A reader asks for the part
-that its own layout needs, which is put together from whatever pieces there are. A checkpoint of one process is read
-through the same door. Nothing here communicates.
+Each rank writes its part of each parameter, and where in the whole parameter that part is. A reader asks for the part
+that its own layout needs, which is assembled from the stored pieces. A checkpoint of one process is read through the
+same interface. Nothing here communicates.
 
-Words: a box is the range of indices in each dimension that a part of a parameter covers.
+Terms: a box is the range of indices in each dimension that a part of a parameter covers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BUFFER = "buffer."
 
 @dataclass(frozen=True)
 class Cut:
-    """A dimension is cut into `ways` equal parts, and this is part `index`."""
+    """A dimension is split into `ways` equal parts, and this is part `index`."""
 
     dim: int
     ways: int
@@ -42,14 +42,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank holds of one parameter.
+    """One rank's part of one parameter.
 
     Attributes:
         name: of the parameter in the whole model.
         shape: of the whole parameter.
-        cuts: how the rank's local tensor is cut out of it, one after the other; () is the whole.
+        cuts: how the rank's local tensor is sliced from it, in order; () means the whole.
         start: the first element of the flattened local tensor that `values` hold.
-        values: kind -> (n,), equally long: "weight", in fp32 where there is a master, and the optimizer's elementwise
+        values: kind -> (n,), equally long: "weight", in fp32 if there is a master, and the optimizer's elementwise
             states under their names.
         others: kind -> optimizer state of another shape, such as a factor of the second moment. It covers the whole
             parameter, so only a rank that holds all of it can save one.
@@ -65,13 +65,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Whole:
-    """What is said once of all pieces together.
+    """Metadata common to all pieces.
 
     Attributes:
-        dtype: what the model computes with, such as bfloat16; masters are rounded to it.
-        param_groups: the optimizer's, with the whole model's names in "param_names" in place of "params".
+        dtype: the model's compute type, such as bfloat16; masters are rounded to it.
+        param_groups: the optimizer's, with the whole model's names in "param_names" instead of "params".
         scalars: the optimizer's states that are one number for all parameters, such as {"step": 10.0}.
-        aliases: further name of a tied parameter -> the name that it is stored under.
+        aliases: alias of a tied parameter -> the name that it is stored under.
     """
 
     dtype: torch.dtype
@@ -81,23 +81,23 @@ class Whole:
 
 
 def shard_name(rank: int) -> str:
-    """Name the file of a rank."""
+    """Return the file name of a rank's shard."""
     return f"shard-{rank:05d}.safetensors"
 
 
 def save_shard(
     folder: Path, rank: int, pieces: Iterable[Piece], buffers: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """Write what one rank holds, durably.
+    """Write one rank's pieces durably.
 
     Args:
-        folder: of all ranks.
-        rank: no other writes under this number.
+        folder: shared by all ranks.
+        rank: unique number of the writer.
         pieces: of parameters; they may be empty.
         buffers: persistent buffers, whole, under their names in the whole model.
 
     Returns:
-        The file's name and what the manifest says of it.
+        The file's name and its entry in the manifest.
     """
     tensors: dict[str, Tensor] = {}
     described: list[dict[str, Any]] = []
@@ -116,7 +116,7 @@ def save_shard(
 
 
 def box_of(shape: Sequence[int], cuts: Iterable[Cut]) -> Box:
-    """Give the part of a tensor of this shape that the cuts leave."""
+    """Return the box that the cuts leave of a tensor of this shape."""
     box = [(0, n) for n in shape]
     for cut in cuts:
         low, high = box[cut.dim]
@@ -129,12 +129,12 @@ def box_of(shape: Sequence[int], cuts: Iterable[Cut]) -> Box:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A part of a parameter as it lies in a file.
+    """A part of a parameter as stored in a file.
 
     Attributes:
-        file: gives parts of the tensor when it is indexed.
-        box: what of the parameter the part covers.
-        range: the first and the last + 1 element of the flattened box that are there, as one row; None: it lies there
+        file: yields slices of the tensor when indexed.
+        box: the part of the parameter that is covered.
+        range: the first and the last + 1 element of the flattened box that are stored, as one row; None if it is stored
             in the parameter's own shape.
     """
 
@@ -147,7 +147,7 @@ class _Stored:
         return DTYPES[self.file.get_dtype()]
 
     def read(self, wanted: Box) -> Iterator[tuple[Box, Tensor]]:
-        """Give what there is of the wanted box, as boxes within it and their elements."""
+        """Yield what is stored of the wanted box, as boxes within it and their elements."""
         if self.range is None:
             yield wanted, self.file[tuple(slice(*ends) for ends in wanted)]
             return
@@ -164,14 +164,14 @@ class _Stored:
 
 @dataclass
 class State:
-    """A checkpoint of any layout, its tensors read when they are asked for.
+    """A checkpoint of any layout, whose tensors are read on demand.
 
     Attributes:
         folder: the checkpoint.
-        rest: what Lightning saved beside the model and its optimizer.
-        dtype: what the model computes with.
-        param_groups: the optimizer's, with "param_names" in place of "params".
-        aliases: further name of a tied parameter -> its name here; either is understood.
+        rest: what Lightning saved in addition to the model and its optimizer.
+        dtype: the model's compute type.
+        param_groups: the optimizer's, with "param_names" instead of "params".
+        aliases: alias of a tied parameter -> its name here; both are accepted.
     """
 
     folder: Path
@@ -186,38 +186,38 @@ class State:
 
     @property
     def names(self) -> list[str]:
-        """The parameters, tied ones once."""
+        """Return the names of the parameters, tied ones once."""
         return list(self._stored)
 
     @property
     def buffers(self) -> list[str]:
-        """The persistent buffers."""
+        """Return the names of the persistent buffers."""
         return list(self._buffers)
 
     @property
     def optimizer_step(self) -> int | None:
-        """Steps that the optimizer has done, where it counts them."""
+        """Return the number of steps that the optimizer has done, if it counts them."""
         return int(self.scalars["step"]) if "step" in self.scalars else None
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Give the shape of a whole parameter."""
+        """Return the shape of a whole parameter."""
         return self._shapes[self.aliases.get(name, name)]
 
     def kinds(self, name: str) -> list[str]:
-        """List what there is of a parameter: "weight", and the optimizer's states."""
+        """List the stored kinds of a parameter: "weight", and the optimizer's states."""
         return list(self._stored[self.aliases.get(name, name)])
 
     def is_elementwise(self, name: str, kind: str) -> bool:
-        """Return whether a state has one element per element of its parameter, so that it can be cut with it."""
+        """Return whether a state has one element per element of its parameter, so that it can be sliced with it."""
         name = self.aliases.get(name, name)
         first = self._stored[name][kind][0]
         return first.range is not None or tuple(first.file.get_shape()) == self._shapes[name]
 
     def read(self, name: str, kind: str, cuts: Sequence[Cut] = ()) -> Tensor:
-        """Put together what these cuts leave of a parameter, or of its optimizer's state, on the CPU.
+        """Assemble the part of a parameter, or of its optimizer's state, that these cuts leave, on the CPU.
 
         Raises:
-            CheckpointError: it is not there, or is a state that cannot be cut as the parameter is.
+            CheckpointError: it is missing, or is a state that cannot be sliced as the parameter is.
         """
         name = self.aliases.get(name, name)
         parts = self._stored.get(name, {}).get(kind)
@@ -240,11 +240,11 @@ class State:
         return tensor
 
     def whole(self, name: str) -> Tensor:
-        """Read a parameter as the model computes with it, or a buffer."""
+        """Read a parameter in the model's compute type, or a buffer."""
         return self.buffer(name) if name in self._buffers else self.read(name, WEIGHT).to(self.dtype)
 
     def _odd(self, stored: _Stored, name: str, kind: str, cuts: Sequence[Cut]) -> Tensor:
-        """Read a state that is not elementwise, which can only be had whole."""
+        """Read a state that is not elementwise, which can only be read whole."""
         if not cuts:
             with readable(self.folder):
                 whole_state: Tensor = stored.file[...]
@@ -259,7 +259,7 @@ def open_state(folder: Path) -> State:
     """Open a checkpoint of any layout; of its tensors, only the headers are read.
 
     Raises:
-        CheckpointError: a file is missing or damaged, a part of a parameter is missing or there twice, or the
+        CheckpointError: a file is missing or damaged, a part of a parameter is missing or stored twice, or the
             checkpoint is of a version that did not save the parameters' names with the optimizer.
     """
     with readable(folder):
@@ -268,7 +268,7 @@ def open_state(folder: Path) -> State:
 
 
 class _Tensors(dict[str, Any]):
-    """What a file gives under a name, asked for when it is looked up."""
+    """The entries of a file by name, fetched on look-up."""
 
     def __init__(self, get: Callable[[str], Any]) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ class _Tensors(dict[str, Any]):
 
 @dataclass(frozen=True)
 class _Held:
-    """A piece as its file describes it."""
+    """A piece as described by its file."""
 
     shape: tuple[int, ...]
     cuts: tuple[Cut, ...]
@@ -326,7 +326,7 @@ def _pieces(file: Any) -> Iterator[tuple[str, _Held]]:
 
 
 def _what_is_wrong(pieces: Sequence[_Held]) -> str | None:
-    """Say, before the parameter's name, why the pieces are not exactly one whole parameter; None: they are."""
+    """Return why the pieces are not exactly one whole parameter, to follow its name; None if they are."""
     if not pieces:
         return "lacks"
     alike = {
@@ -381,7 +381,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _scalars(folder: Path, states: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Give the states that are one number, which has to be the same for all parameters."""
+    """Return the states that are one number, which has to be the same for all parameters."""
     found: dict[str, float] = {}
     for name, state in states.items():
         for kind, value in state.items():
@@ -402,7 +402,7 @@ def _rest(tree: Mapping[str, Any], file: Any) -> dict[str, Any]:
 
 
 def _blocks(sizes: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Cut a range of the flattened tensor into boxes: part of a row, whole rows, part of a row, in each dimension."""
+    """Split a range of the flattened tensor into boxes: part of a row, whole rows, part of a row, in each dimension."""
     if start >= stop:
         return
     if len(sizes) < 2:
@@ -430,7 +430,7 @@ def _overlap(a: Box, b: Box) -> Box:
 
 
 def _shifted(box: Box, origin: Box, sign: int) -> Box:
-    """Move a box by where another one begins: 1 out of its coordinates, -1 into them."""
+    """Move a box by the origin of another one: sign 1 out of its coordinates, -1 into them."""
     return tuple((low + sign * start, high + sign * start) for (low, high), (start, _) in zip(box, origin, strict=True))
 
 

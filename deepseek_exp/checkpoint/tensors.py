@@ -1,4 +1,4 @@
-"""The files of a checkpoint: trees as JSON, tensors as safetensors. Nothing is pickled, so reading runs no code."""
+"""The files of a checkpoint: trees as JSON, tensors as safetensors. Nothing is pickled, so reading executes no code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deepseek_exp.checkpoint.manifest import MODEL as MODEL
 from deepseek_exp.checkpoint.manifest import OTHER, TREE
 from deepseek_exp.errors import CheckpointError, Problem
 
-# what safetensors calls the types that checkpoints hold
+# The safetensors names of the types in checkpoints.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -31,7 +31,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# raised by what reads content of a wrong form; RuntimeError is what PyTorch raises for a wrong shape
+# Errors raised while reading malformed content; PyTorch raises RuntimeError for a wrong shape.
 WRONG_CONTENT = (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError)
 
 
@@ -39,7 +39,7 @@ def encode(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     """Split a tree of dicts, lists, tuples, numbers, texts and tensors into JSON and named tensors.
 
     Returns:
-        What json.dumps takes, with {"tensor": name} where a tensor stood, and the tensors by name.
+        A tree for json.dumps, with {"tensor": name} in place of each tensor, and the tensors by name.
 
     Raises:
         TypeError: the tree holds something else; nothing is pickled.
@@ -62,7 +62,7 @@ def encode(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def decode(node: Any, tensors: Mapping[str, Any]) -> Any:
-    """Undo `encode`; where a tensor stood comes what `tensors` has under its name."""
+    """Undo `encode`: replace each reference by the tensor of that name in `tensors`."""
     if not isinstance(node, dict):
         return node
     ((kind, content),) = node.items()
@@ -77,16 +77,16 @@ def decode(node: Any, tensors: Mapping[str, Any]) -> Any:
 def write_tensors(
     path: Path, like: Mapping[str, Tensor], metadata: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> dict[str, Any]:
-    """Write a safetensors file durably, tensor by tensor, so that no more than one of them need be in memory.
+    """Write a safetensors file durably, tensor by tensor, so that only one of them need be in memory.
 
     Args:
         path: the file.
-        like: tensors of the shapes and types to come, which may be on the meta device.
+        like: tensors of the shapes and types to be written, possibly on the meta device.
         metadata: texts for the header.
-        read: gives each tensor by its name, when its turn comes.
+        read: returns a tensor by its name; called once per tensor, in order.
 
     Returns:
-        What a manifest says of the file: its bytes and sha256.
+        The file's entry in the manifest: its bytes and sha256.
     """
     names = sorted(like, key=lambda name: -like[name].itemsize)  # so that each starts at a multiple of its item size
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -107,7 +107,7 @@ def write_tensors(
 
 
 def open_tensors(path: Path) -> Any:
-    """Open a safetensors file; tensors and parts of them are read when they are asked for.
+    """Open a safetensors file; tensors and slices of them are read on demand.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -120,16 +120,16 @@ def open_tensors(path: Path) -> Any:
 
 
 def damaged(folder: Path, rule: str) -> CheckpointError:
-    """Word what is wrong with a checkpoint."""
+    """Return the error for a damaged checkpoint."""
     return CheckpointError(Problem("resume", str(folder), rule, OTHER))
 
 
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """Describe whatever reading a checkpoint raises: its files may be whole and yet hold what no version writes.
+    """Convert any error in reading a checkpoint: its files may be intact and yet hold what no version writes.
 
     Raises:
-        CheckpointError: in place of what a parser, a look-up or a copy raised.
+        CheckpointError: replaces what a parser, a look-up or a copy raised.
     """
     try:
         yield
@@ -139,7 +139,7 @@ def readable(folder: Path) -> Iterator[None]:
 
 
 def read_tree(folder: Path) -> dict[str, Any]:
-    """Read state.json, its tensors still by name: key -> encoded value."""
+    """Read state.json, with tensors still as references: key -> encoded value."""
     pairs = json.loads((folder / TREE).read_text(encoding="utf-8"))["dict"]
     return {key: value for key, value in pairs}
 

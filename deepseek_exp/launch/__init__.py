@@ -1,1 +1,1 @@
-"""Start the processes of a job, on this machine or on several."""
+"""Start the processes of a job, on one machine or several."""

@@ -1,10 +1,11 @@
-"""Starts the ranks of one job on this machine and ends them together, whatever ends first.
+"""Starts the ranks of one job on this machine and ends them together, no matter which ends first.
 
-A rank gets the environment that torchrun gives (RANK, WORLD_SIZE, MASTER_ADDR, ...), so the same entry runs under
-either; the ranks meet at a store that this process keeps. torchrun's own agent is not used here: it takes SIGTERM for
-"die now", gives a hanging rank 30 s, empties the logs of an earlier life and shows a rank's output only in blocks.
+A rank gets the environment variables of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, ...), so the same entry point runs
+under either; the ranks meet at a store that this process keeps. torchrun's own agent is not used here: it treats
+SIGTERM as an immediate kill, waits 30 s for a hanging rank, empties the logs of an earlier life and shows a rank's
+output only in blocks.
 
-Files, all in one folder of the run: rank_N.log (what rank N said, all lives) and rank_N.json (how it ended).
+Files, all in one folder of the run: rank_N.log (output of rank N, all lives) and rank_N.json (how it ended).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ LOG_LINES = 12
 
 @dataclass
 class _Rank:
-    """A rank as its parent sees it; its process id is also that of its group, where its children are."""
+    """A rank as its parent sees it; its process id is also that of its process group, which includes its children."""
 
     number: int
     process: subprocess.Popen[bytes]
@@ -48,33 +49,33 @@ class _Rank:
 
     @property
     def code(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """Return its exit code; None while it runs."""
         return self.process.poll()
 
     @property
     def outcome(self) -> dict[str, Any] | None:
-        """What it left in its file, None where it left nothing."""
+        """Return the content of its outcome file; None if there is none."""
         path = outcome_path(self.folder, self.number)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def run(command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, str], *, saves: bool = True) -> Ended:
-    """Start the ranks, show what rank 0 says, and wait for all of them; none is left when this returns.
+    """Start the ranks, show the output of rank 0, and wait for all of them; no rank survives this call.
 
-    SIGTERM, SIGINT and SIGHUP are handed on as `STOP`; a second one ends this process, and the ranks with it.
+    SIGTERM, SIGINT and SIGHUP are forwarded as `STOP`; a second one ends this process, and the ranks with it.
 
     Args:
         command: what each rank runs; it ends with `report`.
-        n_ranks: how many.
+        n_ranks: number of ranks.
         folder: for their logs and results.
-        env: further environment variables.
-        saves: false: the ranks have nothing to save, and are ended at once when this process is asked to stop.
+        env: additional environment variables.
+        saves: if False, the ranks have nothing to save, and are killed at once when this process is asked to stop.
 
     Returns:
-        How rank 0 ended; of ranks that were ended at once, that they stopped.
+        How rank 0 ended; for ranks that were killed at once, that they stopped.
 
     Raises:
-        UserError: a rank failed; the error that it had, or a RankError that says what it died of.
+        UserError: a rank failed; its own error, or a RankError with the cause of its death.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(n_ranks):
@@ -99,7 +100,7 @@ def run(command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, st
 
 
 def _local_store() -> TCPStore:
-    """Open the store at which the ranks meet; other machines cannot reach it, as it asks for no password."""
+    """Open the store at which the ranks meet; other machines cannot reach it, as it needs no password."""
     from torch.distributed import TCPStore
 
     listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
@@ -108,12 +109,12 @@ def _local_store() -> TCPStore:
 
 
 def threads(n_threads: int, n_ranks: int) -> int:
-    """Give the CPU threads of a rank: as configured, else its share of the cores that this process may use."""
+    """Return the number of CPU threads per rank: as configured, else its share of the cores of this process."""
     return n_threads or max(1, len(os.sched_getaffinity(0)) // n_ranks)
 
 
 def rank_variables(launch: LaunchConfig, n_threads: int, ranks_here: int) -> dict[str, str]:
-    """Give the environment variables that the configuration asks for in each rank."""
+    """Return the environment variables that the configuration sets in each rank."""
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     if n_threads or "OMP_NUM_THREADS" not in os.environ:
@@ -125,7 +126,7 @@ def rank_variables(launch: LaunchConfig, n_threads: int, ranks_here: int) -> dic
 
 @contextmanager
 def _handing_on_signals(ranks: list[_Rank]) -> Iterator[list[int]]:
-    """Ask the ranks to stop when this process is; yields the signals that came, one at most."""
+    """Ask the ranks to stop when this process is asked to; yield the received signals, at most one."""
     asked: list[int] = []
 
     def hand_on(signum: int, frame: FrameType | None) -> None:
@@ -136,7 +137,7 @@ def _handing_on_signals(ranks: list[_Rank]) -> Iterator[list[int]]:
             signal.raise_signal(signum)
         asked.append(signum)
         for rank in ranks:
-            rank.process.send_signal(STOP)  # to the rank alone: its children may die of it
+            rank.process.send_signal(STOP)  # to the rank only: its children may die of it
 
     before = {signum: signal.signal(signum, hand_on) for signum in stop_signals()}
     try:
@@ -147,7 +148,7 @@ def _handing_on_signals(ranks: list[_Rank]) -> Iterator[list[int]]:
 
 
 def _environment(number: int, n_ranks: int, port: int) -> dict[str, str]:
-    """Give what torchrun gives, on one machine and without restarts."""
+    """Return the environment variables that torchrun sets, for one machine and without restarts."""
     numbers = {
         **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), number),
         **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), n_ranks),
@@ -166,7 +167,7 @@ def _environment(number: int, n_ranks: int, port: int) -> dict[str, str]:
 
 
 def _start(command: Sequence[str], number: int, folder: Path, env: Mapping[str, str]) -> _Rank:
-    """Start one rank in a process group of its own, with `STOP` held back until it listens."""
+    """Start one rank in its own process group, with `STOP` blocked until it listens."""
     log = log_path(folder, number)
     pipe = subprocess.PIPE if number == 0 else None
     signal.pthread_sigmask(signal.SIG_BLOCK, [STOP])
@@ -191,7 +192,7 @@ def _start(command: Sequence[str], number: int, folder: Path, env: Mapping[str, 
 
 
 def _show(source: IO[bytes], to: TextIO, log: Path) -> None:
-    """Copy what a rank says to its log and to the person in front of it, for as long as either is there."""
+    """Copy a rank's output to its log and to the terminal, for as long as either exists."""
     with source, log.open("ab", buffering=0) as file:
         for line in source:
             with suppress(OSError):
@@ -202,10 +203,10 @@ def _show(source: IO[bytes], to: TextIO, log: Path) -> None:
 
 
 def _all_ended(ranks: list[_Rank]) -> bool:
-    """Say whether all ranks have ended well.
+    """Return whether all ranks have ended successfully.
 
     Raises:
-        UserError: one has not.
+        UserError: a rank has failed.
     """
     if any(rank.code or (rank.code == 0 and rank.outcome is None) for rank in ranks):
         raise _error(_first_failed(ranks), len(ranks))
@@ -213,10 +214,10 @@ def _all_ended(ranks: list[_Rank]) -> bool:
 
 
 def _first_failed(ranks: list[_Rank]) -> _Rank:
-    """Choose the rank whose failure made the others fail.
+    """Return the rank whose failure made the others fail.
 
-    One that vanished without a word comes first: the others' connections to it break afterwards. An abort is what gloo
-    and NCCL do themselves then. Among those that left an error, it is the earliest.
+    A rank that died without a message comes first: the others' connections to it break afterwards, and gloo and NCCL
+    then abort. Among those that left an error, it is the earliest.
     """
 
     def order(rank: _Rank) -> tuple[int, int]:
@@ -230,14 +231,14 @@ def _first_failed(ranks: list[_Rank]) -> _Rank:
 
 
 def _error(rank: _Rank, n_ranks: int) -> UserError:
-    """Word what a rank died of: its own error if that is the user's to mend."""
+    """Return the error that a rank died of: its own, if the user can fix it."""
     outcome, log = rank.outcome or {"error": None}, os.path.relpath(log_path(rank.folder, rank.number))
     if outcome["error"] and outcome["problems"]:
         return getattr(errors, outcome["kind"])(*(Problem(**p) for p in outcome["problems"]))
     if outcome["error"]:
         rule = f"of {n_ranks} died of {outcome['error']}"
         return RankError(Problem("rank", rank.number, rule, f"read {log}"), _last_lines(outcome["traceback"]))
-    for reader in rank.readers:  # what it said last may be on its way to the log
+    for reader in rank.readers:  # its last output may be on its way to the log
         reader.join(POLL_SECONDS)
     code = rank.code or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code} and no result"
@@ -258,7 +259,7 @@ def _last_lines(text: str) -> str:
 
 
 def _end_all(ranks: list[_Rank]) -> None:
-    """End the ranks and their children: kindly, and after a moment by force."""
+    """End the ranks and their children: first by a signal, and by force after a moment."""
     for rank in ranks:
         if rank.code is None:
             _signal_group(rank, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What starts the ranks of one job on several machines: a torchrun command for each, or a Slurm script."""
+"""Commands that start the ranks of one job on several machines: a torchrun command for each, or a Slurm script."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pathlib import Path
 
 from deepseek_exp.config import LaunchConfig
 
-# with SIGUSR1 torchrun asks the ranks to save and stop, and waits that long
+# On SIGUSR1 torchrun asks the ranks to save and stop, and waits that long.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 STOP_SECONDS = 600
 NO_VALUE = ""
 
 
 def ranks_per_node(launch: LaunchConfig, n_ranks: int) -> int:
-    """Give the ranks of one machine."""
+    """Return the number of ranks per machine."""
     return launch.ranks_per_node or n_ranks // launch.n_nodes
 
 
 def torchrun_command(launch: LaunchConfig, n_ranks: int, job_file: Path, env: Mapping[str, str]) -> str:
-    """Give the command to type on each machine; all see the same folders under the same paths."""
+    """Return the command to run on each machine; all see the same folders under the same paths."""
     endpoint = f"{launch.master_addr or socket.gethostname()}:{launch.master_port}"
     words = _torchrun(launch, n_ranks, job_file, shlex.quote(endpoint), shlex.quote(job_file.parent.parent.name))
     return f"cd {shlex.quote(str(Path.cwd()))} && {_assignments(env)} {words}"
 
 
 def slurm_script(launch: LaunchConfig, n_ranks: int, job_file: Path, env: Mapping[str, str], *, on_gpus: bool) -> str:
-    """Write the batch script: one task a machine, which is torchrun; the job's first machine is where they meet."""
+    """Return the batch script: one task per machine, which is torchrun; the ranks meet on the job's first machine."""
     options = {
         "job-name": shlex.quote(job_file.parent.parent.name),
         "nodes": launch.n_nodes,
@@ -69,7 +69,7 @@ def _quoted(word: str | None) -> str | None:
 
 
 def _torchrun(launch: LaunchConfig, n_ranks: int, job_file: Path, endpoint: str, job_id: str) -> str:
-    """Give torchrun's words; it is called as a module, so that it is that of this Python."""
+    """Return torchrun's command line; it is called as a module, so that it runs under this Python."""
     options = {
         "nnodes": launch.n_nodes,
         "nproc-per-node": ranks_per_node(launch, n_ranks),

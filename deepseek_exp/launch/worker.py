@@ -1,4 +1,4 @@
-"""What a rank does as a process: how it begins, hears that it shall stop, and leaves word of how it ended."""
+"""Process lifecycle of a rank: start-up, stop signal, exit report."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from deepseek_exp.redact import redact, redact_tree
 
 FOLDER = "ranks"
 STOP = signal.SIGUSR1  # asks a rank to save and stop; SIGTERM ends it at once
-PARENT = "DEEPSEEK_EXP_PARENT"  # process id of `launch.run`; under torchrun it is not set
+PARENT = "DEEPSEEK_EXP_PARENT"  # process id of `launch.run`; not set under torchrun
 PR_SET_PDEATHSIG = 1
-# Preparing the data of a first run takes one rank its time while the others wait.
+# While one rank prepares the data of a first run, the others wait this long at most.
 DATA_TIMEOUT = timedelta(hours=6)
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what asks a run to save and stop
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # these ask a run to save and stop
 
 _stop_asked = False
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a rank ended, when nothing went wrong.
+    """How a rank ended, if nothing went wrong.
 
     Attributes:
-        loss: the validation loss, where there is one.
+        loss: the validation loss, if any.
         stopped_at: the optimizer step that it stopped after because it was asked to.
-        signum: the signal that asked for that.
+        signum: the signal that asked for it.
     """
 
     loss: float | None = None
@@ -49,42 +49,42 @@ class Ended:
 
 
 def number() -> int:
-    """Give this process's rank; 0 where there is one process."""
+    """Return this process's rank; 0 if there is one process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def has_parent() -> bool:
-    """Say whether `launch.run` started this rank; it records the run then."""
+    """Return whether `launch.run` started this rank, in which case the parent records the run."""
     return PARENT in os.environ
 
 
 def stop_asked() -> bool:
-    """Say whether this rank was asked to save and stop; the others may not have heard yet."""
+    """Return whether this rank was asked to save and stop; the others may not know yet."""
     return _stop_asked
 
 
 def stop_signals() -> list[signal.Signals]:
-    """List the signals to listen for: SIGHUP is left alone if it is ignored, as `nohup` asks for."""
+    """Return the signals to listen for; SIGHUP is left out if it is ignored, as under `nohup`."""
     return [s for s in ASKING if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
 
 
 def is_repeat(signum: int) -> bool:
-    """Return whether a further signal is to be passed over: a shell that ends sends a second SIGHUP to its jobs."""
+    """Return whether a repeated signal is to be ignored: a shell that ends sends a second SIGHUP to its jobs."""
     return signum == signal.SIGHUP
 
 
 def log_path(folder: Path, rank: int) -> Path:
-    """Name the file with all that a rank said, in all lives of the run."""
+    """Return the file with all output of a rank, in all lives of the run."""
     return folder / f"rank_{rank}.log"
 
 
 def outcome_path(folder: Path, rank: int) -> Path:
-    """Name the file with how a rank ended."""
+    """Return the file with how a rank ended."""
     return folder / f"rank_{rank}.json"
 
 
 def enter(folder: Path) -> None:
-    """Be a rank from here on: die with the parent, listen for `STOP`, and leave the terminal to rank 0.
+    """Make this process a rank: die with the parent, listen for `STOP`, and leave the terminal to rank 0.
 
     Args:
         folder: for logs and results.
@@ -94,7 +94,7 @@ def enter(folder: Path) -> None:
     if os.getppid() != parent:  # it died before
         os.kill(os.getpid(), signal.SIGKILL)
     signal.signal(STOP, _remember_stop)
-    signal.siginterrupt(STOP, False)  # what gloo and NCCL wait for goes on
+    signal.siginterrupt(STOP, False)  # system calls of gloo and NCCL resume
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [STOP])
     if not has_parent() and number() > 0:
         log_path(folder, number()).touch(0o600)
@@ -105,9 +105,9 @@ def enter(folder: Path) -> None:
 
 
 def report(folder: Path, work: Callable[[], Ended]) -> int:
-    """Do a rank's work and leave word of how it ended; returns the exit code.
+    """Run a rank's work, write how it ended, and return the exit code.
 
-    Where it fails, the process ends here: taking it apart may hang, with the others waiting for it.
+    If it fails, the process exits here: a regular shutdown may hang, with the others waiting for it.
     """
     try:
         ended = work()
@@ -118,16 +118,16 @@ def report(folder: Path, work: Callable[[], Ended]) -> int:
 
 
 def share(name: str, value: str | None) -> str:
-    """Hand a text from one rank to all before they have a process group, through the store of torchrun's agent.
+    """Send a text from one rank to all before they have a process group, through the store of torchrun's agent.
 
     Args:
-        name: what it is called.
-        value: the text; None where it is received.
+        name: key of the text.
+        value: the text; None on the receivers.
     """
     from torch.distributed import TCPStore
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    store.set_timeout(DATA_TIMEOUT)  # the first rank may prepare the data before it knows; 5 minutes are the default
+    store.set_timeout(DATA_TIMEOUT)  # the first rank may prepare the data first; the default is 5 minutes
     if value is not None:
         store.set(name, value)
     return str(store.get(name).decode())
@@ -147,7 +147,7 @@ def _leave(folder: Path, error: BaseException) -> NoReturn:
     first_line = redact(next(iter(str(error).splitlines()), ""))
     failure = {"error": f"{kind}: {first_line}", "kind": kind, "problems": problems, "traceback": trace}
     _write(folder, failure)
-    if has_parent():  # which tells the person in front of it what came first
+    if has_parent():  # it reports the first failure to the user
         with log_path(folder, number()).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(redact(said))
     else:
@@ -161,7 +161,7 @@ def _leave(folder: Path, error: BaseException) -> NoReturn:
 
 
 def _write(folder: Path, outcome: dict[str, Any]) -> None:
-    """Leave the outcome whole or not at all."""
+    """Write the outcome atomically."""
     path = outcome_path(folder, number())
     part = path.with_suffix(".part")
     part.touch(0o600)

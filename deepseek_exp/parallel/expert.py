@@ -1,7 +1,7 @@
 """Expert parallelism: rows travel to the rank that has their expert, and back.
 
-Suffixes of tensors: T tokens, K experts of a token, E routed experts of all ranks, L experts of one rank, P ranks,
-S rows sent by this rank, R rows that this rank's experts work on, D d_model.
+Suffixes of tensors: T tokens, K experts per token, E routed experts of all ranks, L experts of one rank, P ranks,
+S rows sent by this rank, R rows that this rank's experts process, D d_model.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class Exchanged(NamedTuple):
     """Rows of all ranks for the experts of this one; the first four are those of `Dispatched`.
 
     Attributes:
-        x_RD: rows in the order of this rank's experts.
+        x_RD: rows sorted by this rank's experts.
         ends_E: (experts of this rank,) int32, where each one's rows end.
         load_E: (routed experts,) int64, rows of this rank's tokens that chose each expert.
-        kept_R: which of this rank's own sorted rows an expert takes; None: all.
+        kept_R: which of this rank's own sorted rows an expert takes; None means all.
         here: how this rank's tokens were sorted.
-        order_R: received row -> its place among the rows in order.
-        inverse_R: the other way round.
-        sent: rows that went to each rank.
-        received: rows that came from each rank.
+        order_R: received row -> its place among the sorted rows.
+        inverse_R: the inverse permutation.
+        sent: number of rows sent to each rank.
+        received: number of rows received from each rank.
     """
 
     x_RD: Tensor
@@ -44,12 +44,12 @@ class Exchanged(NamedTuple):
 
 
 class _Numbers(NamedTuple):
-    """How many rows ranks send each other, on the way to the host.
+    """Row counts that ranks send each other, on the way to the host.
 
     Attributes:
         rows_PL: (ranks, experts of this rank) int32, rows that come from each rank for each.
-        on_host: (2, ranks) int64, rows that go to each rank and come from it, once `copied` has happened.
-        copied: None: it has.
+        on_host: (2, ranks) int64, rows that go to each rank and come from it; valid after `copied`.
+        copied: event of the copy; None if it has finished.
     """
 
     rows_PL: Tensor
@@ -57,9 +57,9 @@ class _Numbers(NamedTuple):
     copied: torch.cuda.Event | None
 
     def wait(self) -> tuple[Tensor, list[int], list[int]]:
-        """Give the expert of this rank that each row to come is for, rows that go to each rank, and that come from it.
+        """Return the local expert of each row to be received, and the row counts to and from each rank.
 
-        Meanwhile the device does what has been asked of it since.
+        The device meanwhile runs the work that has been queued since.
         """
         if self.copied is not None:
             self.copied.synchronize()
@@ -70,10 +70,10 @@ class _Numbers(NamedTuple):
 
 
 class AllToAllDispatcher:
-    """The experts are shared out evenly over the ranks of a group, in order; each rank has tokens of its own.
+    """Dispatcher for experts that are sharded evenly over the ranks of a group, in order; each rank has its own tokens.
 
-    Nothing is padded: ranks tell each other how many rows they send for each expert, then send just these. The host
-    waits for the numbers.
+    Nothing is padded: ranks exchange the number of rows for each expert, then send exactly these. The host waits for
+    the counts.
     """
 
     def __init__(self, group: Any, ops: Ops) -> None:
@@ -85,9 +85,9 @@ class AllToAllDispatcher:
 
         Args:
             x_TD: tokens of this rank.
-            ids_TK: experts of each, of all there are.
-            n_experts: experts on one rank.
-            capacity: as in `LocalDispatcher`, of this rank's rows.
+            ids_TK: experts of each token, among all ranks' experts.
+            n_experts: number of experts on one rank.
+            capacity: as in `LocalDispatcher`, for this rank's rows.
         """
         here = self.local.dispatch(x_TD, ids_TK, n_experts * self.n_ranks, capacity)
         numbers = self._announce(here.ends_E)
@@ -99,13 +99,13 @@ class AllToAllDispatcher:
         return Exchanged(x_RD, ends_L, here.load_E, here.kept_R, here, order_R, inverse_R, sent, received)
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Exchanged) -> Tensor:
-        """Send rows back and add up each token's with its weights: (tokens, d_model)."""
+        """Send rows back and sum each token's with its weights: (tokens, d_model)."""
         y_RD = reorder(y_RD, sent.inverse_R, sent.order_R)
         y_SD = _AllToAll.apply(y_RD, sent.received, sent.sent, weights_TK.numel(), self.group)
         return self.local.combine(y_SD, weights_TK, sent.here)
 
     def through(self, experts: Callable[..., Tensor], x_TD: Tensor, weights_TK: Tensor, *by_expert: Tensor) -> Tensor:
-        """Send rows with their weights, so that experts give weighted ones, and add up what comes back."""
+        """Send rows with their weights, so that experts return weighted rows, and sum what comes back."""
         order_S, inverse_S, ends_E = by_expert
         n_rows, inverse_TK, numbers = len(order_S), inverse_S.view(weights_TK.shape), self._announce(ends_E)
         weights_S1 = reorder(weights_TK.flatten()[:, None], order_S, inverse_S)
@@ -118,9 +118,9 @@ class AllToAllDispatcher:
         return self.ops.collect(y_SD, inverse_TK, ends_E)
 
     def _announce(self, ends_E: Tensor) -> _Numbers:
-        """Tell the ranks how many rows go to each of their experts.
+        """Send each rank the number of rows for each of its experts.
 
-        `ends_E`: where the rows that go to each of all experts end.
+        `ends_E`: where the rows for each of all experts end.
         """
         out_PL = ends_E.diff(prepend=ends_E.new_zeros(1)).view(self.n_ranks, -1)
         in_PL = torch.empty_like(out_PL)
@@ -135,7 +135,7 @@ class AllToAllDispatcher:
 class _AllToAll(torch.autograd.Function):
     """Send runs of rows to each rank; backward sends the gradients back.
 
-    Rows after those sent were dropped: they stay here. What is received gets rows of 0 up to `n_rows` in their place.
+    Rows after the sent ones were dropped and stay here. The received rows are padded with rows of 0 up to `n_rows`.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The process groups of a layout, and what all ranks agree on through them."""
+"""The process groups of a layout, and the collectives over all ranks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from deepseek_exp.config.topology import Axis, Coordinates, Degrees
 from deepseek_exp.launch.worker import DATA_TIMEOUT
 
-# All ranks reach every other exchange within minutes, a first compilation and a checkpoint included. A rank that hangs
-# without dying stalls the job for no longer than this.
+# All ranks reach every other collective within minutes, including a first compilation and a checkpoint. A rank that
+# hangs without dying stalls the job for at most this long.
 TIMEOUT = timedelta(minutes=30)
 KV, ENDS = "kv", "ends"
 
@@ -26,18 +26,18 @@ class Groups:
         degrees: of the layout.
         at: this rank's coordinates.
         rank: of this process.
-        device: that it works on.
-        axis: group of each axis that this rank is in; None where the axis has one rank.
+        device: the device of this rank.
+        axis: group of each axis that this rank is in; None if the axis has one rank.
         sums: groups over which gradients are summed: axes; KV, the ranks with the same key and value heads; ENDS, the
             first and the last stage, which may have the same table.
     """
 
     def __init__(self, degrees: Degrees, device: torch.device, n_kv_heads: int) -> None:
-        """Make the groups; all ranks do this together, after `connect`.
+        """Create the groups; collective over all ranks, after `connect`.
 
         Args:
             degrees: of the layout.
-            device: that this rank works on.
+            device: the device of this rank.
             n_kv_heads: of the model.
         """
         self.degrees, self.device, self.rank = degrees, device, dist.get_rank()
@@ -57,12 +57,12 @@ class Groups:
 
     @property
     def is_first(self) -> bool:
-        """This rank has the first stage."""
+        """Return whether this rank has the first stage."""
         return self.at.pp == 0
 
     @property
     def is_last(self) -> bool:
-        """This rank has the last stage."""
+        """Return whether this rank has the last stage."""
         return self.at.pp == self.degrees.pp - 1
 
     def barrier(self) -> None:
@@ -70,23 +70,23 @@ class Groups:
         dist.barrier(group=self.control)
 
     def wait_for_data(self) -> None:
-        """Wait for all ranks while some prepare the data, however long that takes."""
+        """Wait for all ranks while some prepare the data, with a long timeout."""
         dist.barrier(group=self._waiting)
 
     def largest(self, value: int) -> int:
-        """Give the largest of all ranks' values."""
+        """Return the maximum of all ranks' values."""
         found = torch.tensor(value)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control)
         return int(found)
 
     def gather(self, value: Any) -> list[Any]:
-        """Give what each rank hands over, in the order of ranks."""
+        """Return every rank's value, in the order of ranks."""
         found: list[Any] = [None] * self.degrees.world_size
         dist.all_gather_object(found, value, group=self.control)
         return found
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add values up over all ranks, in place, on this rank's device."""
+        """Sum values over all ranks, in place, on this rank's device."""
         dist.all_reduce(values)
         return values
 
@@ -100,7 +100,7 @@ class Groups:
 
 
 def connect(device: torch.device) -> None:
-    """Join the other ranks of the job, as the environment that torchrun sets describes them."""
+    """Join the other ranks of the job, as described by torchrun's environment variables."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -115,5 +115,5 @@ def disconnect() -> None:
 
 
 def local_rank() -> int:
-    """Give this process's place on its host."""
+    """Return this process's index on its host."""
     return int(os.environ.get("LOCAL_RANK", "0"))

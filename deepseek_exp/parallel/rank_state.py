@@ -1,9 +1,9 @@
-"""What one rank saves of a model and its optimizer, and how it takes that back from a checkpoint of any layout.
+"""What one rank saves of a model and its optimizer, and how it restores that from a checkpoint of any layout.
 
-ZeRO 1 and 2 lay the local parameters of a group out in one row, cut the row into equal partitions and give each
-data-parallel rank one, in fp32, with the optimizer's moments; ZeRO 3 cuts each parameter, and its weights too.
-DeepSpeed notes at each parameter which part of it this rank holds, and where. Without ZeRO the optimizer holds all of
-it, or of a bf16 parameter its fp32 master.
+ZeRO 1 and 2 flatten the local parameters of a group into one row, split the row into equal partitions and assign one to
+each data-parallel rank, in fp32, with the optimizer's moments; ZeRO 3 splits each parameter, and its weights too.
+DeepSpeed records on each parameter which part of it this rank holds, and where. Without ZeRO the optimizer holds all of
+it, or the fp32 master of a bf16 parameter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from deepseek_exp.parallel.partition import Part, Placement
 
 
 class Fragment(NamedTuple):
-    """The part of a local parameter that this rank's optimizer works on.
+    """The part of a local parameter that this rank's optimizer updates.
 
     Attributes:
         start: its first element in the flattened local parameter.
@@ -56,7 +56,7 @@ def load_part(part: Part, state: State) -> None:
                 start = p.ds_tensor.ds_numel * dist.get_rank()
                 own = value.flatten()[start : start + p.ds_tensor.ds_numel]
                 p.ds_tensor[: len(own)] = own
-            if p.numel() == value.numel():  # ZeRO 3 keeps small ones whole beside
+            if p.numel() == value.numel():  # ZeRO 3 also keeps small ones whole
                 p.copy_(value)
         for name, buffer in part.model.named_buffers():
             if name in state.buffers:
@@ -65,10 +65,10 @@ def load_part(part: Part, state: State) -> None:
 
 
 def load_optimizer(part: Part, optimizer: Any, state: State) -> None:
-    """Set the fp32 weights that the optimizer works on, and its moments.
+    """Set the fp32 weights that the optimizer updates, and its moments.
 
     Args:
-        part: of this rank, its parameters set.
+        part: of this rank, with its parameters set.
         optimizer: DeepSpeed's.
         state: the checkpoint.
     """
@@ -91,7 +91,7 @@ def load_optimizer(part: Part, optimizer: Any, state: State) -> None:
 
 
 def scalar_state(base: torch.optim.Optimizer, owner: Tensor, value: float) -> Tensor:
-    """Return a state that is one number on the device that it is read on, which is where PyTorch's own loading puts it.
+    """Return a scalar state on the device that it is read on, which is where PyTorch's own loading puts it.
 
     Args:
         base: the optimizer.
@@ -105,7 +105,7 @@ def scalar_state(base: torch.optim.Optimizer, owner: Tensor, value: float) -> Te
 def _load_other(
     base: torch.optim.Optimizer, p: nn.Parameter, fragment: Fragment, kind: str, placed: Placement, state: State
 ) -> None:
-    """Set a state of another shape than its parameter's, which needs the whole parameter on this rank."""
+    """Set a state whose shape differs from its parameter's, which needs the whole parameter on this rank."""
     if _is_shared(p):
         rule = f"has a state {kind} for {placed.name} that is not elementwise, and ZeRO cuts flattened parameters"
         raise CheckpointError(Problem("resume", str(state.folder), rule, "set parallel.zero_stage=0"))
@@ -113,7 +113,7 @@ def _load_other(
 
 
 def pieces(part: Part, groups: Groups, optimizer: Any) -> Iterator[Piece]:
-    """Give what this rank saves: of equal copies one rank does."""
+    """Yield what this rank saves; one of several equal replicas saves."""
     base = getattr(optimizer, "optimizer", optimizer)
     for placed, p in _parameters(part):
         fragment = _fragment(p, optimizer)
@@ -129,14 +129,14 @@ def pieces(part: Part, groups: Groups, optimizer: Any) -> Iterator[Piece]:
             if value.shape == owner.shape
         }
         others = {kind: value for kind, value in states.items() if value.shape != owner.shape}
-        if others and (placed.cuts or _is_shared(p)):  # the layout's rules refuse such optimizers before
+        if others and (placed.cuts or _is_shared(p)):  # the layout's rules reject such optimizers earlier
             raise ValueError(f"{sorted(others)} of {placed.name} are not elementwise and cannot be saved in parts")
         values = {WEIGHT: fragment.weight, **moments}
         yield Piece(placed.name, placed.shape, placed.cuts, fragment.start, values, others)
 
 
 def buffers(part: Part, groups: Groups) -> dict[str, Tensor]:
-    """Give the persistent buffers that this rank saves: those of its stage, by one rank of it."""
+    """Return the persistent buffers that this rank saves: those of its stage, on one rank per stage."""
     if groups.at.dp or groups.at.tp:
         return {}
     parameters = {name for name, _ in part.model.named_parameters(remove_duplicate=False)}
@@ -144,12 +144,12 @@ def buffers(part: Part, groups: Groups) -> dict[str, Tensor]:
 
 
 def whole(part: Part, optimizer: Any, *, is_tied: bool) -> Whole:
-    """Give what is said once of all ranks' pieces.
+    """Return the metadata common to all ranks' pieces.
 
     Args:
         part: of this rank, which has matrices and vectors.
         optimizer: DeepSpeed's.
-        is_tied: the output table is the embedding's.
+        is_tied: the output head shares the embedding's table.
     """
     base = getattr(optimizer, "optimizer", optimizer)
     names = {True: [n for n, ndim in part.order if ndim >= 2], False: [n for n, ndim in part.order if ndim < 2]}
@@ -170,12 +170,12 @@ def _parameters(part: Part) -> Iterator[tuple[Placement, nn.Parameter]]:
 
 
 def _is_shared(p: nn.Parameter) -> bool:
-    """Say whether ZeRO shares a parameter's optimizer state out."""
+    """Return whether ZeRO shards a parameter's optimizer state."""
     return hasattr(p, "_hp_mapping") or hasattr(p, "ds_tensor")
 
 
 def _fragment(p: nn.Parameter, optimizer: Any) -> Fragment | None:
-    """Find what this rank's optimizer holds of a parameter; None: nothing."""
+    """Return what this rank's optimizer holds of a parameter; None if nothing."""
     if hasattr(p, "ds_tensor"):  # ZeRO 3
         group, first, size = optimizer.grad_position[optimizer.get_param_id(p)]
         owner, start = optimizer.fp32_partitioned_groups_flat[group], size * dist.get_rank()
@@ -193,12 +193,12 @@ def _fragment(p: nn.Parameter, optimizer: Any) -> Fragment | None:
 
 
 def _masters(optimizer: Any) -> dict[Any, Tensor]:
-    """Give the fp32 master of each bf16 parameter."""
+    """Return the fp32 master of each bf16 parameter."""
     return dict(zip(optimizer.params, optimizer.masters, strict=True)) if hasattr(optimizer, "masters") else {}
 
 
 def _moment(base: torch.optim.Optimizer, fragment: Fragment, kind: str) -> Tensor:
-    """Give the place of a fragment in the optimizer's state, which is made where it is not there yet."""
+    """Return the slice of a fragment in the optimizer's state, which is created if missing."""
     state = base.state[fragment.owner]
     if kind not in state:
         state[kind] = torch.zeros_like(fragment.owner)

@@ -1,19 +1,19 @@
-"""Tensor parallelism: the matrices of a built model cut by a plan of names, and the exchanges that make up for it.
+"""Tensor parallelism: the matrices of a built model sharded by a plan of names, and the collectives that it needs.
 
-Inside of an attention or a feed-forward network each rank of the tp axis works on its own heads or hidden units. What
-goes in is the same on all of them, what comes out is added up (Shoeybi et al. 2019, "Megatron-LM", section 3):
+Inside an attention or a feed-forward network each rank of the tp axis works on its own heads or hidden units. The input
+is the same on all of them, the output is summed (Shoeybi et al. 2019, "Megatron-LM", section 3):
 
-    in   forward: as it is        backward: sum of the gradients
-    out  forward: sum             backward: as it is
+    in   forward: identity        backward: sum of the gradients
+    out  forward: sum             backward: identity
 
-With sequence parallelism the residual stream between them is cut along the sequence (Korthikanti et al. 2022, "Reducing
-Activation Recomputation in Large Transformer Models", section 4.2.2): in gathers, out sums and scatters.
+With sequence parallelism the residual stream between them is sharded along the sequence (Korthikanti et al. 2022,
+"Reducing Activation Recomputation in Large Transformer Models", section 4.2.2): in gathers, out reduce-scatters.
 
-Parameters inside that are not cut (routers, latents, norms of heads) see a part of the gradient on each rank: it is
+Parameters inside that are not sharded (routers, latents, norms of heads) get a partial gradient on each rank: it is
 summed after the backward pass.
 
-The exchanges are operations of their own, whose inside no compiler sees: torch 2.11's turns collectives inside of an
-autograd function into its own, and takes the gradient for none; blocks would train with gradients of 0, in silence.
+The collectives are custom operators that no compiler looks into: torch 2.11 replaces collectives inside an autograd
+function by its own, and takes their gradient to be none; blocks would silently train with gradients of 0.
 
 Shapes: batch, seq, d_model, vocab (the entries on this rank).
 """
@@ -37,20 +37,20 @@ from deepseek_exp.kernels.operation import operation
 from deepseek_exp.models import Transformer
 from deepseek_exp.parallel.groups import Groups
 
-SEQ = 1  # the dimension that sequence parallelism cuts
+SEQ = 1  # the dimension that sequence parallelism shards
 INSIDE = r"\.(attention|feed_forward)\."
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How parameters of a pattern of names are cut: along which dimension, at most how many ways (None: tp)."""
+    """How parameters that match a pattern are sharded: along which dimension, at most how many ways (None means tp)."""
 
     dim: int
     most: int | None = None
 
 
 def tensor_plan(cfg: ModelConfig) -> dict[str, Rule]:
-    """Say which parameters of a model are cut over tp, by patterns of their full names.
+    """Return which parameters of a model are sharded over tp, by patterns of their full names.
 
     Args:
         cfg: the model.
@@ -82,10 +82,10 @@ def tensor_plan(cfg: ModelConfig) -> dict[str, Rule]:
 
 
 def match_plan(plan: dict[str, Rule], names: list[str]) -> dict[str, Rule]:
-    """Find the rule of each parameter that has one.
+    """Return the rule of each parameter that has one.
 
     Raises:
-        ValueError: a pattern matches no name, so that something would stay whole in silence, or a name matches two.
+        ValueError: a pattern matches no name, so that something would silently stay whole, or a name matches two.
     """
     found: dict[str, Rule] = {}
     for pattern, rule in plan.items():
@@ -100,26 +100,26 @@ def match_plan(plan: dict[str, Rule], names: list[str]) -> dict[str, Rule]:
 
 
 def is_partial(name: str, *, is_cut: bool, sequence_parallel: bool) -> bool:
-    """Say whether each tensor rank sees a part of a whole parameter's gradient."""
+    """Return whether each tensor rank has a partial gradient of a whole parameter."""
     return not is_cut and (sequence_parallel or bool(re.search(INSIDE, "." + name)))
 
 
 class Region:
-    """Where tensor-parallel work begins and ends."""
+    """The boundary of tensor-parallel work."""
 
     def __init__(self, group: Any, *, sequence_parallel: bool) -> None:
         self.group, self.sequence_parallel = group, sequence_parallel
 
     def enter(self, x: Tensor) -> Tensor:
-        """Hand (batch, seq, d_model) to work that each rank does a part of; the gradient is summed."""
+        """Enter work that the ranks do in parts, with (batch, seq, d_model); the gradient is summed."""
         return _Gather.apply(x, self.group) if self.sequence_parallel else _Same.apply(x, self.group)
 
     def leave(self, y: Tensor) -> Tensor:
-        """Sum the ranks' parts of (batch, seq, d_model)."""
+        """Sum the ranks' partial (batch, seq, d_model)."""
         return _Scatter.apply(y, self.group) if self.sequence_parallel else _Sum.apply(y, self.group)
 
     def wrap(self, module: nn.Module) -> None:
-        """Put a module's first input and first output through the region."""
+        """Pass a module's first input and first output through the region."""
         module.register_forward_pre_hook(lambda _, args: (self.enter(args[0]), *args[1:]))
         module.register_forward_hook(lambda _, args, out: self._left(out))
 
@@ -128,7 +128,7 @@ class Region:
 
 
 class VocabParallelEmbedding(nn.Module):
-    """The embedding with the entries of the table shared out: each rank looks up its own, the results are summed."""
+    """The embedding with its table sharded by entries: each rank looks up its own, the results are summed."""
 
     def __init__(self, weight: nn.Parameter, region: Region, index: int) -> None:
         super().__init__()
@@ -143,25 +143,25 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """The output table with its entries shared out; logits stay on the ranks that made them."""
+    """The output head with its entries sharded; logits stay on the ranks that computed them."""
 
     def __init__(self, head: nn.Module, region: Region) -> None:
         super().__init__()
         self.ops, self.norm, self.weight, self.region = head.ops, head.norm, head.weight, region
 
     def loss(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Do what `Head.loss` does."""
+        """Compute `Head.loss`."""
         return self.ops.linear_cross_entropy(self.region.enter(h), self.weight, targets)
 
 
 def parallel_ops(ops: Ops, kernels: KernelsConfig, group: Any, index: int) -> Ops:
-    """Give operations for arguments that are cut over tp where they are.
+    """Return operations whose arguments may be sharded over tp.
 
     Args:
         ops: those of one process.
-        kernels: what computes each operation.
+        kernels: the implementation of each operation.
         group: of the tp axis.
-        index: this rank's place in it.
+        index: this rank's index in it.
     """
 
     def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,16 +184,16 @@ def parallel_ops(ops: Ops, kernels: KernelsConfig, group: Any, index: int) -> Op
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, group: Any, index: int) -> Tensor:
-    """Give -log softmax(logits)[target] of logits whose entries are shared out.
+    """Return -log softmax(logits)[target] of logits whose entries are sharded.
 
-    The largest logit, the sum of exponentials and the target's logit are exchanged, three numbers a token (Shoeybi et
-    al. 2019, "Megatron-LM", section 3). In fp32 whatever the logits, as the definition in kernels/reference.py.
+    The largest logit, the sum of exponentials and the target's logit are exchanged, three numbers per token (Shoeybi et
+    al. 2019, "Megatron-LM", section 3). In fp32 for any logits, as the definition in kernels/reference.py.
 
     Args:
         logits: (batch, seq, vocab), entries index * vocab onwards.
         targets: (batch, seq), int64, of the whole vocabulary.
         group: of the tp axis.
-        index: this rank's place in it.
+        index: this rank's index in it.
 
     Returns:
         (batch, seq), fp32, the same on all ranks.
@@ -202,19 +202,19 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, group: Any, in
 
 
 def parallel_top_k_swiglu(gate: Tensor, up: Tensor, k: int, group: Any) -> Tensor:
-    """Compute `reference.top_k_swiglu` for hidden units that are shared out: the border is that of all ranks' gates."""
+    """Compute `reference.top_k_swiglu` for sharded hidden units: the threshold is that of all ranks' gates."""
     every = _all_gather(gate.detach(), -1, group)  # (..., d_ff)
     border = every.topk(k, dim=-1).values[..., -1:]  # (..., 1)
     return torch.where(gate >= border, F.silu(gate) * up, 0)
 
 
 def apply_tensor_parallel(model: Transformer, groups: Groups, *, sequence_parallel: bool) -> None:
-    """Put the exchanges into a model whose parameters are cut already; with one tensor rank there are none.
+    """Insert the collectives into a model whose parameters are already sharded; none with one tensor rank.
 
     Args:
         model: the whole of it, or the layers of one stage.
         groups: this rank's.
-        sequence_parallel: cut the residual stream along the sequence.
+        sequence_parallel: shard the residual stream along the sequence.
     """
     if groups.degrees.tp == 1:
         return
@@ -306,12 +306,12 @@ def _all_reduce(x: Tensor, group: Any) -> Tensor:
 
 
 def _all_gather(x: Tensor, dim: int, group: Any) -> Tensor:
-    """Put the ranks' tensors together along a dimension."""
+    """Concatenate the ranks' tensors along a dimension."""
     return _gathered(x, dim, group.size(), group.group_name)
 
 
 def _reduce_scatter(x: Tensor, dim: int, group: Any) -> Tensor:
-    """Sum the ranks' tensors and give this rank its part along a dimension."""
+    """Sum the ranks' tensors and return this rank's shard along a dimension."""
     return _scattered(x, dim, group.size(), group.group_name)
 
 

@@ -1,4 +1,4 @@
-"""Build the parts of an experiment and put them together; the only file that knows every room."""
+"""Build the parts of an experiment and assemble them; the only file that knows every room."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ from deepseek_exp.train.lit import LanguageModel
 from deepseek_exp.train.lit_distributed import StageModel
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp8: torch.bfloat16}
-# said by Lightning about choices that are made on purpose here
-# PyTorch's own choice; a job of a sweep may have set another number
+# PyTorch's own choice; a job of a sweep may have set another number.
 N_THREADS = torch.get_num_threads()
+# Warnings of Lightning about choices that are made on purpose here.
 EXPECTED_WARNINGS = (
     ".*does not have many workers.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ".*GPU available but not used.*",
-    ".*It is recommended to use `self.log\\('val/.*",  # the ranks have agreed on these already
-    ".*`torch.distributed.\\w+_tensor` is deprecated.*",  # what replaces it is not in every PyTorch that this runs with
+    ".*It is recommended to use `self.log\\('val/.*",  # the ranks have already agreed on these
+    ".*`torch.distributed.\\w+_tensor` is deprecated.*",  # its replacement is not in every supported PyTorch
 )
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What an experiment is made of once it is built."""
+    """The built parts of an experiment."""
 
     device: torch.device
     data: PreparedData
@@ -65,10 +65,10 @@ class Parts:
 
 
 def pick_device(device: Device) -> torch.device:
-    """Choose where to run.
+    """Return the device to run on.
 
     Raises:
-        DeviceError: a GPU is asked for and this PyTorch cannot use it.
+        DeviceError: a GPU is requested and this PyTorch cannot use it.
     """
     visible = torch.cuda.is_available()
     if device is Device.cuda and not visible:
@@ -80,13 +80,13 @@ def pick_device(device: Device) -> torch.device:
 
 
 def check_memory(cfg: ExperimentConfig, device: torch.device) -> None:
-    """Refuse a model whose weights, in training with gradients and optimizer, do not fit the device's free memory.
+    """Raise if the weights, in training with gradients and optimizer, do not fit the device's free memory.
 
-    A parameter's weight, and in training its gradient in fp32 and what the optimizer keeps of it: with AdamW 16 bytes
-    in all in fp32, 18 in bf16. Activations come on top.
+    Per parameter: its weight, and in training its gradient in fp32 and the optimizer's state: with AdamW 16 bytes in
+    total in fp32, 18 in bf16. Activations are not included.
 
     Raises:
-        DeviceError: names the need and what there is.
+        DeviceError: states the required and the available memory.
     """
     counted = parameters(cfg.model)
     n_params = counted.total + counted.mtp
@@ -100,16 +100,16 @@ def check_memory(cfg: ExperimentConfig, device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Give the bytes that are free on a device; on a CPU what the system can hand out without swapping."""
+    """Return the free bytes on a device; on a CPU, what the system can allocate without swapping."""
     if device.type == "cuda":
         gc.collect()
-        torch.cuda.empty_cache()  # what PyTorch keeps of an earlier job of a sweep is free
+        torch.cuda.empty_cache()  # memory that PyTorch caches from an earlier job of a sweep is free
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
 def check_grouped_products(cfg: ExperimentConfig, device: torch.device) -> None:
-    """Refuse a PyTorch whose grouped product leaves rubbish as the weight gradient of an expert without tokens.
+    """Raise if PyTorch's grouped product leaves garbage as the weight gradient of an expert without tokens.
 
     Raises:
         DeviceError: it does, on this GPU.
@@ -127,7 +127,7 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
 
     Args:
         cfg: the experiment.
-        weights: checkpoint folder to take the model's parameters from; None: from `init_from` or the seed.
+        weights: checkpoint folder to load the model's parameters from; None means from `init_from` or the seed.
     """
     device = pick_device(cfg.device)
     if degrees(cfg).world_size > 1:
@@ -142,13 +142,13 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
 
 
 def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Parts:
-    """Do `build_parts` in one of several ranks; the strategy loads a checkpoint's weights once it is set up."""
+    """Do `build_parts` on one of several ranks; the strategy loads a checkpoint's weights once it is set up."""
     connect(device)
     check_grouped_products(cfg, device)
     set_up_torch(cfg)
     groups = Groups(degrees(cfg), device, cfg.model.n_kv_heads or cfg.model.n_heads)
     if local_rank() == 0:
-        prepare(cfg.data)  # the others of this host find it in the cache
+        prepare(cfg.data)  # the others on this host find it in the cache
     groups.wait_for_data()
     data = prepare(cfg.data)
     tp = groups.axis[Axis.tp], groups.at.tp
@@ -225,10 +225,10 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
 
 
 def _check_weights(wrong: str | None, folder: Path) -> None:
-    """Refuse a checkpoint of which a weight is infinite or NaN.
+    """Raise if a weight of a checkpoint is infinite or NaN.
 
     Raises:
-        CheckpointError: it has one.
+        CheckpointError: one is.
     """
     if wrong is not None:
         rule = f"holds infinite or NaN numbers in {wrong}: its training had diverged"
@@ -262,7 +262,7 @@ def build_trainer(
         texts: file name -> content that goes into every checkpoint.
 
     Returns:
-        The trainer and those of its callbacks that know how the run went.
+        The trainer, and those of its callbacks that report how the run went.
     """
     for pattern in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
@@ -284,7 +284,7 @@ def build_trainer(
         strategy=strategy,
         logger=JournalLogger(run),
         callbacks=[steps, metrics, *third_party, progress, checkpoints],
-        # the environment of a Slurm job says nothing about one process
+        # With one process, the environment of a Slurm job does not apply.
         plugins=[folder_io, *([LightningEnvironment()] if groups is None else [])],
         max_epochs=-1,
         max_steps=cfg.last_step,

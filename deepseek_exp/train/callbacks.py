@@ -1,4 +1,4 @@
-"""What happens around a training step: metrics, progress, checkpoints and signals."""
+"""Callbacks around a training step: metrics, progress, checkpoints and signals."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ NAMES = ("loss", "nats", "bytes", "grad_norm")
 class Metrics(Callback):
     """Logs training metrics without making the host wait for the device.
 
-    A step's scalars are copied to the host behind the step's own work and logged once that copy is done, a step or so
-    later; on a CPU that is at once. What is not finite of a step that FiniteSteps refuses or that was skipped is not
-    logged.
+    A step's scalars are copied to the host asynchronously, after the step's work, and logged when the copy is complete,
+    about a step later; on a CPU at once. Non-finite values of a step that FiniteSteps rejects or that was skipped are
+    not logged.
     """
 
     def __init__(self, cfg: ExperimentConfig) -> None:
@@ -55,7 +55,7 @@ class Metrics(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Queue this step's scalars when they are due or the step was skipped, and log those that have arrived."""
+        """Queue this step's scalars if they are due or the step was skipped, and log those that have arrived."""
         step = trainer.global_step
         due = step % self.cfg.trainer.log_every_steps == 0 or step == 1 or step >= self.cfg.last_step
         if due or not outputs["applied"]:
@@ -75,12 +75,12 @@ class Metrics(Callback):
         self._log(trainer, wait=False)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what is queued, and leave the validation's time out of the step time."""
+        """Log what is queued, and exclude the validation from the step time."""
         self._log(trainer, wait=True)
         self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the clock, and log what the model's parts tell of themselves."""
+        """Resume the clock, and log the metrics of the model's parts."""
         then, before = self._since
         self._since = (then + time.perf_counter() - self._paused, before)
         if trainer.state.fn == "fit":
@@ -131,7 +131,7 @@ class Metrics(Callback):
 
 
 def _of_parts(lit: LanguageModel, cfg: ExperimentConfig) -> dict[str, float]:
-    """Return how far the attention mask leans to its window, and how sparse the hidden units were.
+    """Return how much the attention weighs its window against global keys, and how sparse the hidden units were.
 
     attn/gate is averaged over heads and in 0..1; 0.5 treats local and global keys alike.
     """
@@ -149,19 +149,19 @@ def _arrived(event: Any) -> bool:
 
 
 class Progress(Callback):
-    """A progress bar with loss, tokens per second and time left; plain lines where there is no terminal."""
+    """A progress bar with loss, tokens per second and time left; plain lines without a terminal."""
 
     LINE_SECONDS = 20.0
 
     def __init__(self, cfg: ExperimentConfig, metrics: Metrics) -> None:
         self.last_step, self.metrics = cfg.last_step, metrics
         self.bar: tqdm | None = None
-        self.speed: float | None = None  # tokens per second of the whole training, known when it ends
+        self.speed: float | None = None  # tokens per second of the whole training, set at its end
         self._step_tokens = cfg.trainer.global_batch_seqs * cfg.data.seq_len
         self._began, self._validating = (0.0, 0), 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the bar, at the step that a resumed run goes on from."""
+        """Show the bar, at the step that a resumed run continues from."""
         tty = sys.stderr.isatty()
         line = None if tty else "{desc}step {n}/{total}, {elapsed} gone, {remaining} left{postfix}\n"
         self.bar = tqdm(
@@ -176,18 +176,18 @@ class Progress(Callback):
         self._began = (time.perf_counter(), trainer.global_step)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note when a validation begins: its time is left out of the speed."""
+        """Record when a validation begins: its time is excluded from the speed."""
         self._validating = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave out the validation's time."""
+        """Exclude the validation's time."""
         then, step = self._began
         self._began = (then + time.perf_counter() - self._validating, step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Move the bar; the numbers beside it are the last logged ones."""
+        """Advance the bar; the numbers next to it are the last logged ones."""
         if self.bar is None:
             return
         if self.metrics.last:
@@ -196,7 +196,7 @@ class Progress(Callback):
         self.bar.update(trainer.global_step - self.bar.n)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the bar, and work out the speed."""
+        """Close the bar, and compute the speed."""
         self._close()
         then, step = self._began
         if trainer.global_step > step:
@@ -213,7 +213,7 @@ class Progress(Callback):
 
 
 def _cannot_save(folder: Path, step: int, n_bytes: int, error: Exception) -> UserError:
-    """Describe why a checkpoint could not be written: a disk that is full, read-only or forbidden."""
+    """Return the error for a checkpoint that could not be written: a disk that is full, read-only or forbidden."""
     why = getattr(error, "strerror", None) or error
     rule = f"cannot take the checkpoint of step {step} ({why})"
     with suppress(OSError):
@@ -226,8 +226,8 @@ def _cannot_save(folder: Path, step: int, n_bytes: int, error: Exception) -> Use
 class Checkpoints(Callback):
     """Saves when due, at the end, and when SIGTERM, SIGINT or SIGHUP asks the run to stop.
 
-    A step that is validated is saved after its validation, so that the checkpoint knows its loss; a signal lets that
-    validation end, so that a stopped and resumed run validates where the unbroken one does.
+    A step that is validated is saved after its validation, so that the checkpoint contains its loss. A signal lets that
+    validation finish, so that a stopped and resumed run validates at the same steps as an uninterrupted one.
 
     Nothing is saved, and so no older checkpoint is removed, unless the losses and gradient norms of all steps so far,
     the validation loss, the weights and the optimizer's state are finite.
@@ -239,10 +239,10 @@ class Checkpoints(Callback):
         self.saved: Path | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the signals; a second one ends the process at once.
+        """Install the signal handlers; a second signal ends the process at once.
 
-        Lightning has noted the handlers before and puts them back when the training ends, however it ends. A rank of
-        several is asked in another way (parallel/member.py), so that a SIGTERM can end it at once.
+        Lightning has saved the previous handlers and restores them at the end of the training in any case. One of
+        several ranks is asked to stop in another way (launch/worker.py), so that a SIGTERM can end it at once.
         """
         for signum in worker.stop_signals():
             signal.signal(signum, self._remember if trainer.world_size == 1 else signal.SIG_DFL)
@@ -258,9 +258,9 @@ class Checkpoints(Callback):
             self._save_if(trainer, pl_module, step % t.checkpoint_every_steps == 0)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save a validated step that is due, or the last one, also where another callback ends the training."""
+        """Save a validated step that is due, or the last one, even if another callback ends the training."""
         if trainer.state.fn == "fit":
-            self.steps.check_all()  # the first cause comes before what follows from it
+            self.steps.check_all()  # report the first cause, not what follows from it
             check_finite("validation loss", pl_module.val_loss, trainer.global_step, self.cfg)
             due = trainer.global_step % self.cfg.trainer.checkpoint_every_steps == 0
             self._save_if(trainer, pl_module, due or trainer.should_stop)

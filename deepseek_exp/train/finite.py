@@ -1,4 +1,4 @@
-"""What keeps infinities and NaN out of a training: the checks of every step and of all that is saved."""
+"""Guards against infinities and NaN in a training: the checks of every step and of all that is saved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAG = 2
 class FiniteSteps(Callback):
     """Checks the loss and the gradient norm of every step that was not skipped, and ends the run if one is not finite.
 
-    On a GPU both are copied to the host behind the step's own work and looked at `LAG` steps later.
+    On a GPU both are copied to the host asynchronously, after the step's work, and checked `LAG` steps later.
     """
 
     def __init__(self, cfg: ExperimentConfig) -> None:
@@ -34,14 +34,14 @@ class FiniteSteps(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Start to copy this step's numbers, and check those of the step `LAG` before."""
+        """Start to copy this step's numbers, and check those of the step `LAG` steps earlier."""
         if outputs["applied"] or self.cfg.trainer.on_nonfinite is OnNonfinite.stop:
             pair = torch.stack([outputs["loss"].double(), outputs["grad_norm"].double()])
             self._pending.append((trainer.global_step, *to_host(pair)))
         self._check(LAG if pl_module.device.type == "cuda" else 0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the steps that are left."""
+        """Check the remaining steps."""
         self.check_all()
 
     def check_all(self) -> None:
@@ -62,7 +62,7 @@ class FiniteSteps(Callback):
 
 
 def check_finite(what: str, value: float, step: int, cfg: ExperimentConfig) -> None:
-    """Refuse a number of a step that is infinite or NaN.
+    """Raise if a number of a step is infinite or NaN.
 
     Raises:
         UserError: it is.
@@ -75,10 +75,10 @@ def check_finite(what: str, value: float, step: int, cfg: ExperimentConfig) -> N
 
 
 def check_state(wrong: str | None, step: int, cfg: ExperimentConfig) -> None:
-    """Refuse to save a state of which something is not finite.
+    """Raise if something in a state to be saved is not finite.
 
     Args:
-        wrong: what is not finite, such as the name of a weight; None: everything is finite.
+        wrong: what is not finite, such as the name of a weight; None if everything is finite.
         step: optimizer steps done.
         cfg: the experiment.
 
@@ -92,7 +92,7 @@ def check_state(wrong: str | None, step: int, cfg: ExperimentConfig) -> None:
 
 
 def check_skipped(n_skipped: int, step: int, cfg: ExperimentConfig) -> None:
-    """Refuse to leave out more steps than are allowed.
+    """Raise if more steps were skipped than are allowed.
 
     Raises:
         UserError: there are more.
@@ -106,9 +106,9 @@ def check_skipped(n_skipped: int, step: int, cfg: ExperimentConfig) -> None:
 
 @torch.no_grad()
 def first_nonfinite(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Return the name of the first tensor that holds an infinity or NaN; None: there is none.
+    """Return the name of the first tensor that holds an infinity or NaN; None if there is none.
 
-    The device works through all of them before the host waits for it, once.
+    The device checks all of them before the host waits for it, once.
     """
     names, largest = [], []
     for name, tensor in named:
@@ -123,7 +123,7 @@ def first_nonfinite(named: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def to_host(values: Tensor) -> tuple[Tensor, Any]:
-    """Start copying values to the host; returns the copy and the event that says when it is whole (None: it is)."""
+    """Start copying values to the host; return the copy and an event that marks its end (None if it has ended)."""
     if values.device.type != "cuda":
         return values, None
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

@@ -21,17 +21,17 @@ def build_optimizer(
     masters: bool = True,
     wide_gradients: bool = False,
 ) -> torch.optim.Optimizer:
-    """Make the optimizer that the configuration names, over fp32 masters when the weights are bf16.
+    """Return the configured optimizer, over fp32 masters if the weights are bf16.
 
-    Matrices decay with cfg.weight_decay, vectors (norm scales, gates) do not. The groups know the parameters' names, so
-    that the optimizer's state can be told apart in a checkpoint.
+    Matrices decay with cfg.weight_decay, vectors (norm scales, gates) do not. The groups hold the parameters' names, so
+    that the optimizer's state can be identified in a checkpoint.
 
     Args:
         cfg: class, learning rate and decay.
         model: its parameters are trained.
         kernel: kernels.adamw.
-        masters: work on fp32 copies of bf16 weights; without, another does that.
-        wide_gradients: those of the copies are fp32 from the first micro batch on, as for a sum over ranks.
+        masters: keep fp32 master weights for bf16 parameters. False if ZeRO keeps them.
+        wide_gradients: the masters' gradients are fp32 from the first micro-batch on, as for a sum over ranks.
 
     Returns:
         The optimizer.
@@ -59,10 +59,10 @@ def build_optimizer(
 class MasterWeights(torch.optim.Optimizer):
     """Run an optimizer on fp32 copies of bf16 parameters.
 
-    Gradients of the parameters are added up in the copies' fp32 gradients as the backward pass makes them, so that
-    accumulation over micro batches and clipping do not round to bf16; after a step the copies are rounded into the
+    Gradients of the parameters are accumulated in the copies' fp32 gradients as the backward pass computes them, so
+    that accumulation over micro-batches and clipping do not round to bf16; after a step the copies are rounded into the
     parameters. Source: Micikevicius et al. 2018, "Mixed Precision Training", section 3.1. `param_groups` are the
-    copies', which is what clipping and schedules work on.
+    copies', which clipping and schedules use.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class MasterWeights(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the optimizer's state and the copies."""
+        """Return the optimizer's state and the copies."""
         return {"inner": self.inner.state_dict(), "masters": list(self.masters)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore the result of `state_dict`."""
         self.inner.load_state_dict(state_dict["inner"])
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
         with torch.no_grad():
@@ -110,14 +110,14 @@ def _move_gradient(master: Tensor) -> Callable[[Tensor], None]:
 
 
 def lr_factor(step: int, warmup_steps: int, max_steps: int, min_ratio: float) -> float:
-    """Give the learning rate of a step as a share of the peak: linear warm-up, then a cosine down to `min_ratio`.
+    """Return the learning rate of a step as a fraction of the peak: linear warm-up, then cosine decay to `min_ratio`.
 
     Source: Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts.
 
     Args:
-        step: steps done, 0 before the first.
-        warmup_steps: steps until the peak.
-        max_steps: steps in all.
+        step: number of steps done, 0 before the first.
+        warmup_steps: number of steps until the peak.
+        max_steps: total number of steps.
         min_ratio: the factor at max_steps.
     """
     if step < warmup_steps:
@@ -127,7 +127,7 @@ def lr_factor(step: int, warmup_steps: int, max_steps: int, min_ratio: float) ->
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:
-    """Scale all gradients together so that their global norm is at most `clip_norm`; 0 leaves them.
+    """Scale all gradients so that their global norm is at most `clip_norm`; 0 means no clipping.
 
     Squares are summed in float64: on a CPU the norm of 4 million fp32 numbers is off by 7e-5 otherwise (PyTorch 2.13).
 
@@ -144,5 +144,5 @@ def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Give the norm of tensors together, a float64 scalar."""
+    """Return the global norm of tensors, a float64 scalar."""
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]))

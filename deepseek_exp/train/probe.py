@@ -1,4 +1,4 @@
-"""How long a step will take: one micro batch is tried before the training starts."""
+"""Measure how long a step takes: one micro-batch is run before the training starts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from deepseek_exp.train.build import Parts
 
 
 def step_seconds(cfg: ExperimentConfig, parts: Parts) -> float:
-    """Time the training loss of one micro batch and its backward pass, times their number in a step.
+    """Return the measured time of one micro-batch's loss and backward pass, times their number in a step.
 
-    The weights stay as they are, the experts' load is counted anew and no random number is drawn. The optimizer, the
-    loader and the logging are left out, so the estimate is a little low for very small models.
+    The weights are unchanged, the experts' load is reset and no random number is drawn. The optimizer, the loader and
+    the logging are excluded, so the estimate is slightly low for very small models.
 
     Returns:
-        Seconds of one optimizer step.
+        Seconds per optimizer step.
     """
     lit, batch = parts.lit, next(iter(parts.datamodule.val_dataloader()))
     tokens, part = batch.tokens.to(parts.device), batch.part.to(parts.device)  # (sequences, seq + 1), (sequences,)
     memory, tries = None, []
-    for _ in range(3):  # the first one warms up, and gives the others a memory to go on from
+    for _ in range(3):  # the first one warms up, and provides the others with a memory
         _wait(parts.device)
         started = time.perf_counter()
         loss, _, _, memory = lit.training_loss(tokens, part, memory)

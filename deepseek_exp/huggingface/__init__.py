@@ -1,4 +1,4 @@
-"""Hugging Face's description of a model, config.json, to and from ours; without torch, so that composing can use it."""
+"""Convert between Hugging Face's config.json and our model section. No torch, so that composing can use it."""
 
 from deepseek_exp.huggingface.files import stored_weights
 from deepseek_exp.huggingface.read import read_release

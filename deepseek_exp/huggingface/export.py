@@ -1,4 +1,4 @@
-"""Write one of our checkpoints as a Hugging Face checkpoint that transformers and others load."""
+"""Export one of our checkpoints as a Hugging Face checkpoint that transformers and other libraries load."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float1
 
 
 def export_hf(m: ModelConfig, checkpoint: Path, target: Path, *, shard_bytes: int = weights.SHARD_BYTES) -> list[str]:
-    """Write config.json, generation_config.json, the weights and the tokenizer.
+    """Write config.json, generation_config.json, the weights and the tokenizer, and return the file names.
 
-    The folder is written under another name and renamed when all is on disk: it is whole or not there.
+    The folder is written under a temporary name and renamed when everything is on disk, so it is complete or absent.
 
     Args:
         m: the checkpoint's model.
         checkpoint: one of our checkpoint folders.
-        target: the folder to make; it may exist if it is empty.
-        shard_bytes: size of one file of weights at most.
+        target: the folder to create. It may exist if it is empty.
+        shard_bytes: maximum size of one weights file.
 
     Returns:
         The names of the files.
 
     Raises:
-        ConfigError: no Hugging Face family expresses the model, or the target is not empty.
+        ConfigError: no Hugging Face family can express the model, or the target is not empty.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         rule, fix = "is there already and not an empty folder", "set export.path to another folder, or remove that one"
@@ -54,7 +54,7 @@ def export_hf(m: ModelConfig, checkpoint: Path, target: Path, *, shard_bytes: in
         (part / TOKENIZER).write_text(tokenizer.json, encoding="utf-8")
         weights.save(m, checkpoint, part, shard_bytes=shard_bytes)
         names = sorted(path.name for path in part.iterdir())
-        mode = (part / CONFIG).stat().st_mode & 0o777  # as the umask says; safetensors makes files of mode 0600
+        mode = (part / CONFIG).stat().st_mode & 0o777  # from the umask; safetensors creates files with mode 0600
         for path in part.iterdir():
             path.chmod(mode)
         for path in [*part.iterdir(), part]:

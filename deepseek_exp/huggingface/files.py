@@ -1,6 +1,6 @@
-"""What lies in the folder of a Hugging Face checkpoint: JSON files, and the headers of its safetensors files.
+"""Read the files of a Hugging Face checkpoint: its JSON files and the headers of its safetensors files.
 
-Format of a safetensors file: eight bytes with the length of the header, little endian, then the header as JSON.
+A safetensors file starts with the length of the header as 8 little-endian bytes, followed by the header as JSON.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from deepseek_exp.errors import CheckpointError, ConfigError, Problem
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# bytes of an element; the elements of other types are of no whole number of bytes, or not known here
+# Bytes per element. Elements of other types have a fractional number of bytes or are unknown here.
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2"), 1),
 }
-# the longest header that the safetensors library reads
+# The longest header that the safetensors library reads.
 MOST_HEADER_BYTES = 100_000_000
 HUB = "init_from takes a folder of this machine, not a name on the hub: download one first, for example with "
 HUB += "hf download Qwen/Qwen3-0.6B --local-dir qwen3-0.6b"
@@ -33,7 +33,7 @@ class Stored(NamedTuple):
     Attributes:
         file: the safetensors file that holds it.
         shape: its shape.
-        dtype: its type in safetensors' words, such as BF16.
+        dtype: its type in safetensors' notation, such as BF16.
     """
 
     file: Path
@@ -42,14 +42,14 @@ class Stored(NamedTuple):
 
 
 def read_json(path: Path, key: str) -> dict[str, Any]:
-    """Read a JSON object.
+    """Return the JSON object in a file.
 
     Args:
         path: the file.
         key: the configuration key that led to it, for the message.
 
     Raises:
-        ConfigError: it is not there, or does not hold a JSON object.
+        ConfigError: the file is missing or does not hold a JSON object.
     """
     again = "fix the file, or download it again"
     try:
@@ -70,10 +70,10 @@ def read_json(path: Path, key: str) -> dict[str, Any]:
 
 
 def stored_weights(folder: Path, key: str = "init_from") -> dict[str, Stored]:
-    """List every tensor of a checkpoint by name, from the files' headers alone.
+    """Return every tensor of a checkpoint by name, reading only the headers of its files.
 
     Args:
-        folder: with model.safetensors, or with model.safetensors.index.json and the files that it names.
+        folder: contains model.safetensors, or model.safetensors.index.json and the files that it names.
         key: the configuration key that led here, for the message.
 
     Raises:
@@ -91,7 +91,7 @@ def stored_weights(folder: Path, key: str = "init_from") -> dict[str, Stored]:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """Read the entries of a safetensors file's header, which must describe every byte of the file once."""
+    """Return the entries of a safetensors header, which must describe every byte of the file exactly once."""
     _check_regular(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -119,7 +119,7 @@ def _are_counts(*numbers: Any) -> bool:
 
 
 def _check_regular(path: Path) -> None:
-    """Refuse what is there and no file, such as a pipe, which would be waited for."""
+    """Raise an error if the path exists but is not a regular file; opening a pipe would block."""
     if path.exists() and not path.is_file():
         raise ValueError("it is no regular file")
 

@@ -1,6 +1,6 @@
-"""Read config.json of llama, mistral, qwen2, qwen3, mixtral, deepseek_v2 and deepseek_v3 into our model section.
+"""Convert config.json of llama, mistral, qwen2, qwen3, mixtral, deepseek_v2 and deepseek_v3 to our model section.
 
-Every field is used, known to change nothing that is computed, or refused. What a field means is what transformers 5.23
+Every field is used, known not to affect the computation, or rejected. The meaning of a field is what transformers 5.23
 does with it (models/<family>/modeling_<family>.py, modeling_rope_utils.py).
 """
 
@@ -18,9 +18,9 @@ from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.huggingface.files import CONFIG, read_json, stored_weights
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "deepseek_v2", "deepseek_v3")
-# of DeepSeek's norms inside of the attention, whatever rms_norm_eps says
+# Epsilon of DeepSeek's norms inside attention, regardless of rms_norm_eps.
 MLA_EPS = 1e-6
-# they change nothing of what a model computes from tokens
+# Fields that do not affect what a model computes from tokens.
 HARMLESS = (
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
     "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "ep_size", "id2label",
@@ -32,7 +32,7 @@ REQUIRED: Any = object()
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 OTHER = "use another checkpoint: this part is not built"
 FIX_FIELD = "fix the field, or download the file again"
-# bounds on what a field may say, for numbers beyond them would keep a computer busy and describe no model
+# Bounds on the values of fields. Larger numbers describe no real model and would take very long to process.
 MOST = 2**31 - 1
 MOST_LAYERS = 10_000
 
@@ -52,12 +52,12 @@ NO_EXPERTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Release:
-    """What config.json describes.
+    """The model that a config.json describes.
 
     Attributes:
         family: its model_type.
         model: the values of our model section, with the keys of `config.ModelConfig`.
-        interleaved: MLA's rotary pairs are neighbours in the weights, not half a head apart.
+        interleaved: whether MLA's rotary pairs are adjacent in the weights rather than half a head apart.
     """
 
     family: str
@@ -66,7 +66,7 @@ class Release:
 
 
 class Fields:
-    """The fields of a JSON object, taken one by one; `problems` collects what is wrong with them."""
+    """The fields of a JSON object, taken one by one. Problems with them are collected in `problems`."""
 
     def __init__(self, values: Mapping[str, Any], file: Path, prefix: str = "") -> None:
         self.values, self.file, self.prefix = values, file, prefix
@@ -74,13 +74,13 @@ class Fields:
         self.problems: list[Problem] = []
 
     def take(self, name: str, kind: type, default: Any = REQUIRED, null: Any = REQUIRED) -> Any:
-        """Give a field's value.
+        """Return a field's value.
 
         Args:
-            name: of the field.
-            kind: its type; a float takes whole numbers too.
-            default: the value where it is left out.
-            null: the value where it is null; left out: `default`.
+            name: name of the field.
+            kind: its type; float accepts integers too.
+            default: the value if the field is missing.
+            null: the value if the field is null; `default` if not set.
         """
         self.untouched.discard(name)
         value = self.values.get(name)
@@ -103,17 +103,17 @@ class Fields:
         return kind(value)
 
     def must(self, name: str, allowed: Iterable[Any], rule: str, fix: str = OTHER) -> None:
-        """Refuse a field that is there with another value than those allowed."""
+        """Record a problem if the field is present with a value that is not allowed."""
         self.untouched.discard(name)
         if name in self.values and self.values[name] not in allowed:
             self.refuse(name, rule, fix)
 
     def refuse(self, name: str, rule: str, fix: str = OTHER) -> None:
-        """Note what is wrong with a field."""
+        """Record a problem with a field."""
         self.problems.append(Problem(self.prefix + name, self.values.get(name), f"in {self.file} {rule}", fix))
 
     def close(self, harmless: Iterable[str] = ()) -> list[Problem]:
-        """Give all problems, an unknown field being one."""
+        """Return all problems; each unknown field is one."""
         for name in sorted(self.untouched - set(harmless)):
             rule = "is not a field that is known here, so it may change what the model computes"
             self.refuse(name, rule, "remove it if it changes nothing, or use another checkpoint")
@@ -121,16 +121,16 @@ class Fields:
 
 
 def read_release(folder: Path, key: str = "init_from") -> Release:
-    """Read the description of a Hugging Face checkpoint.
+    """Return the description of a Hugging Face checkpoint.
 
-    The number of modules that look ahead is that of the weights: a folder that was saved without them has none.
+    The number of MTP modules is taken from the weights: a folder that was saved without them has none.
 
     Args:
-        folder: with config.json and the weights.
+        folder: contains config.json and the weights.
         key: the configuration key that led here, for the messages.
 
     Raises:
-        ConfigError: config.json is not there or not JSON, or has fields that our parts cannot express: all of them.
+        ConfigError: config.json is missing or not JSON, or has fields that our model cannot express; all are reported.
         CheckpointError: there are no readable weights.
     """
     values = read_json(folder / CONFIG, key)
@@ -207,11 +207,11 @@ def _mixtral(f: Fields) -> dict[str, Any]:
 
 
 def _deepseek(f: Fields) -> dict[str, Any]:
-    """Read what the two DeepSeek families share."""
+    """Read the fields that the two DeepSeek families share."""
     if f.take("rms_norm_eps", float) != MLA_EPS:
         rule = f"is not {MLA_EPS:g}, which the norms of the latents use whatever it says, and ours are all alike"
         f.refuse("rms_norm_eps", rule)
-    f.untouched -= {"head_dim", "qk_head_dim"}  # follow from the widths of the parts
+    f.untouched -= {"head_dim", "qk_head_dim"}  # implied by the widths of the parts
     f.must("moe_layer_freq", (1,), "is not 1: blocks with and without experts would take turns")
     rope_dim, nope_dim = f.take("qk_rope_head_dim", int), f.take("qk_nope_head_dim", int)
     n_heads = f.values.get("num_attention_heads")
@@ -283,7 +283,7 @@ READERS: dict[str, Callable[[Fields], dict[str, Any]]] = {
 
 
 def _window_of_all_layers(f: Fields) -> int:
-    """Give the window that all layers share, 0 where they share none."""
+    """Return the window that all layers share, or 0 if they do not share one."""
     used, window = f.take("use_sliding_window", bool, False), f.take("sliding_window", int, 4096, null=0)
     first, n_layers = f.take("max_window_layers", int, 28), f.take("num_hidden_layers", int)
     window = window if used else 0
@@ -354,7 +354,7 @@ def _rope(f: Fields, default_theta: float, max_seq_len: int) -> tuple[float, dic
 
 
 def yarn_table_factor(scaling: Mapping[str, Any]) -> float:
-    """Give YaRN's factor of the rotary tables, derived as in `models/rope.py`."""
+    """Return YaRN's factor of the rotary tables, derived as in `models/rope.py`."""
 
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
@@ -366,7 +366,7 @@ def yarn_table_factor(scaling: Mapping[str, Any]) -> float:
 
 
 def _unsupported(f: Fields) -> list[Problem]:
-    """Word the fields that are known and not built, which no family takes."""
+    """Return problems for known fields whose feature is not implemented for any family."""
     if f.values.get("quantization_config"):
         f.untouched.discard("quantization_config")
         said = f.values["quantization_config"]

@@ -1,4 +1,4 @@
-"""The entries of a tokenizer.json, read as JSON, to compare two without the tokenizers library."""
+"""Compare the entries of two tokenizer.json files as JSON, without the tokenizers library."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from deepseek_exp.errors import Problem
 
 
 def other_tokenizer(own: Path, named: str) -> Problem | None:
-    """Return what is wrong with a tokenizer that is named for weights that were trained with another one.
+    """Return a problem if data.tokenizer differs from the tokenizer that the weights were trained with.
 
     Args:
         own: the tokenizer.json that the weights were trained with.
-        named: what data.tokenizer names.
+        named: the value of data.tokenizer.
 
     Returns:
-        The problem; None if all of the weights' entries have the same ids there, or if a file cannot be read, which is
+        The problem; None if all entries of `own` have the same ids in the other, or if a file cannot be read, which is
         reported where it is used.
     """
     wanted, found = _entries(own), _entries(expand(named))
@@ -31,7 +31,7 @@ def other_tokenizer(own: Path, named: str) -> Problem | None:
 
 
 def _entries(path: Path) -> dict[str, int]:
-    """Return the ids of all entries; none if the file is no tokenizer.json of a BPE."""
+    """Return the ids of all entries; empty if the file is not the tokenizer.json of a BPE."""
     try:
         if not path.is_file():
             return {}

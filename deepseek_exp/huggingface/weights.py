@@ -1,7 +1,7 @@
-"""The weights of Hugging Face checkpoints, read into our models and written from our checkpoints, tensor by tensor.
+"""Load the weights of Hugging Face checkpoints into our models, and write them from ours, tensor by tensor.
 
-One table has the names both ways. Our stacked experts are E tensors there. DeepSeek's rotary pairs are neighbouring
-rows there, (x_2i, x_2i+1), and half a head apart here, (x_i, x_i+D/2): those rows are moved, no bit of them changes.
+One table maps the names both ways. Our stacked experts are E tensors there. DeepSeek's rotary pairs are adjacent rows
+there, (x_2i, x_2i+1), and half a head apart here, (x_i, x_i+D/2): these rows are permuted bit for bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from deepseek_exp.huggingface.files import Stored
 SHARD_BYTES = 5 * 10**9
 EMBEDDING, HEAD = "embedding.weight", "head.weight"
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-# derived from the configuration; saved by old versions of transformers
+# Derived from the configuration; saved by old versions of transformers.
 DERIVED = ".rotary_emb.inv_freq"
 
 
@@ -37,10 +37,10 @@ class Entry:
 
     Attributes:
         ours: its name here.
-        theirs: its name there; of stacked experts one name each, along our first dimension.
-        stacked: it is a stack, however many experts there are.
-        rope: rows of a head and how many of these, the last ones, turn as neighbours there; None: no row is moved.
-        copy: it is stored there once more, where it may be left out.
+        theirs: its names there: one, or for stacked experts one per expert along our first dimension.
+        stacked: whether it is a stack of experts, even if there is only one.
+        rope: rows per head and how many of them (the last ones) are adjacent rotary pairs there. None: not permuted.
+        copy: whether it is a second copy that may be missing there.
     """
 
     ours: str
@@ -51,11 +51,11 @@ class Entry:
 
 
 def table(m: ModelConfig, *, interleaved: bool = True) -> list[Entry]:
-    """List our tensors with their names in Hugging Face's checkpoints, in the order of the layers.
+    """Return our tensors with their names in Hugging Face's checkpoints, in the order of the layers.
 
     Args:
         m: the model.
-        interleaved: MLA's rotary pairs are neighbours there.
+        interleaved: whether MLA's rotary pairs are adjacent there.
     """
     entries = [Entry(EMBEDDING, ("model.embed_tokens.weight",))]
     for i in range(m.n_layers):
@@ -125,35 +125,35 @@ def _mla(m: ModelConfig, interleaved: bool) -> Iterator[tuple[str, str, tuple[in
 
 
 def to_halves(w: Tensor, rope: tuple[int, int]) -> Tensor:
-    """Move the rotary rows of each head from neighbouring pairs to halves.
+    """Permute the rotary rows of each head from adjacent pairs to halves.
 
     Args:
         w: (heads * rows, ...).
-        rope: rows of a head, and how many of these, the last ones, turn.
+        rope: rows per head, and how many of them (the last ones) are rotary.
     """
     still, pairs = w.unflatten(0, (-1, rope[0])).split([rope[0] - rope[1], rope[1]], dim=1)
     return torch.cat([still, pairs[:, 0::2], pairs[:, 1::2]], dim=1).flatten(0, 1)
 
 
 def to_pairs(w: Tensor, rope: tuple[int, int]) -> Tensor:
-    """Undo `to_halves`."""
+    """Permute the rotary rows of each head from halves to adjacent pairs, the inverse of `to_halves`."""
     still, halves = w.unflatten(0, (-1, rope[0])).split([rope[0] - rope[1], rope[1]], dim=1)
-    pairs = torch.stack(halves.chunk(2, dim=1), dim=2).flatten(1, 2)  # (heads, turning rows, ...)
+    pairs = torch.stack(halves.chunk(2, dim=1), dim=2).flatten(1, 2)  # (heads, rotary rows, ...)
     return torch.cat([still, pairs], dim=1).flatten(0, 1)
 
 
 @torch.no_grad()
 def load_release(model: nn.Module, m: ModelConfig, folder: Path, key: str = "init_from") -> None:
-    """Fill a model with the weights of a Hugging Face checkpoint, one tensor at a time.
+    """Load the weights of a Hugging Face checkpoint into a model, one tensor at a time.
 
     Args:
-        model: whose parameters take their own types.
-        m: what it was built from.
+        model: the model. Its parameters keep their types.
+        m: the configuration it was built from.
         folder: the checkpoint.
         key: the configuration key that led here, for the messages.
 
     Raises:
-        CheckpointError: weights are missing, left over or of another shape; all of them are named.
+        CheckpointError: weights are missing, left over or have another shape; all of them are named.
     """
     state = model.state_dict()
     interleaved = read_release(folder, key).interleaved
@@ -183,7 +183,7 @@ def load_release(model: nn.Module, m: ModelConfig, folder: Path, key: str = "ini
 
 
 def layers_stored(m: ModelConfig, folder: Path, key: str = "init_from") -> dict[str, Stored]:
-    """Return `stored_weights` of a checkpoint that has the model's layers, before a model that large is built.
+    """Return `stored_weights` of a checkpoint after checking that it has enough layers, before the model is built.
 
     Raises:
         CheckpointError: it has fewer tensors than the model has layers.
@@ -202,7 +202,7 @@ def _check(
     folder: Path,
     key: str,
 ) -> None:
-    """Compare what is stored with what is needed."""
+    """Compare the stored tensors with the required ones."""
     wanted = {
         name: ours[e.ours][1:] if e.stacked else ours[e.ours]
         for e in entries
@@ -229,7 +229,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _leave_out(stored: dict[str, Stored], name: str, m: ModelConfig) -> None:
-    """Pass over a router's bias that this model has no place for, where it is zero."""
+    """Ignore a router's bias that this model does not have, if it is zero."""
     with _Files(stored) as files:
         if name in stored and files.get(name).any():
             rule = f"has no place for the router's bias, and {name} is not zero"
@@ -242,7 +242,7 @@ def _main_name(entries: Iterable[Entry], copy: Entry) -> str:
 
 
 class _Files(contextlib.ExitStack):
-    """Open safetensors files, each opened once."""
+    """A set of open safetensors files, each opened once."""
 
     def __init__(self, stored: Mapping[str, Stored]) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class _Files(contextlib.ExitStack):
         self.open: dict[Path, Any] = {}
 
     def get(self, name: str, index: int | None = None) -> Tensor:
-        """Read one tensor, or one matrix of a stack."""
+        """Return one tensor, or one matrix of a stack."""
         path = self.stored[name].file
         if path not in self.open:
             try:
@@ -265,14 +265,14 @@ class _Files(contextlib.ExitStack):
 def save(m: ModelConfig, checkpoint: Path, target: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
     """Write the weights of one of our checkpoints as Hugging Face's safetensors files.
 
-    One shard is held in memory at a time. A router without a bias for the choice is written with one of zeros, where
-    the family has it.
+    One shard is held in memory at a time. A router without a selection bias is written with zeros if the family has the
+    bias.
 
     Args:
         m: the model.
         checkpoint: a folder with our model.safetensors.
         target: an empty folder.
-        shard_bytes: size of one file at most; a single larger tensor gets one of its own.
+        shard_bytes: maximum size of one file. A larger tensor is written to a separate file.
 
     Returns:
         The files.

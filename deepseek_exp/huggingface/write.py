@@ -1,4 +1,4 @@
-"""Write our model section as config.json of the Hugging Face family that computes the same."""
+"""Convert our model section to config.json of the Hugging Face family that computes the same."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ ARCHITECTURES = {
 
 
 def family_of(m: ModelConfig) -> str:
-    """Choose the family that expresses a model.
+    """Return the Hugging Face family that can express a model.
 
     Raises:
-        ConfigError: none does; with every key that stands against the nearest one.
+        ConfigError: none can; lists every key that rules out the nearest family.
     """
     family = _nearest(m)
     problems = []
@@ -39,17 +39,17 @@ def family_of(m: ModelConfig) -> str:
 
 
 def write_config(m: ModelConfig, *, dtype: str, end_id: int) -> dict[str, Any]:
-    """Describe a model in the words of its Hugging Face family.
+    """Return the config.json of a model for its Hugging Face family.
 
     Rotary scaling is written as rope_theta and rope_scaling, which all versions of transformers read.
 
     Args:
         m: the model.
-        dtype: of its weights, such as bfloat16.
+        dtype: type of its weights, such as bfloat16.
         end_id: the token that ends a document.
 
     Raises:
-        ConfigError: no family expresses the model.
+        ConfigError: no family can express the model.
     """
     family = family_of(m)
     config: dict[str, Any] = {
@@ -107,7 +107,7 @@ def _nearest(m: ModelConfig) -> str:
 
 
 def _wanted(m: ModelConfig, family: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Give for each key its value and those that the family has."""
+    """Return for each key its value and the values that the family supports."""
     moe = m.moe
     wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "model.n_global_tokens": (m.n_global_tokens if m.window else 0, (0,)),
@@ -146,7 +146,7 @@ def _wanted(m: ModelConfig, family: str) -> dict[str, tuple[Any, tuple[Any, ...]
 
 
 def _deepseek(m: ModelConfig) -> dict[str, Any]:
-    """Describe what the two DeepSeek families share; a model without experts is one whose blocks are all dense."""
+    """Return the fields that the two DeepSeek families share. Without experts, all blocks are declared dense."""
     moe, by_sequence = m.moe, m.moe.sequence_loss_weight > 0
     alpha = moe.sequence_loss_weight
     if not by_sequence and moe.balance is Balance.aux_loss:

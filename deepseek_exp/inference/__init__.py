@@ -1,4 +1,4 @@
-"""Use of trained models: text from them, domain packs, and checkpoints that others read."""
+"""Use trained models: text generation, domain packs, and loading checkpoints."""
 
 from deepseek_exp.huggingface.export import export_hf
 from deepseek_exp.huggingface.weights import load_release

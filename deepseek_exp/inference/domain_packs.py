@@ -1,10 +1,9 @@
-"""Domain packs: the experts of one domain as a file, to unload from and to load into a running model.
+"""Domain packs: the experts of one domain as a file, to be unloaded from and loaded into a running model.
 
-A pack is a safetensors file with the expert stacks, router rows and classifier row of one domain for every mixture of
-experts of the model, under the layer's name; its metadata names the domain, the model version and `shared`, the digest
-of the weights that all domains share. Experts are trained for these weights and make no sense with others, so a pack
-fits a model with the same digest alone. A checkpoint holds the experts of all domains, so a domain can be loaded from
-it as well.
+A pack is a safetensors file with the expert stacks, router rows and classifier row of one domain for every MoE layer of
+the model, under the layer's name. Its metadata holds the domain, the model version and `shared`, the digest of the
+weights that all domains share. Experts only work with the shared weights they were trained with, so a pack only fits a
+model with the same digest. A checkpoint holds the experts of all domains, so a domain can also be loaded from it.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from deepseek_exp.models import Transformer
 from deepseek_exp.models.moe import MoE
 
 SHARED = "shared"
-# elements that are digested at a time
+# Number of elements that are hashed at a time.
 DIGEST_CHUNK = 1 << 22
 
 
 def save_module(model: Transformer, domain: str, path: Path | str) -> None:
     """Write the pack of a loaded domain.
 
-    The file is written under another name and renamed when all is on disk: it is whole, or as it was before.
+    The file is written under a temporary name and renamed when everything is on disk, so it is complete or unchanged.
 
     Raises:
         UserError: the model has no such domain, or it is not loaded.
@@ -54,10 +53,10 @@ def save_module(model: Transformer, domain: str, path: Path | str) -> None:
 
 
 def unload_module(model: Transformer, domain: str) -> None:
-    """Take a domain's experts out of memory.
+    """Remove a domain's experts from memory.
 
-    What other domains' tokens get does not change by a bit; what the router takes for text of this domain goes to the
-    first domain's experts until the pack is loaded again.
+    The results for other domains' tokens do not change by a bit. Tokens that the router assigns to this domain go to
+    the first domain's experts until the pack is loaded again.
 
     Raises:
         UserError: the model has no such domain, it is the first one, or it is not loaded.
@@ -82,15 +81,17 @@ def load_module(
     Args:
         model: the running model.
         path: a file that `save_module` wrote.
-        max_resident_bytes: refuse before this process would hold more memory, the passing copy of a stack included.
-        check_model: refuse a pack of a model whose shared weights are others. False takes it, and also a pack of a
-            version that did not record them, if its shapes fit.
+        max_resident_bytes: raise an error if this process would exceed this memory, including the temporary copy of a
+            stack.
+        check_model: raise an error if the pack was made with other shared weights. If False, such a pack is accepted if
+            its shapes fit, and so is a pack from a version that did not record them.
 
     Returns:
         The domain's name.
 
     Raises:
-        UserError: the file is no pack or is of another model, the domain is loaded already, or memory would not do.
+        UserError: the file is not a pack or belongs to another model, the domain is already loaded, or there is not
+            enough memory.
     """
     try:
         opened = safe_open(path, framework="pt")
@@ -114,12 +115,12 @@ def load_module(
 def load_domain(
     model: Transformer, weights: StoredWeights, folder: Path, domain: str, max_resident_bytes: int | None = None
 ) -> str:
-    """Load the experts of a domain from the checkpoint that the model comes from; the domain's rows alone are read.
+    """Load the experts of a domain from the model's checkpoint, reading only the domain's rows.
 
     Args:
         model: the running model.
-        weights: of the checkpoint.
-        folder: of the checkpoint, for the messages.
+        weights: weights of the checkpoint.
+        folder: folder of the checkpoint, for the messages.
         domain: the domain's name.
         max_resident_bytes: as in `load_module`.
 
@@ -127,7 +128,7 @@ def load_domain(
         The domain's name.
 
     Raises:
-        UserError: the model has no such domain, it is loaded already, or memory would not do.
+        UserError: the model has no such domain, it is already loaded, or there is not enough memory.
     """
     index, n_domains = domain_index(model, domain, loaded=False), len(model.cfg.moe.domains)
     _check_shapes(model, weights, folder, n_domains)
@@ -136,7 +137,7 @@ def load_domain(
 
 
 def loaded_rows(model: Transformer, name: str, weights: StoredWeights) -> Tensor:
-    """Read from a checkpoint what the model holds of the weight `name`: all of it, or the loaded experts."""
+    """Return the rows of the weight `name` that the model holds: all of them, or those of the loaded experts."""
     prefix, _, rest = name.partition(".experts.")
     domains = model.cfg.moe.domains
     if not rest or not domains:
@@ -151,8 +152,8 @@ def loaded_rows(model: Transformer, name: str, weights: StoredWeights) -> Tensor
 def shared_digest(model: Transformer) -> str:
     """Return the SHA-256, in hexadecimal, of the parameters that belong to no domain.
 
-    They are rounded to bf16 first, so that a model is the same in fp32 and in bf16. One that was loaded in fp16 has a
-    digest of that type, since rounding twice is not rounding once.
+    They are rounded to bf16 first, so that a model has the same digest in fp32 and bf16. A model loaded in fp16 has a
+    different one, because rounding twice is not the same as rounding once.
     """
     of_domains = set(_domain_state(model))
     digest = hashlib.sha256()
@@ -169,7 +170,7 @@ def shared_digest(model: Transformer) -> str:
 def _insert(
     model: Transformer, domain: str, weights: StoredWeights, ways: int, place: int, max_resident_bytes: int | None
 ) -> None:
-    """Put the `place`-th of `ways` equal parts of the stored stacks into the model."""
+    """Copy part `place` of `ways` equal parts of the stored stacks into the model."""
     layers, index = _layers(model), model.cfg.moe.domains.index(domain)
     if max_resident_bytes is not None:
         _check_memory(domain, _domain_state(model).values(), layers.values(), max_resident_bytes)
@@ -180,13 +181,13 @@ def _insert(
 
 
 def _domain_state(model: Transformer) -> dict[str, Tensor]:
-    """Return by name what belongs to one domain, as shapes and types: views would keep the old stacks in memory."""
+    """Return the tensors of one domain by name, as shapes and types only: views would keep the old stacks in memory."""
     layers = _layers(model).items()
     return {f"{n}.{k}": t.detach().to("meta") for n, layer in layers for k, t in layer.domain_state(0).items()}
 
 
 def _check_shared(model: Transformer, recorded: str | None, path: Path | str) -> None:
-    """Refuse a pack whose experts were not trained with the weights that this model's domains share."""
+    """Raise an error if a pack's experts were not trained with the shared weights of this model."""
     if recorded == shared_digest(model):
         return
     rule, fix = "was saved from a model whose shared weights are others", "load a pack of this model"
@@ -196,7 +197,7 @@ def _check_shared(model: Transformer, recorded: str | None, path: Path | str) ->
 
 
 def _check_shapes(model: Transformer, weights: StoredWeights, path: Path | str, n_domains: int) -> None:
-    """Refuse weights that are not those of `n_domains` domains of this model, before anything is changed."""
+    """Raise an error if the weights are not those of `n_domains` domains of this model, before anything is changed."""
     names = set(weights.names)
     shapes = {k: (len(t) * n_domains, *t.shape[1:]) for k, t in _domain_state(model).items()}
     found = {k: weights.shape(k) if k in names else None for k in shapes}
@@ -206,7 +207,7 @@ def _check_shapes(model: Transformer, weights: StoredWeights, path: Path | str, 
 
 
 def _check_memory(domain: str, new: Iterable[Tensor], layers: Iterable[MoE], most: int) -> None:
-    """Refuse to hold more than `most` bytes: what is resident, the new weights, and the copy of the largest stack."""
+    """Raise an error if resident memory, the new weights and a copy of the largest stack would exceed `most` bytes."""
     resident = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     copy = max(p.numel() * p.element_size() for layer in layers for p in layer.experts.parameters())
     needed = resident + copy + sum(t.numel() * t.element_size() for t in new)
@@ -216,7 +217,7 @@ def _check_memory(domain: str, new: Iterable[Tensor], layers: Iterable[MoE], mos
 
 
 def _give_back_memory() -> None:
-    """Let glibc return freed memory to the system, which it does not do for blocks below its mmap threshold."""
+    """Make glibc return freed memory to the system, which it does not do for blocks below its mmap threshold."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -227,10 +228,10 @@ def _layers(model: Transformer) -> dict[str, MoE]:
 
 
 def domain_index(model: Transformer, domain: str, *, loaded: bool = True) -> int:
-    """Find a domain of the model by name.
+    """Return the index of a domain of the model.
 
     Raises:
-        UserError: it has no such domain, or that is not loaded (`loaded`), or it is (not `loaded`).
+        UserError: the model has no such domain, or the domain is loaded although `loaded` is False, or vice versa.
     """
     names = model.cfg.moe.domains
     if domain not in names:

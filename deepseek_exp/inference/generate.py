@@ -1,4 +1,4 @@
-"""Continue a text token by token."""
+"""Generate text token by token."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def generate(
     domain: int | None = None,
     use_cache: bool = True,
 ) -> list[int]:
-    """Draw tokens one by one, keeping the keys and values of those before.
+    """Sample tokens one by one, caching the keys and values of earlier tokens.
 
     Args:
-        model: in evaluation, on any device.
+        model: the model in evaluation mode, on any device.
         prompt: token ids; empty starts a new document.
-        max_new_tokens: tokens to draw at most; the drawing ends early at end_id.
-        temperature: divides the logits; 0 always takes the most likely token.
-        top_p: draw from the smallest set of tokens that has this probability (Holtzman et al. 2020, "The Curious Case
-            of Neural Text Degeneration", section 3.1).
-        seed: of the draws, which are made on the CPU whatever the model's device.
+        max_new_tokens: maximum number of tokens to sample. Sampling ends early at end_id.
+        temperature: divides the logits; 0 always selects the most likely token.
+        top_p: sample from the smallest set of tokens with this probability (Holtzman et al. 2020, "The Curious Case of
+            Neural Text Degeneration", section 3.1).
+        seed: seed of the sampling, which is done on the CPU for every device of the model.
         end_id: the token that separates documents.
-        domain: index of the text's domain in moe.domains; None: the routers infer it, token by token.
-        use_cache: False computes all tokens anew each time; the result is the same.
+        domain: index of the text's domain in moe.domains. If None, the routers infer it for each token.
+        use_cache: if False, recompute all tokens at each step; the result is the same.
 
     Returns:
         The new token ids, without end_id.
@@ -57,7 +57,7 @@ def generate(
     start = len(tokens)
     unseen = tokens
     for _ in range(max_new_tokens):
-        # forward, not the module itself: a compiled model would be compiled anew for each length
+        # Call forward, not the module: a compiled model would be recompiled for each length.
         logits = model.forward(torch.tensor([unseen], device=device), caches, label)[0, -1]  # (vocab_size,)
         logits = logits.float().cpu()
         if not logits.isfinite().all():
@@ -73,17 +73,17 @@ def generate(
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, draws: torch.Generator) -> int:
-    """Choose one token.
+    """Sample one token.
 
     Args:
         logits: (vocab_size,), on the CPU.
-        temperature: divides the logits; 0 takes the largest.
-        top_p: probability of the set that is drawn from.
-        draws: random numbers.
+        temperature: divides the logits; 0 selects the largest.
+        top_p: probability of the set to sample from.
+        draws: random number generator.
     """
     if temperature == 0:
         return int(logits.argmax())
-    below = logits.double() - logits.max()  # at most 0, so that the smallest temperature makes it no more than -inf
+    below = logits.double() - logits.max()  # at most 0, so even the smallest temperature cannot yield inf
     probs, order = (below / temperature).softmax(-1).sort(descending=True, stable=True)
     before = probs.cumsum(-1) - probs  # (vocab_size,) probability of the more likely tokens
     probs[before >= top_p] = 0

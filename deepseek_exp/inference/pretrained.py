@@ -1,4 +1,4 @@
-"""Models by path: `from_pretrained` reads a checkpoint of ours or of Hugging Face, `generate` continues a text."""
+"""Load models by path: `from_pretrained` reads our checkpoints and Hugging Face's, `generate` continues a text."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class Pretrained:
         save_module(self.model, domain, path)
 
     def unload_module(self, domain: str) -> None:
-        """Take a domain's experts out of memory; see `domain_packs.unload_module`."""
+        """Remove a domain's experts from memory; see `domain_packs.unload_module`."""
         unload_module(self.model, domain)
 
     def load_module(
         self, source: str | Path, max_resident_bytes: int | None = None, *, check_model: bool = True
     ) -> str:
-        """Load a domain's experts, by the checkpoint's name for it or a pack's path; see `domain_packs.load_module`."""
+        """Load a domain's experts: from the checkpoint by name, or from a pack by path (`domain_packs.load_module`)."""
         if source in self.model.cfg.moe.domains:
             weights = open_weights(self.folder)
             return load_domain(self.model, weights, self.folder, str(source), max_resident_bytes)
@@ -70,13 +70,13 @@ class Pretrained:
         seed: int = 0,
         domain: str | None = None,
     ) -> str:
-        """Continue a text; the arguments are those of `serve.generate`, the domain by its name.
+        """Continue a text. The arguments are those of `inference.generate`, with the domain given by name.
 
         Returns:
-            What comes after the prompt.
+            The text after the prompt.
 
         Raises:
-            ValueError: prompt and new tokens are more than the model's max_seq_len.
+            ValueError: prompt and new tokens exceed the model's max_seq_len.
             UserError: the model has no such domain, its pack is not loaded, or its logits are not finite.
         """
         index = None if domain is None else domain_index(self.model, domain)
@@ -100,20 +100,19 @@ def from_pretrained(
     dtype: torch.dtype = torch.float32,
     domains: Sequence[str] | None = None,
 ) -> Pretrained:
-    """Read a model and its tokenizer.
+    """Load a model and its tokenizer.
 
-    The files of our checkpoints are compared with their digests first; Hugging Face's have none.
+    The files of our checkpoints are first compared with their digests; Hugging Face's have none.
 
     Args:
-        path: a checkpoint folder of one of our runs (checkpoints/step-...), whatever layout saved it, the folder of a
-            run (its newest whole checkpoint), or the folder of a Hugging Face checkpoint.
-        device: where the model goes.
-        dtype: of its weights; the router's bias stays fp32.
-        domains: those to load of a model with domains, in addition to the first; the others' experts are not read.
-            None: all.
+        path: a checkpoint folder of one of our runs (checkpoints/step-...) saved by any layout, the folder of a run
+            (its newest complete checkpoint), or the folder of a Hugging Face checkpoint.
+        device: device of the model.
+        dtype: type of its weights; the router's bias stays fp32.
+        domains: domains to load in addition to the first; the experts of the others are not read. None loads all.
 
     Raises:
-        UserError: the folder holds neither, or what it holds is damaged or cannot be expressed.
+        UserError: the folder holds no checkpoint, or its checkpoint is damaged or cannot be expressed.
     """
     folder = Path(path)
     if _is_ours(folder):
@@ -122,7 +121,7 @@ def from_pretrained(
     else:
         model, tokenizer = _read_release(folder), Tokenizer.given
         for name in domains or ():
-            domain_index(model, name)  # a release has none
+            domain_index(model, name)  # raises: a Hugging Face model has no domains
     if not (folder / TOKENIZER).is_file():
         raise CheckpointError(Problem("path", str(path), f"has no {TOKENIZER}", "put the model's own there"))
     for p in model.parameters():
@@ -144,7 +143,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _whole_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint that a folder is, or the newest whole one of a run, compared with its digests.
+    """Return the folder if it is a checkpoint, or a run's newest complete one, after comparing it with its digests.
 
     Raises:
         CheckpointError: it is damaged; the file is named.
@@ -163,10 +162,10 @@ def _whole_checkpoint(folder: Path) -> Path:
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:
-    """Make the model section from plain values; an interpolation among them is text.
+    """Return the model section made from plain values. Interpolations in them are not evaluated.
 
     Raises:
-        ValueError: they do not fit the schema.
+        ValueError: the values do not fit the schema.
     """
     try:
         tree = OmegaConf.merge(OmegaConf.structured(ModelConfig), saved_config.literal(values))
@@ -210,6 +209,6 @@ def _read_ours(folder: Path, domains: Sequence[str] | None) -> Transformer:
 
 
 def _unreadable(folder: Path, error: Exception) -> CheckpointError:
-    """Word whatever the libraries raise about a damaged file, which is of many kinds."""
+    """Return the error for a damaged file, about which the libraries raise many kinds of exceptions."""
     rule = f"is no checkpoint that this version reads ({type(error).__name__}: {error})"
     return CheckpointError(Problem("path", str(folder), rule, "name a folder step-... of a run"))

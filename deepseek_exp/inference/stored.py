@@ -1,4 +1,4 @@
-"""Weights as they lie on disk, read tensor by tensor: a domain pack, or a checkpoint that any layout saved."""
+"""Read stored weights tensor by tensor, from a domain pack or from a checkpoint saved by any layout."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from deepseek_exp.checkpoint.tensors import MODEL, open_tensors
 
 
 class StoredWeights(Protocol):
-    """Weights by name, of which any part can be read alone.
+    """Weights by name, of which parts can be read separately.
 
     Attributes:
-        names: of the tensors, tied ones once.
-        aliases: further name of a tied parameter -> the name that it is stored under.
+        names: names of the tensors; tied ones occur once.
+        aliases: other name of a tied parameter -> the name that it is stored under.
     """
 
     names: Collection[str]
@@ -28,7 +28,7 @@ class StoredWeights(Protocol):
         """Return the shape of a whole tensor."""
 
     def read(self, name: str, ways: int = 1, index: int = 0) -> Tensor:
-        """Read the part `index` of the `ways` equal parts of a tensor's first dimension, on the CPU."""
+        """Return part `index` of `ways` equal parts of a tensor's first dimension, on the CPU."""
 
 
 class OneFile:
@@ -55,7 +55,7 @@ class OneFile:
 
 
 class Shards:
-    """A checkpoint that several ranks saved."""
+    """A checkpoint saved by several ranks."""
 
     def __init__(self, state: State) -> None:
         """Use an open checkpoint."""
@@ -77,7 +77,7 @@ class Shards:
 
 
 def open_weights(checkpoint: Path) -> StoredWeights:
-    """Open the weights of a checkpoint folder of any layout; of its tensors, only the headers are read.
+    """Open the weights of a checkpoint folder saved by any layout, reading only the headers of its tensors.
 
     Raises:
         CheckpointError: a file is missing or damaged.

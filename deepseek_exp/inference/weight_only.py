@@ -1,4 +1,4 @@
-"""A model for generation whose matrices are integers of 8 or 4 bits."""
+"""Weight-only quantization for generation: matrices as 8-bit or 4-bit integers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from deepseek_exp.models import Transformer
 
-# neighbouring columns that share a scale, at most
+# Maximum number of adjacent columns that share a scale.
 GROUP_SIZE = 128
 
 
 class WeightOnlyLinear(nn.Module):
-    """A linear layer of integers, which become numbers again inside of the product."""
+    """A linear layer with integer weights, which are dequantized inside the matrix product."""
 
     def __init__(self, linear: nn.Linear, bits: int) -> None:
-        """Round the weight of a linear layer; see `kernels/weight_only.py`."""
+        """Quantize the weight of a linear layer; see `kernels/triton/weight_only.py`."""
         from deepseek_exp.kernels.triton.weight_only import quantize_weight, weight_only_linear
 
         super().__init__()
@@ -33,16 +33,17 @@ class WeightOnlyLinear(nn.Module):
 
 
 def quantize_matrices(model: Transformer, bits: int) -> int:
-    """Put integers in the place of the blocks' linear layers; for inference alone.
+    """Replace the blocks' linear layers with quantized ones. For inference only.
 
-    Tables, routed experts, routers and MLA's way up from the latent, which a cache absorbs into the queries, stay.
+    Not quantized: embedding and output tables, routed experts, routers, and MLA's up-projection from the latent, which
+    the cached path absorbs into the queries.
 
     Args:
-        model: changed in place.
+        model: the model; changed in place.
         bits: 8 or 4.
 
     Returns:
-        Bytes that the changed layers have less than before.
+        The number of bytes saved.
     """
     saved = 0
     for parent in list(model.blocks.modules()):

@@ -21,6 +21,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from deepseek_exp.config import ExperimentConfig, OnNonfinite
 from deepseek_exp.config.topology import Axis
 from deepseek_exp.data import Batch
+from deepseek_exp.parallel.deepspeed_patches import accumulate_in_one_pass, replace_tied_gradient_sum
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.parallel.partition import Part, Stage, gradient_sums
 
@@ -78,7 +79,6 @@ class PipelineEngine:
         d = groups.degrees
         with _deepspeed() as deepspeed:
             from deepspeed.pipe import PipelineModule
-            from deepspeed.runtime.pipe import schedule
             from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
             topology = PipeModelDataParallelTopology(num_pp=d.pp, num_mp=d.ep * d.tp, num_dp=d.n_data)
@@ -88,12 +88,11 @@ class PipelineEngine:
             config = deepspeed_config(exp, groups, 1 if optimizer is not None else 0)
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         if self.engine.using_bf16_optimizer:
-            add_in_one_pass(self.engine.optimizer)
+            accumulate_in_one_pass(self.engine.optimizer)
         sums = gradient_sums(part, groups)
-        self.engine._INSTRUCTION_MAP = {
-            **self.engine._INSTRUCTION_MAP,
-            schedule.ReduceTiedGrads: lambda engine: sum_gradients(sums, in_masters=engine.using_bf16_optimizer),
-        }
+        replace_tied_gradient_sum(
+            self.engine, lambda engine: sum_gradients(sums, in_masters=engine.using_bf16_optimizer)
+        )
         self.optimizer = self.engine.optimizer
 
     def train(self, micro_batches: Sequence[Batch]) -> StepResult:
@@ -210,22 +209,6 @@ def mark_counted(part: Part) -> None:
     for placed in part.placements:
         p = parameters[placed.name]
         p.model_parallel, p.ds_pipe_replicated = placed.counted, placed.is_copy
-
-
-def add_in_one_pass(optimizer: Any) -> None:
-    """Have DeepSpeed's bf16 optimizer add each gradient to its fp32 sum as it is; on a GPU 10 bytes an element move.
-
-    Its own way makes a copy in fp32 first, with which it is 18; the sums are the same, bit for bit.
-    """
-
-    @torch.no_grad()
-    def add(p: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
-        if p.grad is not None:
-            p._hp_grad = optimizer.fp32_groups_gradients[group][index]
-            p._hp_grad.add_(p.grad.view(p._hp_grad.shape))
-            optimizer.fp32_groups_has_gradients[group][index] = True
-
-    optimizer._update_hp_grad = add
 
 
 def sum_gradients(sums: Sequence[tuple[Any, list[nn.Parameter]]], *, in_masters: bool) -> None:

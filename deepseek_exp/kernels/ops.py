@@ -27,8 +27,8 @@ class Ops:
     grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor]
     route: Callable[..., tuple[Tensor, Tensor, Tensor]]
     sort_by_expert: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
-    spread: Callable[[Tensor, Tensor, Tensor], Tensor]
-    collect: Callable[[Tensor, Tensor, Tensor], Tensor]
+    permute: Callable[[Tensor, Tensor, Tensor], Tensor]
+    unpermute: Callable[[Tensor, Tensor, Tensor], Tensor]
     routed_experts: Callable[..., Tensor] | None  # None: dispatch, products and sums are separate operations
     local_global_attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, int, int, int], Tensor]
     linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -44,8 +44,8 @@ TORCH = Ops(
     grouped_mm=grouped.grouped_mm,
     route=reference.route,
     sort_by_expert=reference.sort_by_expert,
-    spread=reference.spread,
-    collect=reference.collect,
+    permute=reference.permute,
+    unpermute=reference.unpermute,
     routed_experts=None,
     local_global_attention=attention.local_global_attention,
     linear_cross_entropy=reference.linear_cross_entropy,
@@ -77,11 +77,11 @@ def resolve(cfg: KernelsConfig, *, fp8: bool = False) -> Ops:
 
         chosen |= {"route": route}
     if cfg.experts is Kernel.triton:
-        from deepseek_exp.kernels.triton.experts import collect, routed_experts, spread
+        from deepseek_exp.kernels.triton.experts import permute, routed_experts, unpermute
         from deepseek_exp.kernels.triton.sorting import sort_by_expert
 
         chosen |= {"sort_by_expert": sort_by_expert, "routed_experts": routed_experts}
-        chosen |= {"spread": spread, "collect": collect}
+        chosen |= {"permute": permute, "unpermute": unpermute}
     if cfg.linear_cross_entropy is Kernel.triton:
         from deepseek_exp.kernels.triton.linear_cross_entropy import linear_cross_entropy
 

@@ -234,7 +234,7 @@ def sort_by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tens
     return order_R, order_R.argsort(), torch.searchsorted(ids_R, experts, right=True).int()
 
 
-def spread(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+def permute(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
     """Copy each token to its K rows.
 
     Args:
@@ -250,7 +250,7 @@ def spread(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
     return torch.where(kept_R[:, None], x_RD, 0)
 
 
-def collect(y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+def unpermute(y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
     """Sum each token's rows: (T, D).
 
     Args:

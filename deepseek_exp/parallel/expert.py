@@ -109,13 +109,13 @@ class AllToAllDispatcher:
         order_S, inverse_S, ends_E = by_expert
         n_rows, inverse_TK, numbers = len(order_S), inverse_S.view(weights_TK.shape), self._announce(ends_E)
         weights_S1 = reorder(weights_TK.flatten()[:, None], order_S, inverse_S)
-        x_SD = self.ops.spread(x_TD, inverse_TK, ends_E)
+        x_SD = self.ops.permute(x_TD, inverse_TK, ends_E)
         expert_R, sent, received = numbers.wait()
         weights_R1 = _AllToAll.apply(weights_S1, sent, received, sum(received), self.group)
         x_RD = _AllToAll.apply(x_SD, sent, received, sum(received), self.group)
         here = self.ops.sort_by_expert(expert_R[:, None], numbers.rows_PL.shape[1])
         y_SD = _AllToAll.apply(experts(x_RD, weights_R1, *here), received, sent, n_rows, self.group)
-        return self.ops.collect(y_SD, inverse_TK, ends_E)
+        return self.ops.unpermute(y_SD, inverse_TK, ends_E)
 
     def _announce(self, ends_E: Tensor) -> _Numbers:
         """Send each rank the number of rows for each of its experts.

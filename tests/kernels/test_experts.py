@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from deepseek_exp.kernels import reference
 from deepseek_exp.kernels.triton import experts
-from deepseek_exp.kernels.triton.experts import collect, routed_experts, rows_of, spread
+from deepseek_exp.kernels.triton.experts import permute, routed_experts, rows_of, unpermute
 from tests.kernels.fused import assert_equals_definition, outputs_and_gradients
 
 # tokens, experts, experts of a token, d_model, d_expert: one tile, several of rows, several of columns
@@ -130,9 +130,9 @@ def test_to_rows_that_are_sent_and_back(shape, capacity, nan_in_empty_memory):
     def back(function):
         return lambda y: function(F.pad(y, (0, 0, 0, n_dropped), value=float("nan")), inverse, ends)
 
-    assert_equals_definition(there(spread), there(reference.spread), [x])
+    assert_equals_definition(there(permute), there(reference.permute), [x])
     y = torch.randn(n_kept, x.shape[1], generator=torch.Generator().manual_seed(3))
-    assert_equals_definition(back(collect), back(reference.collect), [y])
+    assert_equals_definition(back(unpermute), back(reference.unpermute), [y])
 
 
 def test_compiles_without_a_break():

@@ -15,7 +15,7 @@ expert's output, gate, silu(gate), up and the hidden layer.
 
 Bytes moved outside the products (the floor), T tokens: forward (2 R + 2 T) D e + 3 R F e, backward
 (4 R + 3 T) D e + 6 R F e. Work of the products: 6 R D F operations forward, 12 R D F backward. If experts are on other
-ranks, `spread` and `collect` run before and after the exchange, (2 R + 2 T) D e in each pass, and the operation gets
+ranks, `permute` and `unpermute` run before and after the exchange, (2 R + 2 T) D e in each pass, and the operation gets
 each row as a separate token: 11 R D e instead of (6 R + 5 T) D e.
 Measured, forward and backward, 16384 tokens, top 6 of 64, 2048 x 1408, bf16 on an H200: 10.6 ms, of which the products
 at this machine's 706 TFLOP/s would be 7.2; with PyTorch's operations 14.4 ms, compiled 11.8.
@@ -61,18 +61,18 @@ def routed_experts(
     return _routed_experts(x_TD, weights_TK, order_R, inverse_R, ends_E, w_gate, w_up, w_down, products)[0]
 
 
-def spread(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
-    """Compute `reference.spread`; same arguments and result."""
-    return _Spread.apply(x_TD, inverse_TK, ends_E)
+def permute(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+    """Compute `reference.permute`; same arguments and result."""
+    return _Permute.apply(x_TD, inverse_TK, ends_E)
 
 
-def collect(y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
-    """Compute `reference.collect`; same arguments and result, summed in fp32 and rounded once."""
-    return _Collect.apply(y_RD, inverse_TK, ends_E)
+def unpermute(y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+    """Compute `reference.unpermute`; same arguments and result, summed in fp32 and rounded once."""
+    return _Unpermute.apply(y_RD, inverse_TK, ends_E)
 
 
 @triton.jit
-def _spread(x, inverse, ends, out, n_cols, n_experts, K: tl.constexpr, WIDTH: tl.constexpr):
+def _permute(x, inverse, ends, out, n_cols, n_experts, K: tl.constexpr, WIDTH: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     end = tl.load(ends + n_experts - 1)
@@ -83,7 +83,7 @@ def _spread(x, inverse, ends, out, n_cols, n_experts, K: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
-def _collect(y, z, inverse, ends, out, n_cols, n_experts, TWO: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
+def _unpermute(y, z, inverse, ends, out, n_cols, n_experts, TWO: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     end = tl.load(ends + n_experts - 1)
@@ -148,7 +148,7 @@ def rows_of(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
     """Copy each token, read once, to its rows: (rows, d_model); dropped rows stay undefined."""
     x_TD, (n_tokens, k), n_cols = x_TD.contiguous(), inverse_TK.shape, x_TD.shape[1]
     x_RD, width = x_TD.new_empty(n_tokens * k, n_cols), min(1024, triton.next_power_of_2(n_cols))
-    _spread[(n_tokens, triton.cdiv(n_cols, width))](
+    _permute[(n_tokens, triton.cdiv(n_cols, width))](
         x_TD, inverse_TK, ends_E, x_RD, n_cols, len(ends_E), K=k, WIDTH=width
     )
     return x_RD
@@ -158,7 +158,7 @@ def sum_rows(y_RD: Tensor, z_RD: Tensor | None, inverse_TK: Tensor, ends_E: Tens
     """Sum each token's rows of y, and of z if given: (tokens, d_model), rounded once."""
     (n_tokens, k), n_cols, two = inverse_TK.shape, y_RD.shape[1], z_RD is not None
     out_TD, width = y_RD.new_empty(n_tokens, n_cols), min(1024, triton.next_power_of_2(n_cols))
-    _collect[(n_tokens, triton.cdiv(n_cols, width))](
+    _unpermute[(n_tokens, triton.cdiv(n_cols, width))](
         y_RD, z_RD if two else y_RD, inverse_TK, ends_E, out_TD, n_cols, len(ends_E),
         TWO=two, K=k, WIDTH=width,
     )  # fmt: skip
@@ -190,7 +190,7 @@ def hidden_backward(
     return dgate_RF, dup_RF, dweights_TK
 
 
-class _Spread(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     """Tokens to rows; backward sums each token's rows."""
 
     @staticmethod
@@ -203,7 +203,7 @@ class _Spread(torch.autograd.Function):
         return sum_rows(grad_RD.contiguous(), None, *ctx.saved_tensors), None, None
 
 
-class _Collect(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     """Sum of each token's rows; backward copies its gradient to them."""
 
     @staticmethod

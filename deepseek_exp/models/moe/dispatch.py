@@ -80,7 +80,7 @@ class LocalDispatcher:
             expert_R, resort_R = expert_R.masked_fill(place_R >= capacity, n_experts).sort(stable=True)
             order_R, kept_R, ends_E = order_R[resort_R], expert_R < n_experts, ends_of(expert_R, n_experts)
         inverse_R = order_R.argsort()
-        x_RD = _Gather.apply(x_TD, order_R, inverse_R, ids_TK.shape[1])
+        x_RD = _Permute.apply(x_TD, order_R, inverse_R, ids_TK.shape[1])
         if kept_R is not None:
             x_RD = torch.where(kept_R[:, None], x_RD, 0)  # and no gradient from rows that no expert processed
         return Dispatched(x_RD, ends_E.int(), load_E, order_R, inverse_R, kept_R)
@@ -108,7 +108,7 @@ def reorder(y_RD: Tensor, to_R: Tensor, back_R: Tensor) -> Tensor:
     return _Reorder.apply(y_RD, to_R, back_R)
 
 
-class _Gather(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     """Rows of tokens in sorted order; backward gathers each token's K rows and sums them."""
 
     @staticmethod

@@ -19,6 +19,7 @@ def sample(job: Job) -> None:
     """Print a continuation of the prompt by a checkpoint with its own tokenizer. Not recorded in MLflow."""
     from deepseek_exp import inference
     from deepseek_exp.data import Tokenizer
+    from deepseek_exp.parallel import runtime
     from deepseek_exp.train import build
 
     if job.checkpoint is not None:
@@ -30,7 +31,7 @@ def sample(job: Job) -> None:
     _check_prompt(cfg, len(tokenizer.encode(cfg.sample.prompt)), every_token=asked)
     device = build.pick_device(job.cfg.device)
     build.check_memory(job.cfg, device)
-    build.set_up_torch(job.cfg)
+    runtime.set_up_torch(job.cfg)
     model = build.build_model(job.cfg, device, job.checkpoint)
     if job.cfg.sample.weight_bits:
         saved = inference.quantize_matrices(model, job.cfg.sample.weight_bits)

@@ -5,12 +5,8 @@ Each has `train` and `evaluate`, and `optimizer`, whose state is saved.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,6 +20,7 @@ from deepseek_exp.data import Batch
 from deepseek_exp.parallel.deepspeed_patches import accumulate_in_one_pass, replace_tied_gradient_sum
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.parallel.partition import Part, Stage, gradient_sums
+from deepseek_exp.parallel.runtime import quiet_deepspeed
 
 BUCKET = 1 << 27  # elements that are exchanged at once
 
@@ -77,7 +74,7 @@ class PipelineEngine:
         """Set DeepSpeed up; without an optimizer it can evaluate only."""
         self.stage, self.device = stage, groups.device
         d = groups.degrees
-        with _deepspeed() as deepspeed:
+        with quiet_deepspeed() as deepspeed:
             from deepspeed.pipe import PipelineModule
             from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
@@ -119,7 +116,7 @@ class ZeroEngine:
     ) -> None:
         """Set DeepSpeed up."""
         self.stage, self.device = stage, groups.device
-        with _deepspeed() as deepspeed:
+        with quiet_deepspeed() as deepspeed:
             config = deepspeed_config(exp, groups, exp.parallel.zero_stage)
             self.engine, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=config)
         self.optimizer = self.engine.optimizer
@@ -250,17 +247,3 @@ def deepspeed_config(exp: ExperimentConfig, groups: Groups, zero_stage: int) -> 
         # the defaults add gradients up in bf16, over micro batches and over ranks
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     return config
-
-
-@contextlib.contextmanager
-def _deepspeed() -> Iterator[Any]:
-    """Load DeepSpeed, and keep it from printing what it does while it is set up."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_initialized() else "cpu")
-    with Path(os.devnull).open("w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):
-        import deepspeed
-
-        # a shared-memory operator that it would compile for over a minute; its links are not what a step waits for
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        yield deepspeed

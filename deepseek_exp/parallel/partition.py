@@ -22,6 +22,7 @@ from deepseek_exp.models import Transformer
 from deepseek_exp.models.moe import MoE
 from deepseek_exp.parallel.expert import AllToAllDispatcher
 from deepseek_exp.parallel.groups import ENDS, KV, Groups
+from deepseek_exp.parallel.runtime import limit_graphs
 from deepseek_exp.parallel.tensor import apply_tensor_parallel, is_partial, match_plan, tensor_plan
 from deepseek_exp.planner import stage_bounds
 
@@ -29,8 +30,6 @@ from deepseek_exp.planner import stage_bounds
 LossOf = Callable[[Tensor, Batch], Tensor]
 EXPERTS = r".*feed_forward\.experts\.w_\w+"
 TABLE = "embedding.weight"
-# that a block may be compiled to: dense and with experts, in training and validation, one for each MTP depth
-GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -155,13 +154,11 @@ def cut_model(exp: ExperimentConfig, whole: Transformer, groups: Groups) -> Part
 
 
 def _compile(blocks: Sequence[nn.Module]) -> None:
-    """Compile blocks one by one, with the exchanges inside of them; equal ones share what the compiler makes.
+    """Compile blocks one by one, with their collectives; equal blocks share the compiler's work.
 
-    Every shape has its own graph: with sizes that are symbols attention would break it in two. What would need more
-    graphs than the compiler keeps stops, where it would go on without them.
+    Every shape has its own graph, since attention would break a graph with symbolic sizes in two.
     """
-    torch._dynamo.config.recompile_limit = GRAPHS
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    limit_graphs()
     for block in blocks:
         block.compile(dynamic=False)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from deepseek_exp.models.transformer import initial_weight
 from deepseek_exp.parallel.groups import Groups, connect, local_rank
 from deepseek_exp.parallel.partition import Part, Stage, copy_part, cut_model, set_weights
 from deepseek_exp.parallel.rank_state import load_part
+from deepseek_exp.parallel.runtime import set_up_torch, silence_expected
 from deepseek_exp.parallel.strategy import DeepSpeed3DStrategy
 from deepseek_exp.parallel.tensor import parallel_ops
 from deepseek_exp.planner import optimizer_bytes, parameters
@@ -42,16 +41,6 @@ from deepseek_exp.train.lit import LanguageModel
 from deepseek_exp.train.lit_distributed import StageModel
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp8: torch.bfloat16}
-# PyTorch's own choice; a job of a sweep may have set another number.
-N_THREADS = torch.get_num_threads()
-# Warnings of Lightning about choices that are made on purpose here.
-EXPECTED_WARNINGS = (
-    ".*does not have many workers.*",
-    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
-    ".*GPU available but not used.*",
-    ".*It is recommended to use `self.log\\('val/.*",  # the ranks have already agreed on these
-    ".*`torch.distributed.\\w+_tensor` is deprecated.*",  # its replacement is not in every supported PyTorch
-)
 
 
 @dataclass(frozen=True)
@@ -235,20 +224,6 @@ def _check_weights(wrong: str | None, folder: Path) -> None:
         raise CheckpointError(Problem("resume", str(folder), rule, "name an older checkpoint"))
 
 
-def set_up_torch(cfg: ExperimentConfig) -> None:
-    """Set the process-wide switches of PyTorch: threads, seed and determinism."""
-    n_threads = cfg.trainer.n_threads or N_THREADS
-    if n_threads != torch.get_num_threads():
-        torch.set_num_threads(n_threads)
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-    torch.manual_seed(cfg.seed)
-    if cfg.trainer.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(cfg.trainer.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over new memory
-
-
 def build_trainer(
     cfg: ExperimentConfig, parts: Parts, run: RunLog, run_id: str, texts: dict[str, str]
 ) -> tuple[pl.Trainer, Checkpoints, Progress]:
@@ -264,9 +239,7 @@ def build_trainer(
     Returns:
         The trainer, and those of its callbacks that report how the run went.
     """
-    for pattern in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", pattern)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    silence_expected()
     t = cfg.trainer
     steps, metrics = FiniteSteps(cfg), Metrics(cfg)
     checkpoints = Checkpoints(cfg, run.run_dir, steps)

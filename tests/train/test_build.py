@@ -17,7 +17,7 @@ from deepseek_exp.errors import CheckpointError, DeviceError
 from deepseek_exp.experiment.job import Job
 from deepseek_exp.kernels import grouped
 from deepseek_exp.launch import local, worker
-from deepseek_exp.parallel import groups
+from deepseek_exp.parallel import groups, runtime
 from deepseek_exp.train import build
 from tests.config.test_config import composed
 
@@ -81,8 +81,8 @@ def test_what_training_goes_through_is_compiled_where_asked_for():
 def test_a_job_of_a_sweep_has_its_own_number_of_threads():
     before = torch.get_num_threads()
     try:
-        for asked, got in ((2, 2), (0, build.N_THREADS), (3, 3), (1, 1)):
-            build.set_up_torch(composed("size=tiny", f"trainer.n_threads={asked}"))
+        for asked, got in ((2, 2), (0, runtime.N_THREADS), (3, 3), (1, 1)):
+            runtime.set_up_torch(composed("size=tiny", f"trainer.n_threads={asked}"))
             assert torch.get_num_threads() == got
     finally:
         torch.set_num_threads(before)

@@ -52,23 +52,23 @@ class NarrowProducts(experts.Products):
         """Return the magnitudes that the scale of each stack is computed from."""
         return torch.stack([fp8.largest([w], self.fused) for w in stacks])
 
-    def tokens(self, x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Any:
+    def tokens(self, x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor, offsets_E: Tensor) -> Any:
         """Round the tokens and copy them, with their scales, to their rows."""
         q_TD, scale_T = cast_rows(x_TD, self.fused)
-        q_RD = rows_of(q_TD.view(torch.uint8), inverse_TK, ends_E).view(q_TD.dtype)
+        q_RD = rows_of(q_TD.view(torch.uint8), inverse_TK, offsets_E).view(q_TD.dtype)
         return q_RD, scale_T[order_R // inverse_TK.shape[1]]
 
     def rows(self, x_RN: Tensor) -> Any:
         """Round rows."""
         return cast_rows(x_RN, self.fused)
 
-    def mm(self, rows: Any, w_EMN: Tensor, part: Tensor, ends_E: Tensor, *, transposed: bool = False) -> Tensor:
+    def mm(self, rows: Any, w_EMN: Tensor, part: Tensor, offsets_E: Tensor, *, transposed: bool = False) -> Tensor:
         """Round the matrices and multiply; the result has their type."""
-        return product(rows, *matrices(w_EMN, part, self.fused, transposed=transposed), ends_E, w_EMN.dtype)
+        return product(rows, *matrices(w_EMN, part, self.fused, transposed=transposed), offsets_E, w_EMN.dtype)
 
-    def exact(self, rows: Any, x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+    def exact(self, rows: Any, x_TD: Tensor, inverse_TK: Tensor, offsets_E: Tensor) -> Tensor:
         """Copy the unrounded tokens to their rows."""
-        return rows_of(x_TD, inverse_TK, ends_E)
+        return rows_of(x_TD, inverse_TK, offsets_E)
 
 
 experts.PRODUCTS |= {"fp8": NarrowProducts(fused=False), "fp8_fused": NarrowProducts(fused=True)}

@@ -34,18 +34,18 @@ from deepseek_exp.kernels.operation import operation
 FAST = True
 
 
-def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, *, fused: bool) -> Tensor:
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, fused: bool) -> Tensor:
     """Compute `reference.grouped_mm` in 8 bits if a gradient is needed, else in the type of x.
 
     Args:
         x: (rows, d_in), bf16 (fp32 for tests).
         weight: (groups, d_out, d_in), of x's type; widths are multiples of 16.
-        ends: (groups,) int32.
+        offsets: (groups,) int32.
         fused: quantize with `fp8_quantize.py` instead of PyTorch.
     """
     if not torch.is_grad_enabled():
-        return grouped.grouped_mm(x, weight, ends)
-    return _fp8_grouped(x, weight, ends, fused)[0]
+        return grouped.grouped_mm(x, weight, offsets)
+    return _fp8_grouped(x, weight, offsets, fused)[0]
 
 
 def cast_rows(x_RN: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
@@ -57,17 +57,17 @@ def cast_rows(x_RN: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
     return reference.quantize_fp8(x_RN, INPUT, by_row=True)
 
 
-def product(rows: tuple[Tensor, Tensor], q_EMN: Tensor, scale: Tensor, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+def product(rows: tuple[Tensor, Tensor], q_EMN: Tensor, scale: Tensor, offsets_E: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply rounded rows (R, N) by the matrix (M, N) of their group: (R, M)."""
     q_RN, scale_R = rows
     if q_RN.is_cuda:
         scale_EM = scale.expand(q_EMN.shape[:2]).contiguous()
         return torch._scaled_grouped_mm(
-            q_RN, q_EMN.transpose(1, 2), scale_R, scale_EM, offs=ends_E, out_dtype=dtype, use_fast_accum=FAST
+            q_RN, q_EMN.transpose(1, 2), scale_R, scale_EM, offs=offsets_E, out_dtype=dtype, use_fast_accum=FAST
         )  # (rows, M)
     y_RM = q_RN.new_zeros(len(q_RN), q_EMN.shape[1], dtype=dtype)
     first, one = 0, scale.new_ones(())
-    for end, q_MN in zip(ends_E.tolist(), q_EMN, strict=True):
+    for end, q_MN in zip(offsets_E.tolist(), q_EMN, strict=True):
         y_GM = fp8.product(q_RN[first:end], q_MN, one, scale, torch.float32, fast=FAST)
         y_RM[first:end] = y_GM * scale_R[first:end, None]
         first = end
@@ -81,31 +81,33 @@ def matrices(w_EMN: Tensor, parts: Tensor, fused: bool, *, transposed: bool = Fa
 
 
 @operation("fp8_grouped")
-def _fp8_grouped(x_RN: Tensor, w_EMN: Tensor, ends_E: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+def _fp8_grouped(x_RN: Tensor, w_EMN: Tensor, offsets_E: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
     """Return the products, and the magnitudes that the matrices' scale is computed from."""
     w_EMN = w_EMN.contiguous()
     parts = fp8.largest([w_EMN], fused)
     w = matrices(w_EMN, parts, fused)
-    return product(cast_rows(x_RN, fused), *w, ends_E, x_RN.dtype), parts
+    return product(cast_rows(x_RN, fused), *w, offsets_E, x_RN.dtype), parts
 
 
 @operation("fp8_grouped_backward")
 def _fp8_grouped_backward(
-    g_RM: Tensor, x_RN: Tensor, w_EMN: Tensor, ends_E: Tensor, parts: Tensor, fused: bool
+    g_RM: Tensor, x_RN: Tensor, w_EMN: Tensor, offsets_E: Tensor, parts: Tensor, fused: bool
 ) -> tuple[Tensor, Tensor]:
     g_RM = g_RM.contiguous()
     w = matrices(w_EMN, parts, fused, transposed=True)
-    dx_RN = product(cast_rows(g_RM, fused), *w, ends_E, x_RN.dtype)
-    return dx_RN, F.grouped_mm(g_RM.T, x_RN, offs=ends_E)  # (groups, M, N)
+    dx_RN = product(cast_rows(g_RM, fused), *w, offsets_E, x_RN.dtype)
+    return dx_RN, F.grouped_mm(g_RM.T, x_RN, offs=offsets_E)  # (groups, M, N)
 
 
 @_fp8_grouped.register_fake
-def _(x_RN: Tensor, w_EMN: Tensor, ends_E: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+def _(x_RN: Tensor, w_EMN: Tensor, offsets_E: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
     return x_RN.new_empty(len(x_RN), w_EMN.shape[1]), _fake_parts(w_EMN, fused)
 
 
 @_fp8_grouped_backward.register_fake
-def _(g_RM: Tensor, x_RN: Tensor, w_EMN: Tensor, ends_E: Tensor, parts: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+def _(
+    g_RM: Tensor, x_RN: Tensor, w_EMN: Tensor, offsets_E: Tensor, parts: Tensor, fused: bool
+) -> tuple[Tensor, Tensor]:
     return x_RN.new_empty(x_RN.shape), w_EMN.new_empty(w_EMN.shape)
 
 

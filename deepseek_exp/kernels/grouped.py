@@ -18,13 +18,13 @@ from torch import Tensor
 from deepseek_exp.kernels.operation import operation
 
 
-def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Compute `reference.grouped_mm`; same arguments and result, in fp32, bf16 and fp16.
 
     Rows and matrices must start at multiples of 16 bytes: widths are multiples of 8 elements.
     """
     matrices = weight.transpose(-1, -2)  # (groups, d_in, d_out)
-    return F.grouped_mm(x, matrices, offs=ends) if x.dtype is torch.bfloat16 else _product(x, matrices, ends)
+    return F.grouped_mm(x, matrices, offs=offsets) if x.dtype is torch.bfloat16 else _product(x, matrices, offsets)
 
 
 @torch.no_grad()
@@ -34,12 +34,12 @@ def empty_groups_are_zero(device: torch.device) -> bool:
     On GPUs of compute capability 10 it has left the memory uninitialised (pytorch/pytorch#172439); the result would be
     the weight gradient of an expert without tokens. The memory for the result is filled with NaN beforehand.
     """
-    ends = torch.tensor([0, 16, 16, 32, 32], dtype=torch.int32, device=device)
+    offsets = torch.tensor([0, 16, 16, 32, 32], dtype=torch.int32, device=device)
     rows = torch.ones(32, 64, dtype=torch.bfloat16, device=device)
-    used = torch.full((len(ends), 64, 64), torch.nan, dtype=torch.bfloat16, device=device)
+    used = torch.full((len(offsets), 64, 64), torch.nan, dtype=torch.bfloat16, device=device)
     del used
-    products = F.grouped_mm(rows.T, rows, offs=ends)  # (groups, 64, 64)
-    empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+    products = F.grouped_mm(rows.T, rows, offs=offsets)  # (groups, 64, 64)
+    empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
     return not products[empty].any().item()  # NaN counts as true
 
 

@@ -109,18 +109,18 @@ def top_k_swiglu(gate: Tensor, up: Tensor, k: int) -> Tensor:
     return torch.where(gate >= border, F.silu(gate) * up, 0)
 
 
-def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiply each group of rows by its own matrix: y_r = weight_g x_r for the rows ends[g-1] <= r < ends[g].
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply each group of rows by its own matrix: y_r = weight_g x_r for the rows offsets[g-1] <= r < offsets[g].
 
     Args:
         x: (rows, d_in), sorted by group.
         weight: (groups, d_out, d_in).
-        ends: (groups,) int32, where each group ends; a group may be empty. Rows past the last end belong to no group.
+        offsets: (groups,) int32, where each group ends; a group may be empty. Rows past the last end belong to none.
 
     Returns:
         (rows, d_out); rows that belong to no group are 0 here and undefined in faster implementations.
     """
-    borders = [0, *ends.tolist()]
+    borders = [0, *offsets.tolist()]
     groups = [x[a:b] @ w.T for a, b, w in zip(borders, borders[1:], weight, strict=False)]
     return torch.cat([*groups, x.new_zeros(len(x) - borders[-1], weight.shape[1])])
 
@@ -227,38 +227,38 @@ def sort_by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tens
     Returns:
         order: (T * K,) int64, sorted row -> t * K + k.
         inverse: (T * K,) int64, the inverse permutation.
-        ends: (n_experts,) int32, where each expert's sorted rows end.
+        offsets: (n_experts,) int32, where each expert's sorted rows end.
     """
     ids_R, order_R = ids_TK.flatten().sort(stable=True)
     experts = torch.arange(n_experts, device=ids_R.device)
     return order_R, order_R.argsort(), torch.searchsorted(ids_R, experts, right=True).int()
 
 
-def permute(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+def permute(x_TD: Tensor, inverse_TK: Tensor, offsets_E: Tensor) -> Tensor:
     """Copy each token to its K rows.
 
     Args:
         x_TD: (T, D), the tokens.
         inverse_TK: (T, K) int64, a token's rows, all different.
-        ends_E: (E,) int32; rows from the last end on were dropped.
+        offsets_E: (E,) int32; rows from the last end on were dropped.
 
     Returns:
         (T * K, D); the content of dropped rows is undefined, and they get no gradient.
     """
     x_RD = x_TD[inverse_TK.flatten().argsort() // inverse_TK.shape[1]]
-    kept_R = torch.arange(len(x_RD), device=x_RD.device) < ends_E[-1]
+    kept_R = torch.arange(len(x_RD), device=x_RD.device) < offsets_E[-1]
     return torch.where(kept_R[:, None], x_RD, 0)
 
 
-def unpermute(y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+def unpermute(y_RD: Tensor, inverse_TK: Tensor, offsets_E: Tensor) -> Tensor:
     """Sum each token's rows: (T, D).
 
     Args:
         y_RD: (T * K, D), the rows.
         inverse_TK: (T, K) int64, a token's rows, all different.
-        ends_E: (E,) int32; rows from the last end on were dropped: they count as 0, and their gradient is undefined.
+        offsets_E: (E,) int32; rows from the last end on were dropped: they count as 0, and their gradient is undefined.
     """
-    return torch.where((inverse_TK < ends_E[-1])[:, :, None], y_RD[inverse_TK], 0).sum(1)
+    return torch.where((inverse_TK < offsets_E[-1])[:, :, None], y_RD[inverse_TK], 0).sum(1)
 
 
 def routed_experts(
@@ -266,7 +266,7 @@ def routed_experts(
     weights_TK: Tensor,
     order_R: Tensor,
     inverse_R: Tensor,
-    ends_E: Tensor,
+    offsets_E: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
@@ -281,7 +281,7 @@ def routed_experts(
         weights_TK: (T, K), of each token's experts.
         order_R: (T * K,) int64, sorted row -> t * K + k.
         inverse_R: (T * K,) int64, the inverse permutation.
-        ends_E: (E,) int32, where each expert's sorted rows end. Rows past the last end were dropped: they count as 0
+        offsets_E: (E,) int32, where each expert's sorted rows end. Rows past the last end were dropped: they count as 0
             and get no gradient.
         w_gate: (E, F, D).
         w_up: (E, F, D).
@@ -291,8 +291,8 @@ def routed_experts(
         (T, D), the type of x.
     """
     x_RD = x_TD[order_R // weights_TK.shape[1]]
-    hidden_RF = swiglu(grouped_mm(x_RD, w_gate, ends_E), grouped_mm(x_RD, w_up, ends_E))
-    y_TKD = grouped_mm(hidden_RF, w_down, ends_E)[inverse_R].unflatten(0, weights_TK.shape)
+    hidden_RF = swiglu(grouped_mm(x_RD, w_gate, offsets_E), grouped_mm(x_RD, w_up, offsets_E))
+    y_TKD = grouped_mm(hidden_RF, w_down, offsets_E)[inverse_R].unflatten(0, weights_TK.shape)
     return (weights_TK[:, None].to(y_TKD.dtype) @ y_TKD).squeeze(1)  # (tokens, d_model)
 
 

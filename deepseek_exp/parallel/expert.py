@@ -22,8 +22,8 @@ class Exchanged(NamedTuple):
 
     Attributes:
         x_RD: rows sorted by this rank's experts.
-        ends_E: (experts of this rank,) int32, where each one's rows end.
-        load_E: (routed experts,) int64, rows of this rank's tokens that chose each expert.
+        offsets_E: (experts of this rank,) int32, where each one's rows end.
+        tokens_per_expert: (routed experts,) int64, rows of this rank's tokens that chose each expert.
         kept_R: which of this rank's own sorted rows an expert takes; None means all.
         here: how this rank's tokens were sorted.
         order_R: received row -> its place among the sorted rows.
@@ -33,8 +33,8 @@ class Exchanged(NamedTuple):
     """
 
     x_RD: Tensor
-    ends_E: Tensor
-    load_E: Tensor
+    offsets_E: Tensor
+    tokens_per_expert: Tensor
     kept_R: Tensor | None
     here: Dispatched
     order_R: Tensor
@@ -90,13 +90,13 @@ class AllToAllDispatcher:
             capacity: as in `LocalDispatcher`, for this rank's rows.
         """
         here = self.local.dispatch(x_TD, ids_TK, n_experts * self.n_ranks, capacity)
-        numbers = self._announce(here.ends_E)
+        numbers = self._announce(here.offsets_E)
         expert_R, sent, received = numbers.wait()
         x_RD = _AllToAll.apply(here.x_RD, sent, received, sum(received), self.group)
         order_R = expert_R.argsort(stable=True)
         inverse_R = order_R.argsort()
         x_RD, ends_L = reorder(x_RD, order_R, inverse_R), numbers.rows_PL.sum(0).cumsum(0).int()
-        return Exchanged(x_RD, ends_L, here.load_E, here.kept_R, here, order_R, inverse_R, sent, received)
+        return Exchanged(x_RD, ends_L, here.tokens_per_expert, here.kept_R, here, order_R, inverse_R, sent, received)
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Exchanged) -> Tensor:
         """Send rows back and sum each token's with its weights: (tokens, d_model)."""
@@ -106,23 +106,23 @@ class AllToAllDispatcher:
 
     def through(self, experts: Callable[..., Tensor], x_TD: Tensor, weights_TK: Tensor, *by_expert: Tensor) -> Tensor:
         """Send rows with their weights, so that experts return weighted rows, and sum what comes back."""
-        order_S, inverse_S, ends_E = by_expert
-        n_rows, inverse_TK, numbers = len(order_S), inverse_S.view(weights_TK.shape), self._announce(ends_E)
+        order_S, inverse_S, offsets_E = by_expert
+        n_rows, inverse_TK, numbers = len(order_S), inverse_S.view(weights_TK.shape), self._announce(offsets_E)
         weights_S1 = reorder(weights_TK.flatten()[:, None], order_S, inverse_S)
-        x_SD = self.ops.permute(x_TD, inverse_TK, ends_E)
+        x_SD = self.ops.permute(x_TD, inverse_TK, offsets_E)
         expert_R, sent, received = numbers.wait()
         weights_R1 = _AllToAll.apply(weights_S1, sent, received, sum(received), self.group)
         x_RD = _AllToAll.apply(x_SD, sent, received, sum(received), self.group)
         here = self.ops.sort_by_expert(expert_R[:, None], numbers.rows_PL.shape[1])
         y_SD = _AllToAll.apply(experts(x_RD, weights_R1, *here), received, sent, n_rows, self.group)
-        return self.ops.unpermute(y_SD, inverse_TK, ends_E)
+        return self.ops.unpermute(y_SD, inverse_TK, offsets_E)
 
-    def _announce(self, ends_E: Tensor) -> _Numbers:
+    def _announce(self, offsets_E: Tensor) -> _Numbers:
         """Send each rank the number of rows for each of its experts.
 
-        `ends_E`: where the rows for each of all experts end.
+        `offsets_E`: where the rows for each of all experts end.
         """
-        out_PL = ends_E.diff(prepend=ends_E.new_zeros(1)).view(self.n_ranks, -1)
+        out_PL = offsets_E.diff(prepend=offsets_E.new_zeros(1)).view(self.n_ranks, -1)
         in_PL = torch.empty_like(out_PL)
         dist.all_to_all_single(in_PL, out_PL, group=self.group)
         on_host = torch.stack([out_PL.sum(1), in_PL.sum(1)]).to("cpu", non_blocking=in_PL.is_cuda)

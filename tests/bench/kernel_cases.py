@@ -156,11 +156,11 @@ def attended(
     return make
 
 
-def grouped_experts(x_TD, weights_TK, order_R, inverse_R, ends_E, w_gate, w_up, w_down):
+def grouped_experts(x_TD, weights_TK, order_R, inverse_R, offsets_E, w_gate, w_up, w_down):
     """Do `reference.routed_experts` with PyTorch's grouped GEMM, as its users would."""
     x_RD = x_TD[order_R // weights_TK.shape[1]]
-    hidden_RF = reference.swiglu(grouped.grouped_mm(x_RD, w_gate, ends_E), grouped.grouped_mm(x_RD, w_up, ends_E))
-    y_TKD = grouped.grouped_mm(hidden_RF, w_down, ends_E)[inverse_R].unflatten(0, weights_TK.shape)
+    hidden_RF = reference.swiglu(grouped.grouped_mm(x_RD, w_gate, offsets_E), grouped.grouped_mm(x_RD, w_up, offsets_E))
+    y_TKD = grouped.grouped_mm(hidden_RF, w_down, offsets_E)[inverse_R].unflatten(0, weights_TK.shape)
     return (weights_TK[:, None].to(y_TKD.dtype) @ y_TKD).squeeze(1)
 
 

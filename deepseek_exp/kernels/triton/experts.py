@@ -46,7 +46,7 @@ def routed_experts(
     weights_TK: Tensor,
     order_R: Tensor,
     inverse_R: Tensor,
-    ends_E: Tensor,
+    offsets_E: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
@@ -58,24 +58,24 @@ def routed_experts(
     Tokens and matrices have the same type, the weights of a token's experts may be fp32. D and F are multiples of 8.
     `products`: a key of `PRODUCTS`.
     """
-    return _routed_experts(x_TD, weights_TK, order_R, inverse_R, ends_E, w_gate, w_up, w_down, products)[0]
+    return _routed_experts(x_TD, weights_TK, order_R, inverse_R, offsets_E, w_gate, w_up, w_down, products)[0]
 
 
-def permute(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+def permute(x_TD: Tensor, inverse_TK: Tensor, offsets_E: Tensor) -> Tensor:
     """Compute `reference.permute`; same arguments and result."""
-    return _Permute.apply(x_TD, inverse_TK, ends_E)
+    return _Permute.apply(x_TD, inverse_TK, offsets_E)
 
 
-def unpermute(y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+def unpermute(y_RD: Tensor, inverse_TK: Tensor, offsets_E: Tensor) -> Tensor:
     """Compute `reference.unpermute`; same arguments and result, summed in fp32 and rounded once."""
-    return _Unpermute.apply(y_RD, inverse_TK, ends_E)
+    return _Unpermute.apply(y_RD, inverse_TK, offsets_E)
 
 
 @triton.jit
-def _permute(x, inverse, ends, out, n_cols, n_experts, K: tl.constexpr, WIDTH: tl.constexpr):
+def _permute(x, inverse, offsets, out, n_cols, n_experts, K: tl.constexpr, WIDTH: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    end = tl.load(ends + n_experts - 1)
+    end = tl.load(offsets + n_experts - 1)
     x_D = tl.load(x + token * n_cols + cols, cols < n_cols, 0.0)
     for k in tl.static_range(K):
         row = tl.load(inverse + token * K + k).to(tl.int64)
@@ -83,10 +83,10 @@ def _permute(x, inverse, ends, out, n_cols, n_experts, K: tl.constexpr, WIDTH: t
 
 
 @triton.jit
-def _unpermute(y, z, inverse, ends, out, n_cols, n_experts, TWO: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
+def _unpermute(y, z, inverse, offsets, out, n_cols, n_experts, TWO: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    end = tl.load(ends + n_experts - 1)
+    end = tl.load(offsets + n_experts - 1)
     sum_D = tl.zeros((WIDTH,), tl.float32)
     for k in tl.static_range(K):
         row = tl.load(inverse + token * K + k).to(tl.int64)
@@ -98,10 +98,10 @@ def _unpermute(y, z, inverse, ends, out, n_cols, n_experts, TWO: tl.constexpr, K
 
 
 @triton.jit
-def _swiglu(gate, up, weights, order, ends, hidden, n_cols, n_experts, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _swiglu(gate, up, weights, order, offsets, hidden, n_cols, n_experts, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     cols = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    taken = rows < tl.load(ends + n_experts - 1)
+    taken = rows < tl.load(offsets + n_experts - 1)
     w_R = tl.load(weights + tl.load(order + rows, taken, 0), taken, 0.0).to(tl.float32)
     at, here = rows[:, None] * n_cols + cols, taken[:, None] & (cols < n_cols)
     gate_RF = tl.load(gate + at, here, 0.0).to(tl.float32)
@@ -111,12 +111,12 @@ def _swiglu(gate, up, weights, order, ends, hidden, n_cols, n_experts, ROWS: tl.
 
 @triton.jit
 def _swiglu_backward(
-    hidden, gate, up, weights, order, ends, dgate, dup, dweights, n_rows, n_cols, n_experts,
+    hidden, gate, up, weights, order, offsets, dgate, dup, dweights, n_rows, n_cols, n_experts,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Overwrite the hidden gradient in place with the hidden layer. Safe: each thread writes only what it has read."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    taken = rows < tl.load(ends + n_experts - 1)
+    taken = rows < tl.load(offsets + n_experts - 1)
     place_R = tl.load(order + rows, rows < n_rows, 0)
     w_R = tl.load(weights + place_R, taken, 0.0).to(tl.float32)
     dw_RF = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -144,48 +144,48 @@ def _tile(n_columns: int) -> Tile:
     return Tile(TILE // width, width, 8)
 
 
-def rows_of(x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+def rows_of(x_TD: Tensor, inverse_TK: Tensor, offsets_E: Tensor) -> Tensor:
     """Copy each token, read once, to its rows: (rows, d_model); dropped rows stay undefined."""
     x_TD, (n_tokens, k), n_cols = x_TD.contiguous(), inverse_TK.shape, x_TD.shape[1]
     x_RD, width = x_TD.new_empty(n_tokens * k, n_cols), min(1024, triton.next_power_of_2(n_cols))
     _permute[(n_tokens, triton.cdiv(n_cols, width))](
-        x_TD, inverse_TK, ends_E, x_RD, n_cols, len(ends_E), K=k, WIDTH=width
+        x_TD, inverse_TK, offsets_E, x_RD, n_cols, len(offsets_E), K=k, WIDTH=width
     )
     return x_RD
 
 
-def sum_rows(y_RD: Tensor, z_RD: Tensor | None, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+def sum_rows(y_RD: Tensor, z_RD: Tensor | None, inverse_TK: Tensor, offsets_E: Tensor) -> Tensor:
     """Sum each token's rows of y, and of z if given: (tokens, d_model), rounded once."""
     (n_tokens, k), n_cols, two = inverse_TK.shape, y_RD.shape[1], z_RD is not None
     out_TD, width = y_RD.new_empty(n_tokens, n_cols), min(1024, triton.next_power_of_2(n_cols))
     _unpermute[(n_tokens, triton.cdiv(n_cols, width))](
-        y_RD, z_RD if two else y_RD, inverse_TK, ends_E, out_TD, n_cols, len(ends_E),
+        y_RD, z_RD if two else y_RD, inverse_TK, offsets_E, out_TD, n_cols, len(offsets_E),
         TWO=two, K=k, WIDTH=width,
     )  # fmt: skip
     return out_TD
 
 
-def hidden(gate_RF: Tensor, up_RF: Tensor, weights_TK: Tensor, order_R: Tensor, ends_E: Tensor) -> Tensor:
+def hidden(gate_RF: Tensor, up_RF: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E: Tensor) -> Tensor:
     """Return the hidden layer of each row, times its weight; dropped rows stay undefined."""
     hidden_RF, (n_rows, n_cols) = torch.empty_like(gate_RF), gate_RF.shape
     tile = _tile(n_cols)
     _swiglu[(triton.cdiv(n_rows, tile.rows), triton.cdiv(n_cols, tile.width))](
-        gate_RF, up_RF, weights_TK.contiguous(), order_R, ends_E, hidden_RF, n_cols, len(ends_E),
+        gate_RF, up_RF, weights_TK.contiguous(), order_R, offsets_E, hidden_RF, n_cols, len(offsets_E),
         ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
     )  # fmt: skip
     return hidden_RF
 
 
 def hidden_backward(
-    grad_RF: Tensor, gate_RF: Tensor, up_RF: Tensor, weights_TK: Tensor, order_R: Tensor, ends_E: Tensor
+    grad_RF: Tensor, gate_RF: Tensor, up_RF: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of gate, up and weights, and overwrite the hidden gradient with the hidden layer."""
     weights_TK, (n_rows, n_cols) = weights_TK.contiguous(), gate_RF.shape
     dgate_RF, dup_RF, dweights_TK = (torch.empty_like(t) for t in (gate_RF, up_RF, weights_TK))
     tile = _tile(n_cols)
     _swiglu_backward[(triton.cdiv(n_rows, tile.rows),)](
-        grad_RF, gate_RF, up_RF, weights_TK, order_R, ends_E, dgate_RF, dup_RF, dweights_TK,
-        n_rows, n_cols, len(ends_E), ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
+        grad_RF, gate_RF, up_RF, weights_TK, order_R, offsets_E, dgate_RF, dup_RF, dweights_TK,
+        n_rows, n_cols, len(offsets_E), ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
     )  # fmt: skip
     return dgate_RF, dup_RF, dweights_TK
 
@@ -194,9 +194,9 @@ class _Permute(torch.autograd.Function):
     """Tokens to rows; backward sums each token's rows."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_TK, ends_E)
-        return rows_of(x_TD, inverse_TK, ends_E)
+    def forward(ctx: Any, x_TD: Tensor, inverse_TK: Tensor, offsets_E: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_TK, offsets_E)
+        return rows_of(x_TD, inverse_TK, offsets_E)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> Any:
@@ -207,9 +207,9 @@ class _Unpermute(torch.autograd.Function):
     """Sum of each token's rows; backward copies its gradient to them."""
 
     @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_TK, ends_E)
-        return sum_rows(y_RD.contiguous(), None, inverse_TK, ends_E)
+    def forward(ctx: Any, y_RD: Tensor, inverse_TK: Tensor, offsets_E: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_TK, offsets_E)
+        return sum_rows(y_RD.contiguous(), None, inverse_TK, offsets_E)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> Any:
@@ -230,19 +230,19 @@ class Products:
         """Return what both passes need to round stacks of matrices identically: (stacks, parts), fp32."""
         return stacks[0].new_empty(len(stacks), 0, dtype=torch.float32)
 
-    def tokens(self, x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Any:
+    def tokens(self, x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor, offsets_E: Tensor) -> Any:
         """Copy tokens to their rows, as an operand."""
-        return rows_of(x_TD, inverse_TK, ends_E)
+        return rows_of(x_TD, inverse_TK, offsets_E)
 
     def rows(self, x_RN: Tensor) -> Any:
         """Convert rows to an operand."""
         return x_RN
 
-    def mm(self, rows: Any, w_EMN: Tensor, part: Tensor, ends_E: Tensor, *, transposed: bool = False) -> Tensor:
+    def mm(self, rows: Any, w_EMN: Tensor, part: Tensor, offsets_E: Tensor, *, transposed: bool = False) -> Tensor:
         """Multiply each row by its expert's matrix, optionally transposed: (rows, M), or (rows, N)."""
-        return F.grouped_mm(rows, w_EMN if transposed else w_EMN.transpose(1, 2), offs=ends_E)
+        return F.grouped_mm(rows, w_EMN if transposed else w_EMN.transpose(1, 2), offs=offsets_E)
 
-    def exact(self, rows: Any, x_TD: Tensor, inverse_TK: Tensor, ends_E: Tensor) -> Tensor:
+    def exact(self, rows: Any, x_TD: Tensor, inverse_TK: Tensor, offsets_E: Tensor) -> Tensor:
         """Return the unrounded rows that `tokens` converted to an operand."""
         return rows
 
@@ -257,7 +257,7 @@ def _routed_experts(
     weights_TK: Tensor,
     order_R: Tensor,
     inverse_R: Tensor,
-    ends_E: Tensor,
+    offsets_E: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
@@ -266,12 +266,12 @@ def _routed_experts(
     """Return the sums and, for backward, gate and up of each row and the parts of the three stacks."""
     form, inverse_TK = PRODUCTS[products], inverse_R.view(weights_TK.shape)
     parts = form.parts((w_gate, w_up, w_down))
-    rows = form.tokens(x_TD, order_R, inverse_TK, ends_E)
-    gate_RF, up_RF = (form.mm(rows, w, part, ends_E) for w, part in ((w_gate, parts[0]), (w_up, parts[1])))
+    rows = form.tokens(x_TD, order_R, inverse_TK, offsets_E)
+    gate_RF, up_RF = (form.mm(rows, w, part, offsets_E) for w, part in ((w_gate, parts[0]), (w_up, parts[1])))
     del rows
-    hidden_RF = hidden(gate_RF, up_RF, weights_TK, order_R, ends_E)
-    y_RD = form.mm(form.rows(hidden_RF), w_down, parts[2], ends_E)
-    return sum_rows(y_RD, None, inverse_TK, ends_E), gate_RF, up_RF, parts
+    hidden_RF = hidden(gate_RF, up_RF, weights_TK, order_R, offsets_E)
+    y_RD = form.mm(form.rows(hidden_RF), w_down, parts[2], offsets_E)
+    return sum_rows(y_RD, None, inverse_TK, offsets_E), gate_RF, up_RF, parts
 
 
 @operation("routed_experts_backward")
@@ -281,7 +281,7 @@ def _routed_experts_backward(
     weights_TK: Tensor,
     order_R: Tensor,
     inverse_R: Tensor,
-    ends_E: Tensor,
+    offsets_E: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
@@ -292,21 +292,23 @@ def _routed_experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of tokens, weights and the three stacks of matrices."""
     form, inverse_TK = PRODUCTS[products], inverse_R.view(weights_TK.shape)
-    rows = form.tokens(grad_TD, order_R, inverse_TK, ends_E)
-    hidden_RF = form.mm(rows, w_down, parts[2], ends_E, transposed=True)  # holds its gradient until hidden_backward
-    grad_RD = form.exact(rows, grad_TD, inverse_TK, ends_E)
+    rows = form.tokens(grad_TD, order_R, inverse_TK, offsets_E)
+    hidden_RF = form.mm(rows, w_down, parts[2], offsets_E, transposed=True)  # holds its gradient until hidden_backward
+    grad_RD = form.exact(rows, grad_TD, inverse_TK, offsets_E)
     del rows
-    dgate_RF, dup_RF, dweights_TK = hidden_backward(hidden_RF, gate_RF, up_RF, weights_TK, order_R, ends_E)
-    dw_down = F.grouped_mm(grad_RD.T, hidden_RF, offs=ends_E)  # (experts, d_model, d_expert)
+    dgate_RF, dup_RF, dweights_TK = hidden_backward(hidden_RF, gate_RF, up_RF, weights_TK, order_R, offsets_E)
+    dw_down = F.grouped_mm(grad_RD.T, hidden_RF, offs=offsets_E)  # (experts, d_model, d_expert)
     del grad_RD, hidden_RF
-    x_RD = rows_of(x_TD, inverse_TK, ends_E)
-    dw_gate, dw_up = (F.grouped_mm(d.T, x_RD, offs=ends_E) for d in (dgate_RF, dup_RF))  # (experts, d_expert, d_model)
+    x_RD = rows_of(x_TD, inverse_TK, offsets_E)
+    dw_gate, dw_up = (
+        F.grouped_mm(d.T, x_RD, offs=offsets_E) for d in (dgate_RF, dup_RF)
+    )  # (experts, d_expert, d_model)
     del x_RD
     by_gate_RD, by_up_RD = (
-        form.mm(form.rows(d), w, part, ends_E, transposed=True)
+        form.mm(form.rows(d), w, part, offsets_E, transposed=True)
         for d, w, part in ((dgate_RF, w_gate, parts[0]), (dup_RF, w_up, parts[1]))
     )
-    dx_TD = sum_rows(by_gate_RD, by_up_RD, inverse_TK, ends_E)
+    dx_TD = sum_rows(by_gate_RD, by_up_RD, inverse_TK, offsets_E)
     return dx_TD, dweights_TK, dw_gate, dw_up, dw_down
 
 

@@ -39,7 +39,7 @@ def _count(ids, counts, n_rows, n_blocks, n_bins, BLOCK: tl.constexpr, WIDTH: tl
 
 @triton.jit
 def _place(
-    ids, ends_of_blocks, order, inverse, ends, n_rows, n_blocks, n_experts,
+    ids, ends_of_blocks, order, inverse, offsets, n_rows, n_blocks, n_experts,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -57,7 +57,7 @@ def _place(
     if block == 0:
         experts = tl.arange(0, WIDTH)
         end_E = tl.load(ends_of_blocks + experts * n_blocks + n_blocks - 1, experts < n_experts, 0)
-        tl.store(ends + experts, end_E, experts < n_experts)
+        tl.store(offsets + experts, end_E, experts < n_experts)
 
 
 @operation("sort_by_expert")
@@ -68,12 +68,12 @@ def _sort_by_expert(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Ten
     counts = torch.empty(n_bins * n_blocks, dtype=torch.int32, device=ids_R.device)
     _count[(n_blocks,)](ids_R, counts, n_rows, n_blocks, n_bins, BLOCK=BLOCK, WIDTH=width, num_warps=8)
     order_R, inverse_R = ids_R.new_empty(n_rows), ids_R.new_empty(n_rows)
-    ends_E = torch.empty(n_experts, dtype=torch.int32, device=ids_R.device)
+    offsets_E = torch.empty(n_experts, dtype=torch.int32, device=ids_R.device)
     _place[(n_blocks,)](
-        ids_R, counts.cumsum(0, dtype=torch.int32), order_R, inverse_R, ends_E, n_rows, n_blocks, n_experts,
+        ids_R, counts.cumsum(0, dtype=torch.int32), order_R, inverse_R, offsets_E, n_rows, n_blocks, n_experts,
         BLOCK=BLOCK, CHUNK=CHUNK, WIDTH=width, num_warps=8,
     )  # fmt: skip
-    return order_R, inverse_R, ends_E
+    return order_R, inverse_R, offsets_E
 
 
 @_sort_by_expert.register_fake

@@ -19,16 +19,16 @@ class Dispatched(NamedTuple):
 
     Attributes:
         x_RD: one row per token and expert.
-        ends_E: int32, where each expert's rows end.
-        load_E: int64, rows that chose each expert, including dropped ones.
+        offsets_E: int32, where each expert's rows end.
+        tokens_per_expert: int64, rows that chose each expert, including dropped ones.
         order_R: sorted row -> token * K + index of its expert.
         inverse_R: the inverse permutation.
         kept_R: which sorted rows an expert takes; None means all. Dropped rows come last.
     """
 
     x_RD: Tensor
-    ends_E: Tensor
-    load_E: Tensor
+    offsets_E: Tensor
+    tokens_per_expert: Tensor
     order_R: Tensor
     inverse_R: Tensor
     kept_R: Tensor | None
@@ -72,18 +72,18 @@ class LocalDispatcher:
                 displace earlier ones, so a token's result does not depend on what follows it.
         """
         expert_R, order_R = ids_TK.flatten().sort(stable=True)
-        ends_E = ends_of(expert_R, n_experts)
-        load_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+        offsets_E = offsets_of(expert_R, n_experts)
+        tokens_per_expert = offsets_E.diff(prepend=offsets_E.new_zeros(1))
         kept_R = None
         if capacity is not None:
-            place_R = torch.arange(len(expert_R), device=expert_R.device) - (ends_E - load_E)[expert_R]
+            place_R = torch.arange(len(expert_R), device=expert_R.device) - (offsets_E - tokens_per_expert)[expert_R]
             expert_R, resort_R = expert_R.masked_fill(place_R >= capacity, n_experts).sort(stable=True)
-            order_R, kept_R, ends_E = order_R[resort_R], expert_R < n_experts, ends_of(expert_R, n_experts)
+            order_R, kept_R, offsets_E = order_R[resort_R], expert_R < n_experts, offsets_of(expert_R, n_experts)
         inverse_R = order_R.argsort()
         x_RD = _Permute.apply(x_TD, order_R, inverse_R, ids_TK.shape[1])
         if kept_R is not None:
             x_RD = torch.where(kept_R[:, None], x_RD, 0)  # and no gradient from rows that no expert processed
-        return Dispatched(x_RD, ends_E.int(), load_E, order_R, inverse_R, kept_R)
+        return Dispatched(x_RD, offsets_E.int(), tokens_per_expert, order_R, inverse_R, kept_R)
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Dispatched) -> Tensor:
         """Sum each token's rows with its weights: (tokens, d_model)."""
@@ -97,7 +97,7 @@ class LocalDispatcher:
         return experts(x_TD, weights_TK, *by_expert)
 
 
-def ends_of(sorted_ids: Tensor, n: int) -> Tensor:
+def offsets_of(sorted_ids: Tensor, n: int) -> Tensor:
     """Return, for each id in 0..n-1, how many of the (..., ids) sorted ids are not greater: (..., n), int64."""
     wanted = torch.arange(n, device=sorted_ids.device).expand(*sorted_ids.shape[:-1], n).contiguous()
     return torch.searchsorted(sorted_ids, wanted, right=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deepseek_exp.config import Balance, ModelConfig
 from deepseek_exp.kernels import Ops
 from deepseek_exp.models.feed_forward import FeedForward
-from deepseek_exp.models.moe.dispatch import Dispatcher, LocalDispatcher, ends_of
+from deepseek_exp.models.moe.dispatch import Dispatcher, LocalDispatcher, offsets_of
 from deepseek_exp.models.moe.router import Router, Routing
 
 # What a layer counts in addition to the load of each expert.
@@ -33,11 +33,11 @@ class Experts(nn.Module):
         self.w_up = nn.Parameter(torch.empty(n, f, d))
         self.w_down = nn.Parameter(torch.empty(n, d, f))
 
-    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """Map rows sorted by expert, of which expert e has those before ends_E[e], to the same shape."""
-        gate_RF = self.ops.grouped_mm(x_RD, self.w_gate, ends_E)
-        up_RF = self.ops.grouped_mm(x_RD, self.w_up, ends_E)
-        return self.ops.grouped_mm(self.ops.swiglu(gate_RF, up_RF), self.w_down, ends_E)  # (rows, d_model)
+    def forward(self, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
+        """Map rows sorted by expert, of which expert e has those before offsets_E[e], to the same shape."""
+        gate_RF = self.ops.grouped_mm(x_RD, self.w_gate, offsets_E)
+        up_RF = self.ops.grouped_mm(x_RD, self.w_up, offsets_E)
+        return self.ops.grouped_mm(self.ops.swiglu(gate_RF, up_RF), self.w_down, offsets_E)  # (rows, d_model)
 
     def weighted(self, x_TD: Tensor, weights_TK: Tensor, *by_expert: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts in one operation: `reference.routed_experts`."""
@@ -86,40 +86,42 @@ class MoE(nn.Module):
         routing = self.router(x_TD, domain_T)
         slots_TK = routing.ids_TK if self.slot_of_E is None else self.slot_of_E[routing.ids_TK]
         through = self._through_experts if self.ops.routed_experts is None else self._through_fused_experts
-        y_TD, load_E, dropped = through(x_TD, slots_TK, routing.weights_TK)
+        y_TD, tokens_per_expert, dropped = through(x_TD, slots_TK, routing.weights_TK)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        load_E = load_E if self.slot_of_E is None else load_E.new_zeros(self.cfg.n_routed_experts)
-        losses = self._losses(routing, load_E, domain_T, x.shape[1])
+        tokens_per_expert = (
+            tokens_per_expert if self.slot_of_E is None else tokens_per_expert.new_zeros(self.cfg.n_routed_experts)
+        )
+        losses = self._losses(routing, tokens_per_expert, domain_T, x.shape[1])
         loss = (losses["balance_loss"] + losses["domain_loss"]) * self.loss_scale
         if loss.requires_grad:
             y_TD = _AttachLoss.apply(y_TD, loss)
         counted = {"passes": 1, "dropped": dropped, **losses}
         rest = torch.stack([_as_count(counted[n], x.device) for n in COUNTS])
-        return y_TD.view_as(x), torch.cat([load_E.double(), rest])
+        return y_TD.view_as(x), torch.cat([tokens_per_expert.double(), rest])
 
     def _through_experts(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Send tokens to their experts and back: their sums (tokens, d_model), each expert's load, and dropped rows."""
         sent = self.dispatcher.dispatch(x_TD, slots_TK, len(self.experts.w_gate), self._capacity(slots_TK))
-        y_TD = self.dispatcher.combine(self.experts(sent.x_RD, sent.ends_E), weights_TK, sent)
-        dropped = 0 * sent.load_E.sum() if sent.kept_R is None else (~sent.kept_R).sum()
-        return y_TD, sent.load_E, dropped
+        y_TD = self.dispatcher.combine(self.experts(sent.x_RD, sent.offsets_E), weights_TK, sent)
+        dropped = 0 * sent.tokens_per_expert.sum() if sent.kept_R is None else (~sent.kept_R).sum()
+        return y_TD, sent.tokens_per_expert, dropped
 
     def _through_fused_experts(
         self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Do `_through_experts` with one operation from tokens, or their exchanged rows, to their sums."""
         n, capacity = len(self.experts.w_gate) * self.dispatcher.n_ranks, self._capacity(slots_TK)
-        order_R, inverse_R, ends_E = self.ops.sort_by_expert(slots_TK, n)
-        load_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
+        order_R, inverse_R, offsets_E = self.ops.sort_by_expert(slots_TK, n)
+        tokens_per_expert = offsets_E.diff(prepend=offsets_E.new_zeros(1)).long()
         if capacity is not None:
             expert_R = slots_TK.flatten()[order_R]
-            place_R = torch.arange(len(order_R), device=order_R.device) - (ends_E - load_E)[expert_R]
+            place_R = torch.arange(len(order_R), device=order_R.device) - (offsets_E - tokens_per_expert)[expert_R]
             kept_TK = (place_R < capacity)[inverse_R].view_as(slots_TK)
             slots_TK = torch.where(kept_TK, slots_TK, n)
-            order_R, inverse_R, ends_E = self.ops.sort_by_expert(slots_TK, n)
-        y_TD = self.dispatcher.through(self.experts.weighted, x_TD, weights_TK, order_R, inverse_R, ends_E)
-        return y_TD, load_E, len(order_R) - ends_E[-1].long()
+            order_R, inverse_R, offsets_E = self.ops.sort_by_expert(slots_TK, n)
+        y_TD = self.dispatcher.through(self.experts.weighted, x_TD, weights_TK, order_R, inverse_R, offsets_E)
+        return y_TD, tokens_per_expert, len(order_R) - offsets_E[-1].long()
 
     def exchange_by(self, dispatcher: Dispatcher) -> None:
         """Route tokens to experts on other ranks. Not compiled, because row counts are data-dependent."""
@@ -193,7 +195,9 @@ class MoE(nn.Module):
             return None
         return max(1, int(self.cfg.capacity_factor * slots_TK.numel() / self.cfg.n_routed_experts))
 
-    def _losses(self, routing: Routing, load_E: Tensor, domain_T: Tensor | None, seq: int) -> dict[str, Tensor]:
+    def _losses(
+        self, routing: Routing, tokens_per_expert: Tensor, domain_T: Tensor | None, seq: int
+    ) -> dict[str, Tensor]:
         """Return the weighted losses of this batch, and the accuracy counts of the domain classifier."""
         zero = routing.scores_TE.new_zeros(())
         losses = dict.fromkeys(("balance_loss", "domain_loss", "domain_hits", "domain_labels"), zero)
@@ -201,12 +205,14 @@ class MoE(nn.Module):
             return losses
         scores_BSE = routing.scores_TE.unflatten(0, (-1, seq))
         if self.cfg.balance is Balance.aux_loss:
-            batch = balance_loss(scores_BSE.flatten(0, 1)[None], load_E[None], self.cfg.top_k)
+            batch = balance_loss(scores_BSE.flatten(0, 1)[None], tokens_per_expert[None], self.cfg.top_k)
             losses["balance_loss"] = self.cfg.aux_loss_weight * batch
         if self.cfg.sequence_loss_weight:
             ids = routing.ids_TK.unflatten(0, (-1, seq)).flatten(1)  # (batch, seq * top_k)
-            load_BE = ends_of(ids.sort(-1).values, self.cfg.n_routed_experts).diff(prepend=ids.new_zeros(len(ids), 1))
-            by_sequence = balance_loss(scores_BSE, load_BE, self.cfg.top_k)
+            tokens_per_expert_BE = offsets_of(ids.sort(-1).values, self.cfg.n_routed_experts).diff(
+                prepend=ids.new_zeros(len(ids), 1)
+            )
+            by_sequence = balance_loss(scores_BSE, tokens_per_expert_BE, self.cfg.top_k)
             losses["balance_loss"] = losses["balance_loss"] + self.cfg.sequence_loss_weight * by_sequence
         if routing.domain_logits_TN is not None and domain_T is not None:
             n_labels = (domain_T >= 0).sum()
@@ -217,7 +223,7 @@ class MoE(nn.Module):
         return losses
 
 
-def balance_loss(scores_BSE: Tensor, load_BE: Tensor, top_k: int) -> Tensor:
+def balance_loss(scores_BSE: Tensor, tokens_per_expert_BE: Tensor, top_k: int) -> Tensor:
     """Return the mean over rows of sum over experts of f * P; 1 for an even load, at most experts / top_k otherwise.
 
     f = experts * load / (top_k * tokens), P = mean over tokens of the scores divided by their sum. Gradients flow
@@ -226,10 +232,10 @@ def balance_loss(scores_BSE: Tensor, load_BE: Tensor, top_k: int) -> Tensor:
 
     Args:
         scores_BSE: scores of all experts.
-        load_BE: how often each expert was chosen in each row.
+        tokens_per_expert_BE: how often each expert was chosen in each row.
         top_k: experts per token.
     """
-    f_BE = load_BE.to(scores_BSE.dtype) * scores_BSE.shape[2] / (top_k * scores_BSE.shape[1])
+    f_BE = tokens_per_expert_BE.to(scores_BSE.dtype) * scores_BSE.shape[2] / (top_k * scores_BSE.shape[1])
     p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
     return (f_BE * p_BE).sum(-1).mean()
 

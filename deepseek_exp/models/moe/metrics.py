@@ -29,10 +29,10 @@ def routing_metrics(cfg: MoEConfig, counts: Tensor, *, labelled: bool = False) -
     Returns:
         Name without the moe/ prefix -> scalar on the device of the counts.
     """
-    load_LE = counts[:, : cfg.n_routed_experts]
+    tokens_per_expert_LE = counts[:, : cfg.n_routed_experts]
     rest = dict(zip(COUNTS, counts[:, cfg.n_routed_experts :].unbind(1), strict=True))
-    mean_LE = mean_load(load_LE, max(1, len(cfg.domains)))
-    factor_LE = torch.where(mean_LE > 0, load_LE / mean_LE, 1)  # a domain without tokens is even
+    mean_LE = mean_load(tokens_per_expert_LE, max(1, len(cfg.domains)))
+    factor_LE = torch.where(mean_LE > 0, tokens_per_expert_LE / mean_LE, 1)  # a domain without tokens is even
     worst_L = factor_LE.amax(1)
     values = {
         "load_factor_max": worst_L.max(),
@@ -41,11 +41,11 @@ def routing_metrics(cfg: MoEConfig, counts: Tensor, *, labelled: bool = False) -
         "load_cv": factor_LE.var(1, correction=0).sqrt().mean(),
     }
     if cfg.capacity_factor:
-        values["drop_rate"] = rest["dropped"].sum() / load_LE.sum()
+        values["drop_rate"] = rest["dropped"].sum() / tokens_per_expert_LE.sum()
     if cfg.balance is Balance.aux_loss or cfg.sequence_loss_weight:
         values["balance_loss"] = (rest["balance_loss"] / rest["passes"]).sum()
     if cfg.domains:
-        share_N = load_LE.unflatten(1, (len(cfg.domains), -1)).sum((0, 2)) / load_LE.sum()
+        share_N = tokens_per_expert_LE.unflatten(1, (len(cfg.domains), -1)).sum((0, 2)) / tokens_per_expert_LE.sum()
         values |= {f"use/{name}": share for name, share in zip(cfg.domains, share_N, strict=True)}
     if cfg.domains and labelled:
         values["domain_loss"] = (rest["domain_loss"] / rest["passes"]).sum()

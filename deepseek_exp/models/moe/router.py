@@ -79,17 +79,17 @@ class Router(nn.Module):
         )  # fmt: skip
         return Routing(ids_TK, weights_TK, scores_TE, domain_logits_TN)
 
-    def update_bias(self, load_E: Tensor) -> None:
+    def update_bias(self, tokens_per_expert: Tensor) -> None:
         """Change each expert's bias by bias_update_rate: up if its load is below the mean, down if it is above.
 
         Source: Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", algorithm 1.
         With domains, the mean is that of the expert's domain, since domains have different amounts of text.
 
         Args:
-            load_E: number of token slots that each expert was chosen for in the whole step.
+            tokens_per_expert: number of token slots that each expert was chosen for in the whole step.
         """
-        mean_E = mean_load(load_E, max(1, len(self.cfg.domains)))
-        self.bias += self.cfg.bias_update_rate * torch.sign(mean_E - load_E).to(self.bias.dtype)
+        mean_E = mean_load(tokens_per_expert, max(1, len(self.cfg.domains)))
+        self.bias += self.cfg.bias_update_rate * torch.sign(mean_E - tokens_per_expert).to(self.bias.dtype)
 
     def _open_to(self, domain_logits_TN: Tensor, domain_T: Tensor | None) -> Tensor:
         """Return which experts each token may use: those of the first domain, and of its own if that is loaded."""

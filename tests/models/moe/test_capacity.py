@@ -60,7 +60,7 @@ def test_the_load_factor_is_bounded_by_it(factor, n_tokens):
         layer.router.weight[:2] = 1.0  # all want the same two
     ids = layer.router(x).ids_TK
     sent = layer.dispatcher.dispatch(x, ids, 8, layer._capacity(ids))
-    kept = sent.ends_E.diff(prepend=torch.zeros(1, dtype=torch.int32))
+    kept = sent.offsets_E.diff(prepend=torch.zeros(1, dtype=torch.int32))
     mean = n_tokens * 2 / 8
     assert factor - 1 / mean < kept.max().item() / mean <= factor
 

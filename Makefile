@@ -28,8 +28,9 @@ lint: $(READY)  ## what a commit must pass
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-golden: $(READY)  ## write the golden loss curves anew; look at the difference before you commit it
+golden: $(READY)  ## rewrite the golden loss curves and messages; review the difference before you commit it
 	$(PY) -m tests.golden.curves
+	$(PY) -m tests.golden.messages
 
 bench: $(READY)  ## measure; tests/bench/README.md says what and keeps the results
 	$(PY) tests/bench/start_time.py

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deepseek_exp.redact import redact
@@ -18,12 +19,22 @@ class Problem:
     """One problem with the user's request.
 
     Reads as `<key>=<value> <rule>. Fix: <fix>.`; the rule starts with a verb.
+
+    Attributes:
+        id: name of the function that found it, by which tests know it; its words may then change.
     """
 
     key: str
     value: Any
     rule: str
     fix: str
+    id: str = field(default="", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Take the name of the function that makes it, unless an id is set."""
+        if not self.id:
+            found_by = sys._getframe(2).f_code.co_qualname  # above this method and the generated __init__
+            object.__setattr__(self, "id", found_by.partition(".<locals>")[0])
 
     def __str__(self) -> str:
         """Return the message as one line."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
+
 import pytest
 
 from deepseek_exp.errors import Problem
@@ -30,3 +33,13 @@ def test_a_value_is_shown(value, shown):
 
 def test_the_rule_and_the_fix_are_printable_too():
     assert str(Problem("k", 1, "is \x1b[31m", "use \r")) == "k=1 is \\x1b[31m. Fix: use \\r."
+
+
+def test_a_problem_is_known_by_the_function_that_finds_it():
+    def nested():
+        return next(Problem("k", 1, "is odd", "use 2") for _ in range(1))
+
+    assert nested().id == "test_a_problem_is_known_by_the_function_that_finds_it"
+    assert Problem("k", 1, "is odd", "use 2", id="odd").id == "odd"
+    assert dataclasses.replace(nested(), key="other").id == nested().id
+    assert pickle.loads(pickle.dumps(nested())).id == nested().id

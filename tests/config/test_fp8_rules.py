@@ -1,4 +1,4 @@
-"""What stands against training in fp8, by its exact words, and what the plan makes of it."""
+"""The rules of training in fp8, and what the plan expects of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
 from deepseek_exp.planner import parameters
 from deepseek_exp.planner.layers import layers_of, stages_of
-from tests.config.test_messages import problems_of
+from tests.config.command_lines import ids, refusal
 from tests.planner.plan_parts import experiment, layout, planned
 
 
@@ -28,74 +28,62 @@ class TestRules:
     @pytest.mark.parametrize(
         ("argv", "key", "width"),
         [
-            (("model.d_ff=168",), "model.d_ff=168", 168),
-            (("model.d_model=72",), "model.d_model=72", 72),
-            (("model.head_dim=12", "model.n_heads=2", "model.n_kv_heads=2"), "model.head_dim=12", 24),
-            (("model=v3_moe",), "model.kv_lora_rank=64", 72),
-            (("model=v2_moe", "model.moe.d_expert=24", "kernels.fp8_experts=true"), "model.moe.d_expert=24", 24),
-            (("model=v2_moe", "model.moe.d_expert=24", "model.moe.n_shared_experts=1"), "model.moe.d_expert=24", 24),
+            (("model.d_ff=168",), "model.d_ff", 168),
+            (("model.d_model=72",), "model.d_model", 72),
+            (("model.head_dim=12", "model.n_heads=2", "model.n_kv_heads=2"), "model.head_dim", 24),
+            (("model=v3_moe",), "model.kv_lora_rank", 72),
+            (("model=v2_moe", "model.moe.d_expert=24", "kernels.fp8_experts=true"), "model.moe.d_expert", 24),
+            (("model=v2_moe", "model.moe.d_expert=24", "model.moe.n_shared_experts=1"), "model.moe.d_expert", 24),
         ],
     )
     def test_widths(self, argv, key, width):
-        line = (
-            f"{key} makes a matrix {width} wide, not a multiple of 16, which trainer.precision='fp8' needs. "
-            "Fix: set trainer.precision=bf16, or change it."
-        )
-        assert line in problems_of(*self.TINY, *argv).split("\n")
+        found = [p for p in refusal([*self.TINY, *argv]).problems if p.key == key]
+        assert found and all(p.id == "_fp8" and str(width) in p.rule for p in found)
         command_line.check_command_line([*self.TINY, *argv, "trainer.precision=bf16", "kernels.fp8_experts=false"])
         command_line.check_command_line([*self.TINY, *argv, "do=eval"])
 
     def test_what_tensor_parallelism_leaves(self):
-        assert problems_of(*self.TINY, "parallel.tp=2", "parallel.zero_stage=1") == (
-            "parallel.tp=2 leaves 88 of a width of 176 (model.d_ff) to a rank, not a multiple of 16, which "
-            "trainer.precision='fp8' needs. Fix: use parallel.tp of 1, or trainer.precision=bf16."
-        )
+        (problem,) = refusal([*self.TINY, "parallel.tp=2", "parallel.zero_stage=1"]).problems
+        assert (problem.key, problem.id) == ("parallel.tp", "_fp8")
+        assert "88 of a width of 176 (model.d_ff)" in problem.rule and "parallel.tp of 1" in problem.fix
         command_line.check_command_line([*self.TINY, "parallel.tp=2", "parallel.zero_stage=1", "model.d_ff=192"])
 
     def test_a_layout_that_is_chosen_keeps_to_it(self):
-        assert "model.d_ff=168 makes" in problems_of(*self.TINY, "model.d_ff=168", "parallel=auto")
+        assert "model.d_ff _fp8" in ids(refusal([*self.TINY, "model.d_ff=168", "parallel=auto"]))
 
     def test_a_plan_for_gpus_without_it(self):
-        assert problems_of(*self.TINY, "do=plan", "cluster=a100_1024") == (
-            "trainer.precision='fp8' needs GPUs that compute in it, and cluster.gpu='A100 SXM 80GB' has "
-            "cluster.peak_fp8_flops=null. Fix: set trainer.precision=bf16, or take another cluster."
-        )
+        assert ids(refusal([*self.TINY, "do=plan", "cluster=a100_1024"])) == ["trainer.precision fp8_problems"]
         command_line.check_command_line([*self.TINY, "do=plan", "cluster=h100_8"])
 
     @pytest.mark.parametrize(
-        ("capability", "model", "rule"),
+        ("capability", "model", "found"),
         [
-            ((8, 0), "v1_dense", "8.9 or more, and this one has 8.0"),
-            ((8, 0), "v2_moe", "8.9 or more, and this one has 8.0"),
-            ((8, 9), "v1_dense", None),
-            ((8, 9), "v2_moe", None),
+            ((8, 0), "v1_dense", ["trainer.precision fp8_problems"]),
+            ((8, 0), "v2_moe", ["trainer.precision fp8_problems"]),
+            ((8, 9), "v1_dense", []),
+            ((8, 9), "v2_moe", []),
         ],
     )
-    def test_gpus(self, monkeypatch, capability, model, rule):
+    def test_gpus(self, monkeypatch, capability, model, found):
         monkeypatch.setattr(machine, "visible_gpus", lambda: 1)
         monkeypatch.setattr(machine, "compute_capability", lambda: capability)
         argv = [f"model={model}", "size=tiny", "trainer.precision=fp8"]
         for fine in ("do=eval", "device=cpu", "trainer.precision=bf16"):
             command_line.check_command_line([*argv, fine])
-        if rule is None:
-            command_line.check_command_line(argv)
-        else:
-            line = f"trainer.precision='fp8' needs a GPU of compute capability {rule}. Fix: set trainer.precision=bf16."
-            assert problems_of(*argv) == line
+        assert ids(refusal(argv)) == found
 
     def test_experts(self, monkeypatch):
         monkeypatch.setattr(machine, "visible_gpus", lambda: 1)
         argv = ["size=tiny", "trainer.precision=fp8", "kernels.fp8_experts=true"]
         monkeypatch.setattr(machine, "compute_capability", lambda: (8, 9))
         command_line.check_command_line(["model=v1_dense", *argv])
-        rule = "needs a GPU of compute capability 9.0, and this one has 8.9. Fix: set kernels.fp8_experts=false."
-        assert problems_of("model=v2_moe", *argv) == f"kernels.fp8_experts=true {rule}"
+        found = ["kernels.fp8_experts fp8_problems"]
+        assert ids(refusal(["model=v2_moe", *argv])) == found
         monkeypatch.setattr(machine, "compute_capability", lambda: (10, 0))
-        assert problems_of("model=v2_moe", *argv) == f"kernels.fp8_experts=true {rule.replace('8.9', '10.0')}"
+        assert ids(refusal(["model=v2_moe", *argv])) == found
         monkeypatch.setattr(machine, "compute_capability", lambda: (9, 0))
         command_line.check_command_line(["model=v2_moe", *argv])
-        rule = "needs trainer.precision='fp8'. Fix: set trainer.precision=fp8, or kernels.fp8_experts=false."
-        assert problems_of(*argv, "trainer.precision=bf16") == f"kernels.fp8_experts=true {rule}"
+        assert ids(refusal([*argv, "trainer.precision=bf16"])) == found
 
 
 def test_the_driver_is_asked_for_the_capability(monkeypatch):

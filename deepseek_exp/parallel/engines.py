@@ -19,7 +19,7 @@ from deepseek_exp.config.topology import Axis
 from deepseek_exp.data import Batch
 from deepseek_exp.parallel.deepspeed_patches import accumulate_in_one_pass, replace_tied_gradient_sum
 from deepseek_exp.parallel.groups import Groups
-from deepseek_exp.parallel.partition import Part, Stage, gradient_sums
+from deepseek_exp.parallel.partition import ModelShard, Stage, gradient_sums
 from deepseek_exp.parallel.runtime import quiet_deepspeed
 
 BUCKET = 1 << 27  # elements that are exchanged at once
@@ -69,7 +69,12 @@ class PipelineEngine:
     """
 
     def __init__(
-        self, exp: ExperimentConfig, groups: Groups, part: Part, stage: Stage, optimizer: torch.optim.Optimizer | None
+        self,
+        exp: ExperimentConfig,
+        groups: Groups,
+        shard: ModelShard,
+        stage: Stage,
+        optimizer: torch.optim.Optimizer | None,
     ) -> None:
         """Set DeepSpeed up; without an optimizer it can evaluate only."""
         self.stage, self.device = stage, groups.device
@@ -81,12 +86,12 @@ class PipelineEngine:
             topology = PipeModelDataParallelTopology(num_pp=d.pp, num_mp=d.ep * d.tp, num_dp=d.n_data)
             layers = [stage if i == groups.at.pp else nn.Identity for i in range(d.pp)]
             module = PipelineModule(layers, topology=topology, partition_method="uniform")
-            mark_counted(part)
+            mark_counted(shard)
             config = deepspeed_config(exp, groups, 1 if optimizer is not None else 0)
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         if self.engine.using_bf16_optimizer:
             accumulate_in_one_pass(self.engine.optimizer)
-        sums = gradient_sums(part, groups)
+        sums = gradient_sums(shard, groups)
         replace_tied_gradient_sum(
             self.engine, lambda engine: sum_gradients(sums, in_masters=engine.using_bf16_optimizer)
         )
@@ -112,7 +117,7 @@ class ZeroEngine:
     """DeepSpeed's ZeRO 2 or 3: every rank has all layers, and its share of the gradients, or of the weights too."""
 
     def __init__(
-        self, exp: ExperimentConfig, groups: Groups, part: Part, stage: Stage, optimizer: torch.optim.Optimizer
+        self, exp: ExperimentConfig, groups: Groups, shard: ModelShard, stage: Stage, optimizer: torch.optim.Optimizer
     ) -> None:
         """Set DeepSpeed up."""
         self.stage, self.device = stage, groups.device
@@ -141,14 +146,19 @@ class DataParallelEngine:
     """Without ZeRO and with one stage: gradients are summed over their groups and averaged over the data axis."""
 
     def __init__(
-        self, exp: ExperimentConfig, groups: Groups, part: Part, stage: Stage, optimizer: torch.optim.Optimizer | None
+        self,
+        exp: ExperimentConfig,
+        groups: Groups,
+        shard: ModelShard,
+        stage: Stage,
+        optimizer: torch.optim.Optimizer | None,
     ) -> None:
         """Remember the parts; without an optimizer it can evaluate only."""
         self.groups, self.stage, self.optimizer, self.clip_norm = groups, stage, optimizer, exp.optim.clip_norm
         self.exp = exp
-        self.sums = gradient_sums(part, groups)
-        mark_counted(part)
-        self.parameters = list(part.model.parameters())
+        self.sums = gradient_sums(shard, groups)
+        mark_counted(shard)
+        self.parameters = list(shard.model.parameters())
         masters = getattr(optimizer, "masters", None)
         self.holders = dict(zip(optimizer.params, masters, strict=True)) if masters else {}
 
@@ -200,12 +210,12 @@ def _result_of(engine: Any, device: torch.device) -> StepResult:
     return StepResult(norm, applied=not getattr(engine.optimizer, "overflow", False))  # torch's, without ZeRO, has none
 
 
-def mark_counted(part: Part) -> None:
+def mark_counted(shard: ModelShard) -> None:
     """Note at each parameter whether this rank counts it in the gradient norm, under the names that DeepSpeed reads."""
-    parameters = dict(part.model.named_parameters())
-    for placed in part.placements:
-        p = parameters[placed.name]
-        p.model_parallel, p.ds_pipe_replicated = placed.counted, placed.is_copy
+    parameters = dict(shard.model.named_parameters())
+    for param in shard.params:
+        p = parameters[param.name]
+        p.model_parallel, p.ds_pipe_replicated = param.counted, param.is_copy
 
 
 def sum_gradients(sums: Sequence[tuple[Any, list[nn.Parameter]]], *, in_masters: bool) -> None:

@@ -33,16 +33,17 @@ TABLE = "embedding.weight"
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where a parameter of this rank stands in the whole model.
+class ParamShard:
+    """The shard of one parameter that this rank holds.
 
     Attributes:
         name: in the whole model.
         shape: of the whole parameter.
-        cuts: what this rank has of it.
-        sums: over which ranks its gradient is summed before it is averaged over the data axis; keys of `Groups.sums`.
-        counted: this rank counts it in the gradient norm, and saves it; of equal copies one rank does.
-        is_copy: another stage has the same table and owns it.
+        cuts: which slice of it this rank holds, per dimension that is cut.
+        sums: the groups over which its gradient is summed before it is averaged over the data axis; keys of
+            `Groups.sums`.
+        counted: this rank counts it in the gradient norm and saves it. Of equal copies one rank does.
+        is_copy: it is a table that another stage also has, and owns.
     """
 
     name: str
@@ -54,22 +55,22 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelShard:
     """The model of one rank.
 
     Attributes:
         model: a Transformer without the layers of other stages.
         blocks: indices of the blocks that are here.
-        placements: of its parameters, in their order in the model.
-        order: names and dimensions of all parameters of the whole model, in its order.
-        n_moe_layers: mixtures of experts in the whole model.
+        params: one entry per parameter of `model`, in its order.
+        order: names and numbers of dimensions of all parameters of the whole model, in its order.
+        n_moe_layers: MoE layers of the whole model.
         first_moe_layer: how many of them are in earlier stages.
-        counts_width: numbers that each of them counts.
+        counts_width: how many numbers each of them counts.
     """
 
     model: Transformer
     blocks: range
-    placements: list[Placement]
+    params: list[ParamShard]
     order: list[tuple[str, int]]
     n_moe_layers: int
     first_moe_layer: int
@@ -88,18 +89,18 @@ class Stage(nn.Module):
     """
 
     def __init__(
-        self, part: Part, groups: Groups, domain_of: Callable[[Tensor], Tensor | None], loss_of: LossOf
+        self, shard: ModelShard, groups: Groups, domain_of: Callable[[Tensor], Tensor | None], loss_of: LossOf
     ) -> None:
         """Put together what a rank runs.
 
         Args:
-            part: what it holds of the model.
+            shard: what it holds of the model.
             groups: its groups.
             domain_of: gives the domain of each sequence by its part of the data.
             loss_of: used on the last stage.
         """
         super().__init__()
-        self.model, self.blocks = part.model, part.blocks
+        self.model, self.blocks = shard.model, shard.blocks
         self.is_first, self.is_last = groups.is_first, groups.is_last
         self.domain_of, self.loss_of = domain_of, loss_of
         self.batches: Iterator[Batch] = iter(())
@@ -117,7 +118,7 @@ class Stage(nn.Module):
         return self.loss_of(x, batch) if self.is_last else x
 
 
-def cut_model(exp: ExperimentConfig, whole: Transformer, groups: Groups) -> Part:
+def shard_model(exp: ExperimentConfig, whole: Transformer, groups: Groups) -> ModelShard:
     """Reduce a model on the meta device to what this rank holds; its parameters are real then, and unset.
 
     Args:
@@ -133,11 +134,11 @@ def cut_model(exp: ExperimentConfig, whole: Transformer, groups: Groups) -> Part
     blocks = range(0 if pp == 0 else ends[pp - 1], min(ends[pp], cfg.n_layers))
     layers = {name: len(m.counts) for name, m in whole.named_modules() if isinstance(m, MoE)}
     _drop_other_stages(whole, blocks, groups, cfg)
-    placements = []
+    params = []
     for name, p in list(whole.named_parameters()):
-        placed = _place(name, tuple(p.shape), rules, groups, exp)
-        placements.append(placed)
-        _replace(whole, p, nn.Parameter(torch.empty(local_shape(placed), device=groups.device)))
+        param = _place(name, tuple(p.shape), rules, groups, exp)
+        params.append(param)
+        _replace(whole, p, nn.Parameter(torch.empty(local_shape(param), device=groups.device)))
     for module in whole.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:
@@ -150,7 +151,7 @@ def cut_model(exp: ExperimentConfig, whole: Transformer, groups: Groups) -> Part
         _compile([*(whole.blocks[i] for i in blocks), *(module.block for module in whole.mtp)])
     here = [name for name, m in whole.named_modules() if isinstance(m, MoE)]
     first = list(layers).index(here[0]) if here else 0
-    return Part(whole, blocks, placements, order, len(layers), first, max(layers.values(), default=0))
+    return ModelShard(whole, blocks, params, order, len(layers), first, max(layers.values(), default=0))
 
 
 def _compile(blocks: Sequence[nn.Module]) -> None:
@@ -171,33 +172,33 @@ def cut(whole: Tensor, cuts: Sequence[Cut]) -> Tensor:
     return whole
 
 
-def local_shape(placed: Placement) -> list[int]:
+def local_shape(param: ParamShard) -> list[int]:
     """Give the shape of a parameter on this rank."""
-    shape = list(placed.shape)
-    for c in placed.cuts:
+    shape = list(param.shape)
+    for c in param.cuts:
         shape[c.dim] //= c.ways
     return shape
 
 
-def set_weights(part: Part, weight_of: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+def set_weights(shard: ModelShard, weight_of: Callable[[str, tuple[int, ...]], Tensor]) -> None:
     """Fill this rank's parameters.
 
     Args:
-        part: from `cut_model`.
+        shard: from `shard_model`.
         weight_of: gives a whole parameter by its name and shape.
     """
-    parameters = dict(part.model.named_parameters())
+    parameters = dict(shard.model.named_parameters())
     with torch.no_grad():
-        for placed in part.placements:
-            parameters[placed.name].copy_(cut(weight_of(placed.name, placed.shape), placed.cuts))
+        for param in shard.params:
+            parameters[param.name].copy_(cut(weight_of(param.name, param.shape), param.cuts))
 
 
-def copy_part(part: Part, whole: nn.Module) -> None:
+def copy_weights(shard: ModelShard, whole: nn.Module) -> None:
     """Fill this rank's parameters and buffers from a whole model that is at hand."""
     parameters = dict(whole.named_parameters())
-    set_weights(part, lambda name, shape: parameters[name])
+    set_weights(shard, lambda name, shape: parameters[name])
     buffers = dict(whole.named_buffers())
-    for name, buffer in part.model.named_buffers():
+    for name, buffer in shard.model.named_buffers():
         buffer.copy_(buffers[name])
 
 
@@ -214,7 +215,7 @@ def _drop_other_stages(model: Transformer, blocks: range, groups: Groups, cfg: M
 
 def _place(
     name: str, shape: tuple[int, ...], rules: dict[str, Any], groups: Groups, exp: ExperimentConfig
-) -> Placement:
+) -> ParamShard:
     d, at, rule = groups.degrees, groups.at, rules.get(name)
     cuts: list[Cut] = []
     is_expert = bool(re.fullmatch(EXPERTS, name))
@@ -238,7 +239,7 @@ def _place(
         sums.append(ENDS)
     is_copy = on_both_ends and not groups.is_first
     counted = first_copy and (is_expert or at.ep == 0)
-    return Placement(name, shape, tuple(cuts), tuple(sums), counted, is_copy)
+    return ParamShard(name, shape, tuple(cuts), tuple(sums), counted, is_copy)
 
 
 def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
@@ -254,12 +255,12 @@ def _fresh(module: nn.Module, key: str, buffer: Tensor, device: torch.device) ->
     return torch.full_like(buffer, key == "loaded", device=device)
 
 
-def gradient_sums(part: Part, groups: Groups) -> list[tuple[Any, list[nn.Parameter]]]:
+def gradient_sums(shard: ModelShard, groups: Groups) -> list[tuple[Any, list[nn.Parameter]]]:
     """List the groups over which gradients are summed, each with its parameters, in the same order on all ranks."""
-    parameters = dict(part.model.named_parameters())
+    parameters = dict(shard.model.named_parameters())
     found = []
     for key, group in groups.sums.items():
-        members = [parameters[placed.name] for placed in part.placements if key in placed.sums]
+        members = [parameters[param.name] for param in shard.params if key in param.sums]
         if members:
             found.append((group, members))
     return found

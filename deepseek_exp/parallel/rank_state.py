@@ -19,7 +19,7 @@ from deepseek_exp.checkpoint.shards import WEIGHT, Piece, State, Whole
 from deepseek_exp.checkpoint.tensors import readable
 from deepseek_exp.errors import CheckpointError, Problem
 from deepseek_exp.parallel.groups import Groups
-from deepseek_exp.parallel.partition import Part, Placement
+from deepseek_exp.parallel.partition import ModelShard, ParamShard
 
 
 class Fragment(NamedTuple):
@@ -38,51 +38,51 @@ class Fragment(NamedTuple):
     first: int
 
 
-def load_part(part: Part, state: State) -> None:
+def load_shard(shard: ModelShard, state: State) -> None:
     """Set this rank's parameters and buffers."""
-    parameters = dict(part.model.named_parameters())
+    parameters = dict(shard.model.named_parameters())
     missing = sorted(parameters.keys() - set(state.names))
     if missing:
         rule = f"holds no {missing[0]}, one of {len(missing)} parameters that this model has and it lacks"
         raise CheckpointError(Problem("resume", str(state.folder), rule, "name a checkpoint of the same model"))
     with torch.no_grad():
-        for placed, p in _parameters(part):
-            if state.shape(placed.name) != placed.shape:
-                found, wanted = list(state.shape(placed.name)), list(placed.shape)
-                rule = f"holds {placed.name} of shape {found}, and this model has {wanted}"
+        for param, p in _parameters(shard):
+            if state.shape(param.name) != param.shape:
+                found, wanted = list(state.shape(param.name)), list(param.shape)
+                rule = f"holds {param.name} of shape {found}, and this model has {wanted}"
                 raise CheckpointError(Problem("resume", str(state.folder), rule, "name a checkpoint of the same model"))
-            value = state.read(placed.name, WEIGHT, placed.cuts)
+            value = state.read(param.name, WEIGHT, param.cuts)
             if hasattr(p, "ds_tensor"):  # ZeRO 3 keeps a part of it on each rank
                 start = p.ds_tensor.ds_numel * dist.get_rank()
                 own = value.flatten()[start : start + p.ds_tensor.ds_numel]
                 p.ds_tensor[: len(own)] = own
             if p.numel() == value.numel():  # ZeRO 3 also keeps small ones whole
                 p.copy_(value)
-        for name, buffer in part.model.named_buffers():
+        for name, buffer in shard.model.named_buffers():
             if name in state.buffers:
                 with readable(state.folder):
                     buffer.copy_(state.buffer(name))
 
 
-def load_optimizer(part: Part, optimizer: Any, state: State) -> None:
+def load_optimizer(shard: ModelShard, optimizer: Any, state: State) -> None:
     """Set the fp32 weights that the optimizer updates, and its moments.
 
     Args:
-        part: of this rank, with its parameters set.
+        shard: of this rank, with its parameters set.
         optimizer: DeepSpeed's.
         state: the checkpoint.
     """
     base = getattr(optimizer, "optimizer", optimizer)
     with torch.no_grad():
-        for placed, p in _parameters(part):
+        for param, p in _parameters(shard):
             fragment = _fragment(p, optimizer)
             if fragment is None:
                 continue
-            for kind in state.kinds(placed.name):
-                if not state.is_elementwise(placed.name, kind):
-                    _load_other(base, p, fragment, kind, placed, state)
+            for kind in state.kinds(param.name):
+                if not state.is_elementwise(param.name, kind):
+                    _load_other(base, p, fragment, kind, param, state)
                     continue
-                whole = state.read(placed.name, kind, placed.cuts).flatten()
+                whole = state.read(param.name, kind, param.cuts).flatten()
                 values = whole[fragment.start : fragment.start + fragment.weight.numel()]
                 target = fragment.weight if kind == WEIGHT else _moment(base, fragment, kind)
                 target.copy_(values)
@@ -103,21 +103,21 @@ def scalar_state(base: torch.optim.Optimizer, owner: Tensor, value: float) -> Te
 
 
 def _load_other(
-    base: torch.optim.Optimizer, p: nn.Parameter, fragment: Fragment, kind: str, placed: Placement, state: State
+    base: torch.optim.Optimizer, p: nn.Parameter, fragment: Fragment, kind: str, param: ParamShard, state: State
 ) -> None:
     """Set a state whose shape differs from its parameter's, which needs the whole parameter on this rank."""
     if _is_shared(p):
-        rule = f"has a state {kind} for {placed.name} that is not elementwise, and ZeRO cuts flattened parameters"
+        rule = f"has a state {kind} for {param.name} that is not elementwise, and ZeRO cuts flattened parameters"
         raise CheckpointError(Problem("resume", str(state.folder), rule, "set parallel.zero_stage=0"))
-    base.state[fragment.owner][kind] = state.read(placed.name, kind, placed.cuts).to(fragment.owner.device)
+    base.state[fragment.owner][kind] = state.read(param.name, kind, param.cuts).to(fragment.owner.device)
 
 
-def pieces(part: Part, groups: Groups, optimizer: Any) -> Iterator[Piece]:
+def pieces(shard: ModelShard, groups: Groups, optimizer: Any) -> Iterator[Piece]:
     """Yield what this rank saves; one of several equal replicas saves."""
     base = getattr(optimizer, "optimizer", optimizer)
-    for placed, p in _parameters(part):
+    for param, p in _parameters(shard):
         fragment = _fragment(p, optimizer)
-        if fragment is None or not placed.counted or placed.is_copy:
+        if fragment is None or not param.counted or param.is_copy:
             continue
         if groups.at.data and not _is_shared(p):
             continue  # each data-parallel rank has all of it
@@ -129,44 +129,44 @@ def pieces(part: Part, groups: Groups, optimizer: Any) -> Iterator[Piece]:
             if value.shape == owner.shape
         }
         others = {kind: value for kind, value in states.items() if value.shape != owner.shape}
-        if others and (placed.cuts or _is_shared(p)):  # the layout's rules reject such optimizers earlier
-            raise ValueError(f"{sorted(others)} of {placed.name} are not elementwise and cannot be saved in parts")
+        if others and (param.cuts or _is_shared(p)):  # the layout's rules reject such optimizers earlier
+            raise ValueError(f"{sorted(others)} of {param.name} are not elementwise and cannot be saved in parts")
         values = {WEIGHT: fragment.weight, **moments}
-        yield Piece(placed.name, placed.shape, placed.cuts, fragment.start, values, others)
+        yield Piece(param.name, param.shape, param.cuts, fragment.start, values, others)
 
 
-def buffers(part: Part, groups: Groups) -> dict[str, Tensor]:
+def buffers(shard: ModelShard, groups: Groups) -> dict[str, Tensor]:
     """Return the persistent buffers that this rank saves: those of its stage, on one rank per stage."""
     if groups.at.dp or groups.at.tp:
         return {}
-    parameters = {name for name, _ in part.model.named_parameters(remove_duplicate=False)}
-    return {name: value for name, value in part.model.state_dict().items() if name not in parameters}
+    parameters = {name for name, _ in shard.model.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in shard.model.state_dict().items() if name not in parameters}
 
 
-def whole(part: Part, optimizer: Any, *, is_tied: bool) -> Whole:
+def whole(shard: ModelShard, optimizer: Any, *, is_tied: bool) -> Whole:
     """Return the metadata common to all ranks' pieces.
 
     Args:
-        part: of this rank, which has matrices and vectors.
+        shard: of this rank, which has matrices and vectors.
         optimizer: DeepSpeed's.
         is_tied: the output head shares the embedding's table.
     """
     base = getattr(optimizer, "optimizer", optimizer)
-    names = {True: [n for n, ndim in part.order if ndim >= 2], False: [n for n, ndim in part.order if ndim < 2]}
+    names = {True: [n for n, ndim in shard.order if ndim >= 2], False: [n for n, ndim in shard.order if ndim < 2]}
     groups = []
     for group in base.param_groups:
         kept = {key: value for key, value in group.items() if key != "params"}
         groups.append({**kept, "param_names": names[group["decays"]]})
     state = next(iter(base.state.values()), {})
     scalars = {kind: float(v) for kind, v in state.items() if isinstance(v, Tensor) and not v.ndim}
-    dtype = next(part.model.parameters()).dtype
+    dtype = next(shard.model.parameters()).dtype
     return Whole(dtype, groups, scalars, {"head.weight": "embedding.weight"} if is_tied else {})
 
 
-def _parameters(part: Part) -> Iterator[tuple[Placement, nn.Parameter]]:
-    parameters: Mapping[str, nn.Parameter] = dict(part.model.named_parameters())
-    for placed in part.placements:
-        yield placed, parameters[placed.name]
+def _parameters(shard: ModelShard) -> Iterator[tuple[ParamShard, nn.Parameter]]:
+    parameters: Mapping[str, nn.Parameter] = dict(shard.model.named_parameters())
+    for param in shard.params:
+        yield param, parameters[param.name]
 
 
 def _is_shared(p: nn.Parameter) -> bool:

@@ -22,8 +22,8 @@ from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.data import Batch
 from deepseek_exp.parallel.engines import DataParallelEngine, Engine, PipelineEngine, StepResult, ZeroEngine
 from deepseek_exp.parallel.groups import Groups
-from deepseek_exp.parallel.partition import Part, Stage
-from deepseek_exp.parallel.rank_state import buffers, load_optimizer, load_part, pieces, whole
+from deepseek_exp.parallel.partition import ModelShard, Stage
+from deepseek_exp.parallel.rank_state import buffers, load_optimizer, load_shard, pieces, whole
 
 
 class DeepSpeed3DStrategy(DDPStrategy):
@@ -31,25 +31,25 @@ class DeepSpeed3DStrategy(DDPStrategy):
 
     Attributes:
         groups: this rank's.
-        part: what it holds of the model.
+        shard: what it holds of the model.
     """
 
     strategy_name = "deepspeed_3d"
 
     def __init__(
-        self, exp: ExperimentConfig, groups: Groups, part: Part, stage: Stage, folder_io: FolderCheckpointIO
+        self, exp: ExperimentConfig, groups: Groups, shard: ModelShard, stage: Stage, folder_io: FolderCheckpointIO
     ) -> None:
         """Prepare; the engine is made when training or validation begins.
 
         Args:
             exp: the experiment.
             groups: this rank's.
-            part: what it holds of the model.
+            shard: what it holds of the model.
             stage: that part, ready to run.
             folder_io: completes a checkpoint's folder.
         """
         super().__init__(process_group_backend=dist.get_backend())
-        self.exp, self.groups, self.part, self.stage, self.folder_io = exp, groups, part, stage, folder_io
+        self.exp, self.groups, self.shard, self.stage, self.folder_io = exp, groups, shard, stage, folder_io
         self.engine: Any = None
 
     @property
@@ -119,22 +119,22 @@ class DeepSpeed3DStrategy(DDPStrategy):
         target, groups, optimizer = Path(filepath), self.groups, self.engine.optimizer
         folder = begin(target) if groups.rank == 0 else part_folder(target)
         groups.barrier()
-        mine = save_shard(folder, groups.rank, pieces(self.part, groups, optimizer), buffers(self.part, groups))
+        mine = save_shard(folder, groups.rank, pieces(self.shard, groups, optimizer), buffers(self.shard, groups))
         shards = {name: record for each in groups.gather(mine) for name, record in each.items()}
         if groups.rank == 0:
-            said = whole(self.part, optimizer, is_tied=self.exp.model.tie_embeddings)
+            said = whole(self.shard, optimizer, is_tied=self.exp.model.tie_embeddings)
             self.folder_io.finish(folder, target, checkpoint, said, shards)
         groups.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load this rank's part of a checkpoint of any layout."""
         state = open_state(Path(checkpoint_path))
-        load_part(self.part, state)
-        load_optimizer(self.part, self.engine.optimizer, state)
+        load_shard(self.shard, state)
+        load_optimizer(self.shard, self.engine.optimizer, state)
         return {**state.rest, "state_dict": {}}
 
     def _make_engine(self, optimizer: torch.optim.Optimizer | None) -> Engine:
-        parts = (self.exp, self.groups, self.part, self.stage)
+        parts = (self.exp, self.groups, self.shard, self.stage)
         zero_stage = self.exp.parallel.zero_stage
         if zero_stage == 1:
             return PipelineEngine(*parts, optimizer)

@@ -27,8 +27,8 @@ from deepseek_exp.kernels.grouped import empty_groups_are_zero
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.models.transformer import initial_weight
 from deepseek_exp.parallel.groups import Groups, connect, local_rank
-from deepseek_exp.parallel.partition import Part, Stage, copy_part, cut_model, set_weights
-from deepseek_exp.parallel.rank_state import load_part
+from deepseek_exp.parallel.partition import ModelShard, Stage, copy_weights, set_weights, shard_model
+from deepseek_exp.parallel.rank_state import load_shard
 from deepseek_exp.parallel.runtime import set_up_torch, silence_expected
 from deepseek_exp.parallel.strategy import DeepSpeed3DStrategy
 from deepseek_exp.parallel.tensor import parallel_ops
@@ -144,29 +144,29 @@ def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
     ops = parallel_ops(_ops(cfg), cfg.kernels, *tp) if groups.degrees.tp > 1 else _ops(cfg)
     with torch.device("meta"):
         whole = Transformer(cfg.model, ops, cfg.trainer.activation_checkpointing)
-    part = cut_model(cfg, whole, groups)
+    shard = shard_model(cfg, whole, groups)
     if weights is not None:
-        load_part(part, open_state(weights))
-        _check_weights(first_nonfinite(part.model.state_dict().items()), weights)
+        load_shard(shard, open_state(weights))
+        _check_weights(first_nonfinite(shard.model.state_dict().items()), weights)
     elif cfg.init_from is not None:
-        _load_part_from(part, cfg)
+        _load_shard_from(shard, cfg)
     else:
-        set_weights(part, lambda name, shape: initial_weight(name, shape, cfg.model, cfg.seed))
-    for p in part.model.parameters():
+        set_weights(shard, lambda name, shape: initial_weight(name, shape, cfg.model, cfg.seed))
+    for p in shard.model.parameters():
         p.data = p.data.to(DTYPES[cfg.trainer.precision])
-    lit = StageModel(cfg, part, groups, data.tokenizer.token_bytes, data.unigram_bits)
+    lit = StageModel(cfg, shard, groups, data.tokenizer.token_bytes, data.unigram_bits)
     return Parts(device, data, _build_datamodule(cfg, data, device, groups), lit)
 
 
-def _load_part_from(part: Part, cfg: ExperimentConfig) -> None:
+def _load_shard_from(shard: ModelShard, cfg: ExperimentConfig) -> None:
     """Set a rank's weights from `init_from`: a checkpoint of a run, or the folder of a Hugging Face checkpoint."""
     source = Path(str(cfg.init_from))
     if manifest.is_checkpoint(source):
-        load_part(part, open_state(source))
+        load_shard(shard, open_state(source))
         return
     release = Transformer(cfg.model, TORCH)
     load_release(release, cfg.model, source)
-    copy_part(part, release)
+    copy_weights(shard, release)
 
 
 def _build_datamodule(
@@ -246,9 +246,9 @@ def build_trainer(
     progress = Progress(cfg, metrics)
     folder_io, groups, strategy = FolderCheckpointIO(texts, run_id), None, "auto"
     if isinstance(parts.lit, StageModel):
-        groups = parts.lit.groups
-        stage = Stage(parts.lit.part, groups, parts.lit.domain, parts.lit.stage_loss)
-        strategy = DeepSpeed3DStrategy(cfg, groups, parts.lit.part, stage, folder_io)
+        groups, shard = parts.lit.groups, parts.lit.shard
+        stage = Stage(shard, groups, parts.lit.domain, parts.lit.stage_loss)
+        strategy = DeepSpeed3DStrategy(cfg, groups, shard, stage, folder_io)
     third_party = [instantiate(node, _recursive_=False, _convert_="all") for node in t.callbacks.values()]
     trainer = pl.Trainer(
         accelerator="gpu" if parts.device.type == "cuda" else "cpu",

@@ -16,7 +16,7 @@ from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.data import Batch
 from deepseek_exp.parallel.engines import StepResult
 from deepseek_exp.parallel.groups import Groups
-from deepseek_exp.parallel.partition import Part
+from deepseek_exp.parallel.partition import ModelShard
 from deepseek_exp.planner import bubble_fraction
 from deepseek_exp.train.finite import first_nonfinite
 from deepseek_exp.train.lit import LanguageModel, state_tensors
@@ -27,19 +27,19 @@ class StageModel(LanguageModel):
     """Training and validation of a model in parts; `DeepSpeed3DStrategy` moves data through them."""
 
     def __init__(
-        self, cfg: ExperimentConfig, part: Part, groups: Groups, token_bytes: Tensor, unigram_bits: Tensor
+        self, cfg: ExperimentConfig, shard: ModelShard, groups: Groups, token_bytes: Tensor, unigram_bits: Tensor
     ) -> None:
         """Wrap what this rank holds of a model.
 
         Args:
             cfg: the experiment.
-            part: what this rank holds.
+            shard: what this rank holds.
             groups: its groups.
             token_bytes: as for `LanguageModel`, as is the next.
             unigram_bits: of each token.
         """
-        super().__init__(cfg, part.model, token_bytes, unigram_bits)
-        self.part, self.groups, d = part, groups, groups.degrees
+        super().__init__(cfg, shard.model, token_bytes, unigram_bits)
+        self.shard, self.groups, d = shard, groups, groups.degrees
         self.is_counting = groups.is_last and groups.at.tp == 0  # of the ranks that see the same loss one counts it
         for layer in self.moe_layers:
             # fewer micro batches on each rank; gradients are averaged over dp, summed over tp and ep
@@ -130,12 +130,12 @@ class StageModel(LanguageModel):
         """Sum the last stages' values over dp, and with them the counts of all mixtures of experts, in one exchange."""
         if not self.is_counting:
             sums = torch.zeros_like(sums)
-        counts = sums.new_zeros(self.part.n_moe_layers, self.part.counts_width)
-        first = self.part.first_moe_layer
+        counts = sums.new_zeros(self.shard.n_moe_layers, self.shard.counts_width)
+        first = self.shard.first_moe_layer
         if self.moe_layers and self.groups.at.tp == 0:
             counts[first : first + len(self.moe_layers)] = torch.stack([layer.counts for layer in self.moe_layers])
         everything = self.groups.sum(torch.cat([sums, counts.flatten()]))
-        if self.part.n_moe_layers:
+        if self.shard.n_moe_layers:
             self.counts = everything[len(sums) :].view_as(counts)
             for layer, row in zip(self.moe_layers, self.counts[first:], strict=False):
                 layer.counts.copy_(row)

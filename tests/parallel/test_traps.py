@@ -221,9 +221,9 @@ class Copies(Watch):
         self.lit = parts.lit
 
     def result(self):
-        model, placements = self.lit.model, self.lit.part.placements
+        model, params = self.lit.model, self.lit.shard.params
         parameters = dict(model.named_parameters())
-        alike = {p.name: parameters[p.name].detach() for p in placements if not p.cuts}
+        alike = {p.name: parameters[p.name].detach() for p in params if not p.cuts}
         biases = {name: b for name, b in model.named_buffers() if name.endswith("router.bias")}
         assert alike and biases
         digests = {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in (alike | biases).items()}

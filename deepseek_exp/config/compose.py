@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from deepseek_exp.config import ROOT, ExperimentConfig
 from deepseek_exp.config.explain import file_words, meant, override_words, parse_one, unparsed
 from deepseek_exp.config.keys import is_mapping, schema_keys
+from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.rules import hydra_section, validate
 from deepseek_exp.config.rules.values import text_problems
 from deepseek_exp.errors import ConfigError, Problem
@@ -37,25 +38,32 @@ from deepseek_exp.errors import ConfigError, Problem
 CONF = str(ROOT / "conf")
 
 
-def to_experiment(cfg: DictConfig) -> ExperimentConfig:
-    """Validate a composed tree and return it as dataclasses.
+def to_experiment(cfg: DictConfig, machine: Machine) -> ExperimentConfig:
+    """Validate a composed tree for a machine and return it as dataclasses.
 
     Raises:
         ConfigError: with every rule that the tree breaks.
     """
-    problems = check_tree(cfg, [])
+    problems = check_tree(cfg, [], machine)
     if problems:
         raise ConfigError(*problems)
     return typing.cast(ExperimentConfig, OmegaConf.to_object(cfg))
 
 
-def check_tree(cfg: DictConfig, known: list[Problem], rules: bool = True) -> list[Problem]:
-    """Return the problems of a composed tree that composing does not detect, except for keys in `known`."""
+def check_tree(cfg: DictConfig, known: list[Problem], machine: Machine | None) -> list[Problem]:
+    """Return the problems of a composed tree that composing itself lets pass.
+
+    Args:
+        cfg: the tree.
+        known: problems that are already found, whose keys are not reported twice.
+        machine: where the experiment is to run; None: only texts are checked, and no rule between keys.
+    """
     problems = structure_problems(cfg)
     if problems:
         return problems
     exp, reported = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg)), {p.key for p in known}
-    return [p for p in (validate.problems(exp) if rules else text_problems(exp)) if p.key not in reported]
+    found = text_problems(exp) if machine is None else validate.problems(exp, machine)
+    return [p for p in found if p.key not in reported]
 
 
 def structure_problems(cfg: DictConfig) -> list[Problem]:

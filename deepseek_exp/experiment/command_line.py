@@ -26,6 +26,7 @@ from deepseek_exp.config.compose import (
 )
 from deepseek_exp.config.enums import Do
 from deepseek_exp.config.explain import parse_one
+from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.rules import hydra_section
 from deepseek_exp.config.rules.model import unread_problems
 from deepseek_exp.config.rules.values import text_problems
@@ -34,16 +35,18 @@ from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.experiment.init_from import names_a_run, start_from
 
 
-def check_command_line(argv: Sequence[str]) -> None:
+def check_command_line(argv: Sequence[str], machine: Machine | None = None) -> None:
     """Compose and validate every job of a command line.
 
     Args:
         argv: the arguments after the program's name, in Hydra's syntax. A sweep is expanded into its jobs.
+        machine: where the jobs are to run; None: this machine.
 
     Raises:
         ConfigError: with the problems of all jobs, each reported once.
     """
     _check_encoding(argv)
+    machine = machine or Machine.here()
     args = get_args_parser().parse_args(list(argv))
     flaws = list(hydra_section.flag_problems(args))
     if flaws:
@@ -54,7 +57,7 @@ def check_command_line(argv: Sequence[str]) -> None:
         jobs, found = _jobs(args.overrides) if args.multirun else ([args.overrides], [])
         problems = {str(p): p for p in found}
         for overrides in jobs:
-            problems |= {str(p): p for p in _job_problems(overrides)}
+            problems |= {str(p): p for p in _job_problems(overrides, machine)}
     resumes = [o.lstrip("+") for o in args.overrides if o.lstrip("+").startswith("resume=")]
     if args.multirun and any(o != "resume=null" for o in resumes):
         fix = "resume one run at a time, without -m"
@@ -89,7 +92,7 @@ def _escaped(text: str) -> str:
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
-def _job_problems(overrides: Sequence[str]) -> list[Problem]:
+def _job_problems(overrides: Sequence[str], machine: Machine) -> list[Problem]:
     """Return all problems of one job."""
     good, found = usable(overrides)
     cfg, more = compose_tree(good)
@@ -109,7 +112,7 @@ def _job_problems(overrides: Sequence[str]) -> list[Problem]:
     of_a_run = takes_checkpoint(cfg) or (cfg.get("init_from") is not None and not release)
     if not of_a_run:
         found += unread_problems(exp, {override_key(o) for o in good})
-    return found + check_tree(cfg, found, rules=not of_a_run)
+    return found + check_tree(cfg, found, None if of_a_run else machine)
 
 
 def takes_checkpoint(cfg: DictConfig) -> bool:

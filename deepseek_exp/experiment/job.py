@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from deepseek_exp import planner
 from deepseek_exp.checkpoint import manifest, saved_config
 from deepseek_exp.config import Do, ExperimentConfig, compose
+from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.topology import degrees
 from deepseek_exp.console import say
 from deepseek_exp.disk import expand
@@ -69,6 +70,7 @@ class Job:
         yaml: the same, resolved, as text. It may contain the store's password.
         name: name of the run.
         overrides: overrides of the command line.
+        machine: where the job is to run.
         history: overrides of all command lines of this training, this one last. None if the checkpoint lacks them.
         size: the option of the group `size`.
         run_dir: the run's folder.
@@ -136,7 +138,13 @@ class Job:
         return cls(cfg=OmegaConf.to_object(tree), **fields), run_id
 
 
-def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_dir: Path | None) -> Job:
+def make_job(
+    composed: DictConfig,
+    overrides: Sequence[str],
+    size: str,
+    sweep_dir: Path | None,
+    machine: Machine | None = None,
+) -> Job:
     """Return the job of a composed tree: what is run, and where. Imports neither torch nor MLflow.
 
     Args:
@@ -144,24 +152,26 @@ def make_job(composed: DictConfig, overrides: Sequence[str], size: str, sweep_di
         overrides: the command line's overrides.
         size: the option of the group `size`.
         sweep_dir: the job's folder within a sweep.
+        machine: where it is to run; None: this machine.
 
     Raises:
         ConfigError: a rule is broken, or the checkpoint belongs to another experiment.
         CheckpointError: the checkpoint is missing or damaged.
     """
+    machine = machine or Machine.here()
     checkpoint, started_from, before = None, None, None
     history: tuple[str, ...] | None = tuple(overrides)
     if composed.init_from is not None:
         composed, started_from = _with_weights_of(composed, overrides)
     elif command_line.takes_checkpoint(composed):
         checkpoint = _located(composed.resume or "last", composed)
-        composed, before, saved_command = _on_top_of(checkpoint, composed, overrides)
+        composed, before, saved_command = _on_top_of(checkpoint, composed, overrides, machine)
         if composed.do is Do.train:
             history, size = _history(saved_command, overrides), saved_command["size"] if saved_command else size
     sweep = json.loads((sweep_dir.parent / SWEEP_FILE).read_text(encoding="utf-8")) if sweep_dir is not None else None
     if sweep is not None:
         composed.tracking.parent_run_id, composed.tracking.run_name = sweep["run_id"], None
-    cfg = _laid_out(composed)
+    cfg = _laid_out(composed, machine)
     continues = None
     if cfg.do is Do.train and checkpoint is not None and before is not None:
         _check_steps_left(cfg, checkpoint)
@@ -220,15 +230,15 @@ def _origin(checkpoint: Path) -> Origin:
     return Origin(saved.run_id, checkpoint.resolve().parent.parent, saved.step)
 
 
-def _laid_out(composed: DictConfig) -> ExperimentConfig:
+def _laid_out(composed: DictConfig, machine: Machine) -> ExperimentConfig:
     """Write the degrees chosen by parallel=auto into the tree, and raise an error if the layout cannot fit."""
-    cfg = compose.to_experiment(composed)
+    cfg = compose.to_experiment(composed, machine)
     if cfg.parallel.auto:
         chosen, sentence = planner.choose(cfg)
         for key, value in chosen.items():
             OmegaConf.update(composed, key, value)
         say(sentence)
-        cfg = compose.to_experiment(composed)
+        cfg = compose.to_experiment(composed, machine)
     problem = planner.misfit(cfg) if cfg.do in (Do.train, Do.eval, Do.verify) else None
     if problem is not None:
         raise ConfigError(problem)
@@ -241,7 +251,7 @@ def _is_own(checkpoint: Path, output_dir: str) -> bool:
 
 
 def _on_top_of(
-    checkpoint: Path, composed: DictConfig, overrides: Sequence[str]
+    checkpoint: Path, composed: DictConfig, overrides: Sequence[str], machine: Machine
 ) -> tuple[DictConfig, ExperimentConfig, dict[str, Any] | None]:
     """Merge the command line onto a checkpoint's configuration.
 
@@ -249,6 +259,7 @@ def _on_top_of(
         checkpoint: folder of the checkpoint.
         composed: the tree composed from the command line alone.
         overrides: overrides of the command line.
+        machine: where the job is to run.
 
     Returns:
         The merged tree, the checkpoint's configuration, and the command line stored in the checkpoint.
@@ -260,7 +271,7 @@ def _on_top_of(
     merged = resume.merge_saved(saved, overrides, is_own=is_own)
     if _needs_saved_tokenizer(merged, overrides):
         merged.data.tokenizer = saved_config.literal(str(checkpoint / TOKENIZER))
-    before, now = resume.saved_experiment(saved), compose.to_experiment(merged)
+    before, now = resume.saved_experiment(saved), compose.to_experiment(merged, machine)
     fixed = resume.resume_problems(before, now)
     if fixed:
         raise ConfigError(*fixed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deepseek_exp.config.machine import Machine
 from deepseek_exp.errors import ConfigError
 from deepseek_exp.experiment import command_line
 
@@ -258,10 +259,10 @@ REFUSED = {
 }
 
 
-def refusal(argv: Sequence[str]) -> ConfigError | None:
-    """Return the error that answers a command line, None if it is accepted."""
+def refusal(argv: Sequence[str], machine: Machine | None = None) -> ConfigError | None:
+    """Return the error that answers a command line, None if it is accepted; machine None: this one."""
     try:
-        command_line.check_command_line(argv)
+        command_line.check_command_line(argv, machine)
     except ConfigError as error:
         return error
     return None

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from deepseek_exp import config
 from deepseek_exp.config import ExperimentConfig, compose
+from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.rules import validate
 from deepseek_exp.config.topology import Degrees, degrees
 from deepseek_exp.errors import ConfigError
@@ -47,10 +48,13 @@ NEEDS = {
 }
 
 
+MACHINE = Machine(interprets_triton=True)
+
+
 def composed(*overrides: str) -> ExperimentConfig:
     config.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose.to_experiment(hydra_compose("config", list(overrides)))
+        return compose.to_experiment(hydra_compose("config", list(overrides)), MACHINE)
 
 
 def test_the_files_are_found():
@@ -151,7 +155,7 @@ class TestMergeSaved:
             return OmegaConf.to_container(hydra_compose("config", list(overrides)), resolve=True)
 
     def merged(self, saved: dict, *overrides: str) -> ExperimentConfig:
-        return compose.to_experiment(resume.merge_saved(saved, overrides))
+        return compose.to_experiment(resume.merge_saved(saved, overrides), MACHINE)
 
     def test_the_saved_values_stay(self):
         cfg = self.merged(self.saved("size=tiny", "optim.lr=0.1", "seed=7"), "resume=last")
@@ -270,6 +274,6 @@ def test_an_export_needs_a_folder_that_can_be_made(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     exp = composed("do=plan")
     exp.do, exp.export.path = config.Do.export, path
-    assert [p.key for p in validate.problems(exp)] == ["export.path"]
+    assert [p.key for p in validate.problems(exp, Machine())] == ["export.path"]
     exp.export.path = "new"
-    assert validate.problems(exp) == []
+    assert validate.problems(exp, Machine()) == []

@@ -8,6 +8,7 @@ from torch import nn
 
 from deepseek_exp import config
 from deepseek_exp.config import machine
+from deepseek_exp.config.machine import Machine
 from deepseek_exp.experiment import command_line
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
@@ -64,25 +65,21 @@ class TestRules:
             ((8, 9), "v2_moe", []),
         ],
     )
-    def test_gpus(self, monkeypatch, capability, model, found):
-        monkeypatch.setattr(machine, "visible_gpus", lambda: 1)
-        monkeypatch.setattr(machine, "compute_capability", lambda: capability)
+    def test_gpus(self, capability, model, found):
+        machine = Machine(n_gpus=1, compute_capability=capability)
         argv = [f"model={model}", "size=tiny", "trainer.precision=fp8"]
         for fine in ("do=eval", "device=cpu", "trainer.precision=bf16"):
-            command_line.check_command_line([*argv, fine])
-        assert ids(refusal(argv)) == found
+            command_line.check_command_line([*argv, fine], machine)
+        assert ids(refusal(argv, machine)) == found
 
-    def test_experts(self, monkeypatch):
-        monkeypatch.setattr(machine, "visible_gpus", lambda: 1)
+    def test_experts(self):
+        ada, hopper, blackwell = (Machine(n_gpus=1, compute_capability=found) for found in ((8, 9), (9, 0), (10, 0)))
         argv = ["size=tiny", "trainer.precision=fp8", "kernels.fp8_experts=true"]
-        monkeypatch.setattr(machine, "compute_capability", lambda: (8, 9))
-        command_line.check_command_line(["model=v1_dense", *argv])
+        command_line.check_command_line(["model=v1_dense", *argv], ada)
         found = ["kernels.fp8_experts fp8_problems"]
-        assert ids(refusal(["model=v2_moe", *argv])) == found
-        monkeypatch.setattr(machine, "compute_capability", lambda: (10, 0))
-        assert ids(refusal(["model=v2_moe", *argv])) == found
-        monkeypatch.setattr(machine, "compute_capability", lambda: (9, 0))
-        command_line.check_command_line(["model=v2_moe", *argv])
+        assert ids(refusal(["model=v2_moe", *argv], ada)) == found
+        assert ids(refusal(["model=v2_moe", *argv], blackwell)) == found
+        command_line.check_command_line(["model=v2_moe", *argv], hopper)
         assert ids(refusal([*argv, "trainer.precision=bf16"])) == found
 
 
@@ -91,12 +88,22 @@ def test_the_driver_is_asked_for_the_capability(monkeypatch):
 
     class Driver:
         @staticmethod
+        def cuInit(flags):
+            return 0
+
+        @staticmethod
+        def cuDeviceGetCount(count):
+            count._obj.value = 2
+            return 0
+
+        @staticmethod
         def cuDeviceGetAttribute(value, attribute, device):
             value._obj.value = {75: 9, 76: 0}[attribute]
             return 0
 
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver)
-    assert machine.compute_capability() == (9, 0)
+    here = Machine.here()
+    assert (here.n_gpus, here.compute_capability) == (2, (9, 0))
 
 
 def test_the_plan_is_faster_by_the_products_alone():

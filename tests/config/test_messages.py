@@ -13,7 +13,8 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from deepseek_exp import config
-from deepseek_exp.config import Device, Do, compose, machine
+from deepseek_exp.config import Device, Do, compose
+from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.rules import bounds, validate, values
 from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.experiment import command_line, init_from
@@ -43,8 +44,8 @@ def test_a_bound_is_inclusive_or_exclusive(bound, inside, outside):
 def test_no_rule_counts_up_to_a_huge_number(monkeypatch):
     exp = composed("do=plan")
     exp.model.n_heads = 10**9 + 1
-    monkeypatch.setattr(validate, "RULES", [lambda _: pytest.fail("a rule is asked")])
-    assert [p.key for p in validate.problems(exp)] == ["model.n_heads"]
+    monkeypatch.setattr(validate, "model_problems", lambda _: pytest.fail("a rule is asked"))
+    assert [p.key for p in validate.problems(exp, Machine())] == ["model.n_heads"]
 
 
 def test_a_null_character_is_no_part_of_a_path():
@@ -92,7 +93,7 @@ class TestInitFrom:
         with initialize_config_dir(compose.CONF, version_base="1.3"):
             cfg, problems = init_from.start_from(hydra_compose("config", overrides), overrides)
         assert problems == []
-        cfg = compose.to_experiment(cfg)
+        cfg = compose.to_experiment(cfg, Machine())
         assert (cfg.model.version, cfg.model.d_model, cfg.model.n_kv_heads, cfg.model.window) == ("llama", 64, 4, 0)
         assert (cfg.model.max_seq_len, cfg.data.seq_len, cfg.model.init_std) == (32, 32, 0.5)
         assert cfg.model.rope_scaling.original_max_seq_len == 64
@@ -121,30 +122,27 @@ class TestInitFrom:
         assert ids(refusal([f"init_from={folder}", "do=eval"])) == ["model.n_kv_heads _heads"]
 
 
-def test_a_gpu_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(machine, "visible_gpus", lambda: 0)
-    assert ids(refusal(["device=cuda"])) == ["device device_problems"]
-    command_line.check_command_line(["device=cuda", "do=plan"])  # a plan needs none
+def test_a_gpu_that_is_not_there():
+    assert ids(refusal(["device=cuda"], Machine())) == ["device device_problems"]
+    command_line.check_command_line(["device=cuda", "do=plan"], Machine())  # a plan needs none
 
 
 @pytest.mark.parametrize(
     ("device", "rule"),
     [("auto", "none is visible"), ("cpu", "device=cpu is asked for")],
 )
-def test_kernels_for_a_gpu_that_is_not_there(monkeypatch, device, rule):
-    monkeypatch.setattr(machine, "visible_gpus", lambda: int(device == "cpu"))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_kernels_for_a_gpu_that_is_not_there(device, rule):
+    machine = Machine(n_gpus=int(device == "cpu"))
     argv = ["kernels.rms_norm=triton", f"device={device}"]
-    (problem,) = refusal(argv).problems
+    (problem,) = refusal(argv, machine).problems
     assert (problem.key, problem.id) == ("kernels.rms_norm", "kernel_problems") and rule in problem.rule
-    assert ids(refusal([*argv, "kernels.rope=triton"])) == ["kernels.{rms_norm,rope} kernel_problems"]
-    command_line.check_command_line([*argv, "do=plan"])
+    assert ids(refusal([*argv, "kernels.rope=triton"], machine)) == ["kernels.{rms_norm,rope} kernel_problems"]
+    command_line.check_command_line([*argv, "do=plan"], machine)
     export = composed(*argv[:1], "do=plan")
     export.do, export.device = Do.export, Device(device)
-    assert not any(p.key.startswith("kernels") for p in validate.problems(export))  # it reads files alone
-    command_line.check_command_line([*argv, "launch=torchrun"])  # the machines with the ranks may have one
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    command_line.check_command_line(argv)
+    assert not any(p.key.startswith("kernels") for p in validate.problems(export, machine))  # it reads files alone
+    command_line.check_command_line([*argv, "launch=torchrun"], machine)  # the machines with the ranks may have one
+    command_line.check_command_line(argv, dataclasses.replace(machine, interprets_triton=True))
 
 
 def misfit(*argv: str) -> Problem:
@@ -188,19 +186,19 @@ class TestMemory:
         assert "cluster=h100_8" in misfit("model=v1_dense", "size=1b", *layout).fix
 
 
-def test_more_ranks_than_gpus(monkeypatch):
-    monkeypatch.setattr(machine, "visible_gpus", lambda: 2)
-    (problem,) = refusal(["parallel=3d"]).problems
+def test_more_ranks_than_gpus():
+    machine = Machine(n_gpus=2)
+    (problem,) = refusal(["parallel=3d"], machine).problems
     assert (problem.key, problem.id) == ("parallel.dp", "too_many") and "this machine has 2 GPUs" in problem.rule
     # on a CPU there may be any number; other machines are not this one; one process needs one GPU
     for more in (["device=cpu"], ["launch=torchrun"], ["launch=slurm", "launch.n_nodes=4"], ["do=plan"]):
-        command_line.check_command_line(["parallel=3d", *more])
-    command_line.check_command_line(["parallel=3d", "parallel.dp=1", "parallel.tp=1", "parallel.ep=1"])
+        command_line.check_command_line(["parallel=3d", *more], machine)
+    command_line.check_command_line(["parallel=3d", "parallel.dp=1", "parallel.tp=1", "parallel.ep=1"], machine)
 
 
-def test_slurm_that_is_not_there(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert ids(refusal(["launch=slurm", "launch.submit=true"])) == ["launch.submit launch_problems"]
+def test_slurm_that_is_not_there():
+    command_line.check_command_line(["launch=slurm", "launch.submit=true"], Machine(has_sbatch=True))
+    assert ids(refusal(["launch=slurm", "launch.submit=true"], Machine())) == ["launch.submit launch_problems"]
 
 
 def test_all_problems_are_reported_together():

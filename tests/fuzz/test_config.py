@@ -31,7 +31,7 @@ def test_a_defect_is_seen(monkeypatch):
             pass
         raise error
 
-    monkeypatch.setattr(config.compose, "check_command_line", check)
+    monkeypatch.setattr(config, "check_command_line", check)
     counts = config.run(3, seed=1)
     assert dict(counts.outcomes) == {"traceback": 1, "hang": 1, "refused, not in our form": 1}
     assert [what.split(" in case")[0] for _, what in counts.defects] == [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from deepseek_exp.config import machine
 from deepseek_exp.config.enums import Device, Do, Kernel, Launcher, Precision
+from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.schema import ExperimentConfig
 from deepseek_exp.config.topology import degrees
 from deepseek_exp.errors import Problem
@@ -19,17 +19,17 @@ HOW = ("fused", "foreach")
 FP8_CAPABILITY, GROUPED_CAPABILITY = (8, 9), (9, 0)
 
 
-def device_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+def device_problems(exp: ExperimentConfig, machine: Machine) -> Iterator[Problem]:
     """Find a CUDA device that is not there."""
-    if exp.device is Device.cuda and exp.do is not Do.plan and not machine.visible_gpus():
+    if exp.device is Device.cuda and exp.do is not Do.plan and not machine.n_gpus:
         rule = "needs a CUDA device and none is visible"
         yield Problem("device", exp.device.value, rule, "use device=cpu or device=auto")
 
 
-def kernel_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+def kernel_problems(exp: ExperimentConfig, machine: Machine) -> Iterator[Problem]:
     """Find kernels that cannot run here."""
     computes = exp.do not in (Do.plan, Do.export)
-    if not computes or exp.launch.launcher is not Launcher.local or machine.runs_triton(exp):
+    if not computes or exp.launch.launcher is not Launcher.local or machine.runs_triton(exp.device):
         return
     names = [name for name, kernel in dataclasses.asdict(exp.kernels).items() if kernel is Kernel.triton]
     if names:
@@ -38,7 +38,7 @@ def kernel_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         yield Problem(key, Kernel.triton.value, f"needs a CUDA device and {why}", "use kernels=torch")
 
 
-def fp8_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+def fp8_problems(exp: ExperimentConfig, machine: Machine) -> Iterator[Problem]:
     """Find products of 8-bit floating numbers that nothing asks for or the hardware has not; a CPU emulates them."""
     if exp.trainer.precision is not Precision.fp8:
         if exp.kernels.fp8_experts:
@@ -50,14 +50,11 @@ def fp8_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         rule = f"needs GPUs that compute in it, and cluster.gpu='{exp.cluster.gpu}' has cluster.peak_fp8_flops=null"
         yield Problem(key, value, rule, f"{fix}, or take another cluster")
     on_gpus = (
-        exp.do.trains
-        and exp.launch.launcher is Launcher.local
-        and exp.device is not Device.cpu
-        and machine.visible_gpus()
+        exp.do.trains and exp.launch.launcher is Launcher.local and exp.device is not Device.cpu and machine.n_gpus
     )
     if not on_gpus:
         return
-    has = machine.compute_capability()
+    has = machine.compute_capability
     if has < FP8_CAPABILITY:
         rule = f"needs a GPU of compute capability 8.9 or more, and this one has {has[0]}.{has[1]}"
         yield Problem(key, value, rule, fix)
@@ -66,14 +63,14 @@ def fp8_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         yield Problem("kernels.fp8_experts", True, rule, "set kernels.fp8_experts=false")
 
 
-def weight_bits_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+def weight_bits_problems(exp: ExperimentConfig, machine: Machine) -> Iterator[Problem]:
     """Find what keeps a model from being sampled from with integers for weights."""
     bits = exp.sample.weight_bits
     if bits not in (0, 4, 8):
         yield Problem("sample.weight_bits", bits, "must be 0, 4 or 8", "use 8, or 0 for weights as they are")
     elif bits and exp.do is not Do.sample:
         yield Problem("sample.weight_bits", bits, "is for do=sample", "set sample.weight_bits=0")
-    elif bits and not machine.runs_triton(exp):
+    elif bits and not machine.runs_triton(exp.device):
         yield Problem("sample.weight_bits", bits, "needs a CUDA device, which this is without", "use 0")
 
 

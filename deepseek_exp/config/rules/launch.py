@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from deepseek_exp.config import machine
 from deepseek_exp.config.enums import Device, Do, Launcher
+from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.rules.parallel import IN_ONE_PROCESS, too_many
 from deepseek_exp.config.schema import ExperimentConfig, LaunchConfig
 from deepseek_exp.config.topology import degrees, divisors
 from deepseek_exp.errors import Problem
 
 
-def launch_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+def launch_problems(exp: ExperimentConfig, machine: Machine) -> Iterator[Problem]:
     """Find what keeps the ranks from being started, where ranks are."""
     if exp.do is Do.plan or exp.do in IN_ONE_PROCESS:
         return
     yield from _unread_launch_keys(exp.launch)
     yield from _unprintable_words(exp.launch)
-    if exp.launch.submit and shutil.which("sbatch") is None:
+    if exp.launch.submit and not machine.has_sbatch:
         fix = "set launch.submit=false and submit the script where Slurm is, or put sbatch into PATH"
         yield Problem("launch.submit", True, "needs sbatch, which is not in PATH", fix)
     try:
@@ -28,7 +27,7 @@ def launch_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     except ValueError:
         return  # told by layout_problems
     if exp.launch.launcher is Launcher.local:
-        n_gpus = 0 if exp.device is Device.cpu else machine.visible_gpus()
+        n_gpus = 0 if exp.device is Device.cpu else machine.n_gpus
         if 0 < n_gpus < layout.world_size:
             fix = f"lower parallel.dp, parallel.tp or parallel.pp to {n_gpus} ranks or less, or set device=cpu"
             yield too_many(layout, f"this machine has {n_gpus} GPU{'s' * (n_gpus > 1)}", fix)

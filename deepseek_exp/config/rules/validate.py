@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from deepseek_exp.config import (
-    ExperimentConfig,
-)
+from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.rules.bounds import range_problems
 from deepseek_exp.config.rules.classes import class_problems
 from deepseek_exp.config.rules.data import data_problems, mixture_problems, vocabulary_problems
@@ -26,38 +25,39 @@ from deepseek_exp.config.rules.verbs import export_problems, sample_problems, te
 from deepseek_exp.errors import Problem
 
 
-def problems(exp: ExperimentConfig) -> list[Problem]:
-    """Find everything that is wrong with an experiment, without importing torch or touching the network."""
+def problems(exp: ExperimentConfig, machine: Machine) -> list[Problem]:
+    """Find everything that is wrong with an experiment on a machine, without importing torch or touching the network.
+
+    Args:
+        exp: the experiment, of the right types.
+        machine: where it is to run; the rules read nothing of this machine themselves but files and folders.
+    """
     found = [*text_problems(exp), *range_problems(exp, "")]
     if any(_is_huge(p.value) for p in found):  # the rules would count up to it
         return found
-    for rule in RULES:
-        found += rule(exp)
-    return found
+    return [
+        *found,
+        *model_problems(exp),
+        *sample_problems(exp),
+        *temperature_problems(exp),
+        *export_problems(exp),
+        *length_problems(exp),
+        *vocabulary_problems(exp),
+        *batch_problems(exp),
+        *data_problems(exp),
+        *mixture_problems(exp),
+        *tracking_problems(exp),
+        *class_problems(exp),
+        *device_problems(exp, machine),
+        *kernel_problems(exp, machine),
+        *fp8_problems(exp, machine),
+        *adamw_problems(exp),
+        *weight_bits_problems(exp, machine),
+        *layout_problems(exp),
+        *launch_problems(exp, machine),
+        *verify_problems(exp),
+    ]
 
 
 def _is_huge(value: Any) -> bool:
     return isinstance(value, int) and value > 10**9
-
-
-RULES = (
-    model_problems,
-    sample_problems,
-    temperature_problems,
-    export_problems,
-    length_problems,
-    vocabulary_problems,
-    batch_problems,
-    data_problems,
-    mixture_problems,
-    tracking_problems,
-    class_problems,
-    device_problems,
-    kernel_problems,
-    fp8_problems,
-    adamw_problems,
-    weight_bits_problems,
-    layout_problems,
-    launch_problems,
-    verify_problems,
-)

@@ -23,7 +23,7 @@ from deepseek_exp.models.moe import MoE
 from deepseek_exp.parallel.expert import AllToAllDispatcher
 from deepseek_exp.parallel.groups import ENDS, KV, Groups
 from deepseek_exp.parallel.runtime import limit_graphs
-from deepseek_exp.parallel.tensor import apply_tensor_parallel, is_partial, match_plan, tensor_plan
+from deepseek_exp.parallel.tensor import apply_tensor_parallel, match_plan, needs_tp_grad_reduce, tensor_plan
 from deepseek_exp.planner import stage_bounds
 
 # what the blocks give, and the micro batch -> its loss
@@ -145,7 +145,7 @@ def shard_model(exp: ExperimentConfig, whole: Transformer, groups: Groups) -> Mo
                 module._buffers[key] = _fresh(module, key, buffer, groups.device)
     for module in whole.modules():
         if isinstance(module, MoE) and groups.degrees.ep > 1:
-            module.exchange_by(AllToAllDispatcher(groups.axis[Axis.ep], module.ops))
+            module.set_dispatcher(AllToAllDispatcher(groups.axis[Axis.ep], module.ops))
     apply_tensor_parallel(whole, groups, sequence_parallel=exp.parallel.sequence_parallel)
     if exp.trainer.compile:
         _compile([*(whole.blocks[i] for i in blocks), *(module.block for module in whole.mtp)])
@@ -230,7 +230,7 @@ def _place(
             cuts.append(Cut(rule.dim, ways, at.tp * ways // d.tp))
         if ways < d.tp:
             sums.append(KV)
-    elif d.tp > 1 and is_partial(name, is_cut=False, sequence_parallel=exp.parallel.sequence_parallel):
+    elif d.tp > 1 and needs_tp_grad_reduce(name, is_cut=False, sequence_parallel=exp.parallel.sequence_parallel):
         sums.append(Axis.tp.value)
     if d.ep > 1 and not is_expert:
         sums.append(Axis.ep.value)

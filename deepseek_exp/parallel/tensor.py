@@ -99,7 +99,7 @@ def match_plan(plan: dict[str, Rule], names: list[str]) -> dict[str, Rule]:
     return found
 
 
-def is_partial(name: str, *, is_cut: bool, sequence_parallel: bool) -> bool:
+def needs_tp_grad_reduce(name: str, *, is_cut: bool, sequence_parallel: bool) -> bool:
     """Return whether each tensor rank has a partial gradient of a whole parameter."""
     return not is_cut and (sequence_parallel or bool(re.search(INSIDE, "." + name)))
 
@@ -112,11 +112,11 @@ class Region:
 
     def enter(self, x: Tensor) -> Tensor:
         """Enter work that the ranks do in parts, with (batch, seq, d_model); the gradient is summed."""
-        return _Gather.apply(x, self.group) if self.sequence_parallel else _Same.apply(x, self.group)
+        return _AllGather.apply(x, self.group) if self.sequence_parallel else _Copy.apply(x, self.group)
 
     def leave(self, y: Tensor) -> Tensor:
         """Sum the ranks' partial (batch, seq, d_model)."""
-        return _Scatter.apply(y, self.group) if self.sequence_parallel else _Sum.apply(y, self.group)
+        return _ReduceScatter.apply(y, self.group) if self.sequence_parallel else _AllReduce.apply(y, self.group)
 
     def wrap(self, module: nn.Module) -> None:
         """Pass a module's first input and first output through the region."""
@@ -228,7 +228,9 @@ def apply_tensor_parallel(model: Transformer, groups: Groups, *, sequence_parall
         model.head = VocabParallelHead(model.head, region)
 
 
-class _Same(torch.autograd.Function):
+class _Copy(torch.autograd.Function):
+    """Identity forward, all-reduce backward: copy to the tensor-parallel region."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
@@ -239,7 +241,9 @@ class _Same(torch.autograd.Function):
         return _all_reduce(grad, ctx.group), None
 
 
-class _Sum(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
+    """All-reduce forward, identity backward: reduce from the tensor-parallel region."""
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
         return _all_reduce(y, group)
@@ -249,8 +253,8 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
-class _Gather(torch.autograd.Function):
-    """(batch, seq / tp, d_model) of each rank to (batch, seq, d_model)."""
+class _AllGather(torch.autograd.Function):
+    """All-gather (batch, seq / tp, d_model) to (batch, seq, d_model); reduce-scatter backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -262,8 +266,8 @@ class _Gather(torch.autograd.Function):
         return _reduce_scatter(grad, SEQ, ctx.group), None
 
 
-class _Scatter(torch.autograd.Function):
-    """(batch, seq, d_model), summed over the ranks, to (batch, seq / tp, d_model)."""
+class _ReduceScatter(torch.autograd.Function):
+    """Reduce-scatter (batch, seq, d_model) to (batch, seq / tp, d_model); all-gather backward."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:

@@ -61,7 +61,7 @@ def exchange(net: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
     for module in net.modules():
         if isinstance(module, MoE):
-            module.exchange_by(AllToAllDispatcher(None, module.ops))
+            module.set_dispatcher(AllToAllDispatcher(None, module.ops))
 
 
 def saved_bytes(block: Block, cfg: ModelConfig, dtype: torch.dtype) -> float:

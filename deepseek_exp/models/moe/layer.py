@@ -123,7 +123,7 @@ class MoE(nn.Module):
         y_TD = self.dispatcher.through(self.experts.weighted, x_TD, weights_TK, order_R, inverse_R, offsets_E)
         return y_TD, tokens_per_expert, len(order_R) - offsets_E[-1].long()
 
-    def exchange_by(self, dispatcher: Dispatcher) -> None:
+    def set_dispatcher(self, dispatcher: Dispatcher) -> None:
         """Route tokens to experts on other ranks. Not compiled, because row counts are data-dependent."""
         self.dispatcher = dispatcher
         for name in ("_through_experts", "_through_fused_experts"):

@@ -18,7 +18,7 @@ def main() -> int:
     job_file = Path(sys.argv[1])
     worker.enter(job_file.parent)
 
-    def work() -> worker.Ended:
+    def work() -> worker.RankResult:
         from deepseek_exp.commands import spawn
         from deepseek_exp.parallel.groups import disconnect
 

@@ -35,7 +35,7 @@ def in_ranks(job: Job, tracked: RunLog, run_id: str) -> float | None:
     return ended.loss
 
 
-def run_rank(job_file: Path) -> worker.Ended:
+def run_rank(job_file: Path) -> worker.RankResult:
     """Run one rank's part. All ranks run the same code; rank 0 records the run."""
     from deepseek_exp.errors import Stopped
 
@@ -43,15 +43,15 @@ def run_rank(job_file: Path) -> worker.Ended:
     action, first = ACTIONS[job.cfg.do], worker.number() == 0
     try:
         if run_id is None and first:
-            return worker.Ended(loss=record(job, _telling_the_run_id(action)))
+            return worker.RankResult(loss=record(job, _telling_the_run_id(action)))
         run_id = run_id or worker.share(RUN_ID, None)
-        return worker.Ended(loss=action(job, RunLog.attach(job.run_dir, records=first), run_id))
+        return worker.RankResult(loss=action(job, RunLog.attach(job.run_dir, records=first), run_id))
     except Stopped as stopped:
-        return worker.Ended(stopped_at=stopped.step)
+        return worker.RankResult(stopped_at=stopped.step)
     except SystemExit as leaving:
         if not isinstance(leaving.__cause__, Stopped):
             raise
-        return worker.Ended(stopped_at=leaving.__cause__.step)
+        return worker.RankResult(stopped_at=leaving.__cause__.step)
 
 
 def hand_out(job: Job) -> str:

@@ -28,7 +28,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 from deepseek_exp import errors
 from deepseek_exp.config import ROOT, LaunchConfig
 from deepseek_exp.errors import Problem, RankError, UserError
-from deepseek_exp.launch.worker import PARENT, STOP, Ended, is_repeat, log_path, outcome_path, stop_signals
+from deepseek_exp.launch.worker import PARENT, STOP, RankResult, is_repeat, log_path, outcome_path, stop_signals
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -59,7 +59,9 @@ class _Rank:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def run(command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, str], *, saves: bool = True) -> Ended:
+def run(
+    command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, str], *, saves: bool = True
+) -> RankResult:
     """Start the ranks, show the output of rank 0, and wait for all of them; no rank survives this call.
 
     SIGTERM, SIGINT and SIGHUP are forwarded as `STOP`; a second one ends this process, and the ranks with it.
@@ -90,13 +92,13 @@ def run(command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, st
                     ranks[-1].process.send_signal(STOP)
             while not _all_ended(ranks):
                 if asked and not saves:
-                    return Ended(stopped_at=0, signum=asked[0])
+                    return RankResult(stopped_at=0, signum=asked[0])
                 time.sleep(POLL_SECONDS)
         finally:
             _end_all(ranks)
     outcome = ranks[0].outcome
     assert outcome is not None
-    return Ended(outcome["loss"], outcome["stopped_at"], asked[0] if asked else STOP)
+    return RankResult(outcome["loss"], outcome["stopped_at"], asked[0] if asked else STOP)
 
 
 def _local_store() -> TCPStore:

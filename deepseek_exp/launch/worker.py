@@ -34,7 +34,7 @@ _stop_asked = False
 
 
 @dataclass(frozen=True)
-class Ended:
+class RankResult:
     """How a rank ended, if nothing went wrong.
 
     Attributes:
@@ -104,7 +104,7 @@ def enter(folder: Path) -> None:
     faulthandler.enable()
 
 
-def report(folder: Path, work: Callable[[], Ended]) -> int:
+def report(folder: Path, work: Callable[[], RankResult]) -> int:
     """Run a rank's work, write how it ended, and return the exit code.
 
     If it fails, the process exits here: a regular shutdown may hang, with the others waiting for it.

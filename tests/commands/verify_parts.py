@@ -16,7 +16,7 @@ RANK = "rank"
 
 def start_broken(
     command: Sequence[str], n_ranks: int, folder: Path, env: Mapping[str, str], **how: Any
-) -> worker.Ended:
+) -> worker.RankResult:
     """Do as `launch.run` does; several ranks leave the sums of gradients out."""
     if n_ranks > 1:
         command = [sys.executable, "-m", "tests.commands.verify_parts", RANK, command[-1]]

@@ -30,7 +30,7 @@ def all_reduce(value: float) -> float:
     return float(total)
 
 
-def work(folder: Path, what: str) -> worker.Ended:
+def work(folder: Path, what: str) -> worker.RankResult:
     import torch.distributed as dist
     from torch.utils.data import DataLoader
 
@@ -44,7 +44,7 @@ def work(folder: Path, what: str) -> worker.Ended:
     part.write_text(str(os.getpid()))
     part.rename(folder / f"{rank}.pid")  # whoever sees the file can read it
     if what == "end":
-        return worker.Ended(loss=all_reduce(rank))
+        return worker.RankResult(loss=all_reduce(rank))
     if what == "leave":
         if rank == 1:
             os._exit(0)
@@ -63,7 +63,7 @@ def work(folder: Path, what: str) -> worker.Ended:
         time.sleep(0.01)
     assert child is None or child.poll() is None
     (folder / f"{rank}.stopped").write_text(str(step))
-    return worker.Ended(stopped_at=step)
+    return worker.RankResult(stopped_at=step)
 
 
 def parent(folder: Path, n_ranks: int, what: str) -> None:

@@ -101,7 +101,7 @@ def test_the_ranks_meet_and_rank_0_gives_its_result(tmp_path):
     parent = start(tmp_path, "end")
     out, err = parent.communicate(timeout=60)
     assert parent.returncode == 0, err
-    assert out == "rank 0 has 1 threads\nEnded(loss=3.0, stopped_at=None, signum=10)\n".replace(
+    assert out == "rank 0 has 1 threads\nRankResult(loss=3.0, stopped_at=None, signum=10)\n".replace(
         "10", repr(signal.SIGUSR1)
     )
     assert err == ""
@@ -179,7 +179,7 @@ def test_a_signal_to_the_parent_stops_all_ranks_after_one_step(tmp_path, signum)
     out, err = parent.communicate(timeout=20)
     assert parent.returncode == 0, err
     (step,) = {(tmp_path / f"{rank}.stopped").read_text() for rank in range(N_RANKS)}
-    assert f"Ended(loss=None, stopped_at={step}, signum={int(signum)})" in out
+    assert f"RankResult(loss=None, stopped_at={step}, signum={int(signum)})" in out
     assert family(tmp_path) == []
 
 
@@ -191,7 +191,7 @@ def test_ranks_with_nothing_to_save_are_ended_at_once(tmp_path):
         os.kill(pid, signal.SIGSTOP)  # so that they hear of nothing
     parent.send_signal(signal.SIGINT)
     out, err = parent.communicate(timeout=20)
-    assert "Ended(loss=None, stopped_at=0, signum=2)" in out, out + err
+    assert "RankResult(loss=None, stopped_at=0, signum=2)" in out, out + err
     assert family(tmp_path) == []
 
 

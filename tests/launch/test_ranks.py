@@ -142,7 +142,7 @@ def test_a_job_survives_the_trip_to_its_ranks(tmp_path):
 
 
 def test_stopped_ranks_are_a_killed_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(local, "run", lambda *_, **__: worker.Ended(stopped_at=3, signum=signal.SIGTERM))
+    monkeypatch.setattr(local, "run", lambda *_, **__: worker.RankResult(stopped_at=3, signum=signal.SIGTERM))
     with pytest.raises(SystemExit) as left:
         dispatch.run(job(tmp_path, "parallel=3d", "device=cpu"))
     assert left.value.code == 128 + signal.SIGTERM

@@ -63,7 +63,7 @@ class TestTrain:
             "device    cpu, 1 threads" if not torch.cuda.is_available() else "device    cuda",
             "expected  ",
             "bits per byte (unigram model: ",
-            "tokens/s (mean of all steps, without validation)",
+            "tokens/s (mean over all steps, excluding validation)",
             f"do=sample resume={run_id[:12]}",
             f"resume={run_id[:12]} trainer.max_steps=24",
             "-m mlflow ui --workers 1 --backend-store-uri sqlite:///outputs/mlflow.db",
@@ -253,7 +253,7 @@ class TestKill:
         out, err = process.communicate(timeout=60)
         assert process.returncode == 128 + signal.SIGTERM, err
         stopped = re.search(
-            r"stopped by SIGTERM after step (\d+); the checkpoint is saved. Go on with: .* resume=\w+", out
+            r"stopped by SIGTERM after step (\d+); the checkpoint is saved. Continue with: .* resume=\w+", out
         )
         assert stopped and 20 <= int(stopped[1]) < 60
         assert all_runs(tmp_path / "b")[0].info.status == "KILLED"

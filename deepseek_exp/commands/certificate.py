@@ -54,7 +54,7 @@ BOUNDS = {
 }
 # Weight tolerance as a fraction of sum(lr), the distance Adam can move a weight.
 SHARE_OF_WAY = {Precision.fp32: 1e-3, Precision.bf16: 2.0, Precision.fp8: 2.0}
-ROUGH = "in {} these bounds tell only a gross mistake from rounding; trainer.precision=fp32 is the sharp test"
+ROUGH = "in {} these bounds only distinguish gross errors from rounding; trainer.precision=fp32 is the sharp test"
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ class Certificate:
     def verdict(self) -> str:
         """The last line of the certificate."""
         if not self.holds:
-            return f"NOT verified: {self.other} does not compute what one process does: {self.first_difference}"
+            return f"NOT verified: {self.other} does not compute the same as one process: {self.first_difference}"
         exactly = "bit for bit" if all(row.bound == 0 for row in self.rows) else "within the bounds above"
-        return f"verified: {self.other} computes what one process does, {exactly}"
+        return f"verified: {self.other} computes the same as one process, {exactly}"
 
     @property
     def first_difference(self) -> str:
@@ -152,7 +152,7 @@ class Certificate:
             )
         return "\n".join(
             [
-                f"# Certificate: {self.other} against one process",
+                f"# Certificate: {self.other} compared with one process",
                 "",
                 *(f"    {name:{width}}  {text}" for name, text in self.facts.items()),
                 "",

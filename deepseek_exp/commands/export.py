@@ -38,5 +38,5 @@ def export(job: Job) -> None:
     m = job.cfg.model
     if m.n_mtp_layers:
         last = f" to {m.n_layers + m.n_mtp_layers - 1}" if m.n_mtp_layers > 1 else ""
-        say(f"note      layer {m.n_layers}{last} predicts further tokens. transformers does not use it,")
-        say(f"          and lists its weights, model.layers.{m.n_layers}.*, as UNEXPECTED; init_from reads them")
+        say(f"note      layer {m.n_layers}{last} is for multi-token prediction. transformers ignores it")
+        say(f"          and reports its weights, model.layers.{m.n_layers}.*, as UNEXPECTED; init_from loads them")

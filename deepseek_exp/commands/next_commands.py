@@ -38,8 +38,8 @@ def next_commands(job: Job, run_id: str) -> Iterator[tuple[str, str]]:
     if not job.cfg.trainer.keep_checkpoints:
         return
     start, resume = command(), resume_words(job, run_id)
-    yield f"{start} do=sample {resume}", "more text from it"
-    yield f"{start} {resume} trainer.max_steps={2 * job.cfg.trainer.max_steps}", "go on training"
+    yield f"{start} do=sample {resume}", "generate more text"
+    yield f"{start} {resume} trainer.max_steps={2 * job.cfg.trainer.max_steps}", "continue training"
     # init_from determines the model, and old checkpoints do not store their overrides.
     if job.history is not None and job.cfg.init_from is None:
         own = [o for o in job.history if not o.lstrip("+").startswith(("resume=", "optim.lr="))]
@@ -57,7 +57,7 @@ def ui_command(uri: str, experiment_id: str | None = None) -> str:
 
 def _where_runs_are(uri: str, experiment_id: str | None) -> str:
     """Return the purpose of `ui_command`, and the address at which a server that it starts shows the runs."""
-    what = "look at it and compare runs in the MLflow UI"
+    what = "view and compare runs in the MLflow UI"
     if experiment_id is None or uri.startswith(("http://", "https://")):
         return what
     return f"{what}: {runs_page(UI_SERVER, experiment_id)}"

@@ -65,7 +65,7 @@ def record(job: Job, action: Action) -> float | None:
             if stopped.signum == signal.SIGHUP:  # the exiting shell may send a second one
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
             _end(tracked, "KILLED", str(stopped))
-            saved = f"; the checkpoint is saved. Go on with: {command()} {resume_words(job, run_id)}"
+            saved = f"; the checkpoint is saved. Continue with: {command()} {resume_words(job, run_id)}"
             kept = cfg.do is Do.train and cfg.trainer.keep_checkpoints
             say(f"{stopped}{saved if kept else ''}")
             raise SystemExit(128 + stopped.signum) from stopped

@@ -35,7 +35,7 @@ def sample(job: Job) -> None:
     model = build.build_model(job.cfg, device, job.checkpoint)
     if job.cfg.sample.weight_bits:
         saved = inference.quantize_matrices(model, job.cfg.sample.weight_bits)
-        say(f"matrices  of {job.cfg.sample.weight_bits} bits, {saved / 1e6:,.1f} MB less")
+        say(f"quantized weights to {job.cfg.sample.weight_bits} bits, saving {saved / 1e6:,.1f} MB")
     say(sample_text(cfg, model, tokenizer))
 
 

@@ -58,7 +58,7 @@ def _how_it_runs(job: Job, parts: Parts, steps: int) -> dict[str, str]:
         return {"layout": f"{d.world_size} ranks: dp {d.dp} x tp {d.tp} x pp {d.pp}{experts}{stages}"}
     from deepseek_exp.train.probe import step_seconds
 
-    return {"expected": f"about {duration(step_seconds(job.cfg, parts) * steps)}, without validation"}
+    return {"expected": f"about {duration(step_seconds(job.cfg, parts) * steps)}, excluding validation"}
 
 
 def _source(parts: Parts) -> str:
@@ -77,7 +77,7 @@ def _device_name(parts: Parts) -> str:
     n_threads, n_cores, load = torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]
     words = f"cpu, {n_threads} threads"
     if n_threads > 1 and load > n_cores:  # every other process slows down threads that wait for each other
-        words += f"; other processes are using this machine (load {load:.1f} on {n_cores} cores), where "
+        words += f"; other processes are using this machine (load {load:.1f} on {n_cores} cores), so "
         words += "trainer.n_threads=1 may be faster"
     return words
 
@@ -104,7 +104,7 @@ def summary(
         lines.append(f"stopped     after step {step:,} of {last_step:,} by a callback (trainer.callbacks: {callbacks})")
     lines += validation_lines(trainer.callback_metrics)
     if speed is not None:
-        lines.append(f"speed       {speed:,.0f} tokens/s (mean of all steps, without validation)")
+        lines.append(f"speed       {speed:,.0f} tokens/s (mean over all steps, excluding validation)")
     lines.append(f"checkpoint  {shown(saved or job.checkpoint)}")
     if text is not None:
         lines.append("sample      " + text.replace("\n", "\n            "))

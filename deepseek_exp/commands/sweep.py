@@ -119,12 +119,12 @@ class SweepRun(Callback):
         saved = (Path(config.hydra.sweep.dir) / str(n_done - 1)).glob("checkpoints/step-*")
         if n_done and not any(saved):
             n_done -= 1  # the job has no checkpoint to resume from, so it must run again
-        head = f"the sweep was interrupted in job {max(1, self.n_started)} of {n_jobs}; {n_jobs - n_done} are to be run"
+        head = f"the sweep was interrupted in job {max(1, self.n_started)} of {n_jobs}; {n_jobs - n_done} remain"
         if n_done == n_jobs or any(random in o for o in overrides for random in sweep_rest.RANDOM):
             return head
         further = [o for o in config.hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
         rest = (f"  {command()} -m {words([*further, *some])}" for some in sweep_rest.rest(overrides, n_done))
-        return "\n".join([f"{head}, by", *rest])
+        return "\n".join([f"{head}. Run them with", *rest])
 
 
 @contextmanager
@@ -148,7 +148,10 @@ def _next_words(config: DictConfig, rows: list[tracking.SweepRow]) -> str:
     steps = 2 * config.trainer.max_steps
     where = [] if config.output_dir == OUTPUTS else [override("output_dir", config.output_dir)]
     start = " ".join([command(), f"resume={best.run_id[:12]}", *where])
-    commands = {f"{start} do=sample": "text from the best", f"{start} trainer.max_steps={steps}": "train it further"}
+    commands = {
+        f"{start} do=sample": "generate text from the best run",
+        f"{start} trainer.max_steps={steps}": "continue training it",
+    }
     return "\n".join(["\nnext:", *(f"  {line}  # {what}" for line, what in commands.items())])
 
 

@@ -51,12 +51,12 @@ def _head(exp: ExperimentConfig, layout: Layout) -> Iterator[str]:
     )
     yield f"cluster   {c.n_nodes} x {c.gpus_per_node} {c.gpu}, {c.memory_bytes / GB:,.0f} GB each"
     n = layout.n_micro_batches(t.global_batch_seqs)
-    yield f"layout    {d.world_size:,} of {n_gpus(c):,} ranks: {describe(layout)}; micro batches of a rank: {n:,}"
+    yield f"layout    {d.world_size:,} of {n_gpus(c):,} ranks: {describe(layout)}; micro-batches per rank: {n:,}"
 
 
 def _memory(exp: ExperimentConfig, plan: Plan) -> Iterator[str]:
     usable = USABLE * exp.cluster.memory_bytes
-    yield f"memory of one rank, GB ({usable / GB:.1f} usable)"
+    yield f"memory per rank, GB ({usable / GB:.1f} usable)"
     rows = [["stages", "blocks", "parameters", *MEMORY, "total", "used"]]
     for first, last, stage, memory in _runs(plan):
         parts = [f"{getattr(memory, name) / GB:,.2f}" for name in MEMORY]
@@ -80,40 +80,40 @@ def _verdict(exp: ExperimentConfig, plan: Plan, best: Sequence[Plan]) -> Iterato
         yield "fits"
         return
     short = most / (USABLE * exp.cluster.memory_bytes)
-    yield f"does not fit: the fullest stage needs {short:,.1f} times what a GPU has"
+    yield f"does not fit: the largest stage needs {short:,.1f}x the memory of one GPU"
     if best:
-        yield f"what fits: {overrides(best[0].layout)}"
+        yield f"a layout that fits: {overrides(best[0].layout)}"
 
 
 def _traffic(exp: ExperimentConfig, plan: Plan) -> Iterator[str]:
     loads = [stage_traffic(exp, plan.layout, stage, i) for i, stage in enumerate(plan.stages)]
-    yield "sent by one rank in a step, GB (the stage that sends most)"
+    yield "communication per rank and step, GB (stage that sends the most)"
     most = {axis.value: max(x[axis].n_bytes for x in loads) / GB for axis in loads[0]}
     yield "  " + (", ".join(f"{axis} {n:,.3f}" for axis, n in most.items() if n) or "nothing")
 
 
 def _time(exp: ExperimentConfig, plan: Plan) -> Iterator[str]:
     s, seconds = plan.speed, plan.seconds
-    yield f"a step takes {duration(s.step_seconds)}, of which"
+    yield f"time per step: {duration(s.step_seconds)}, of which"
     shares = dataclasses.asdict(seconds)
     yield "  " + ", ".join(f"{name} {value / seconds.step:.1%}" for name, value in shares.items() if value)
     d = plan.layout.degrees
     if d.pp > 1:
         bubble = bubble_fraction(d.pp, plan.layout.n_micro_batches(exp.trainer.global_batch_seqs))
-        yield f"  the pipeline's bubble is (p - 1) / (m + p - 1) = {bubble:.1%} of the time of its stages"
+        yield f"  pipeline bubble: (p - 1) / (m + p - 1) = {bubble:.1%} of the stages' time"
     price = f", ${s.price_per_billion_tokens:,.2f} per billion tokens" if s.price_per_billion_tokens else ""
     yield (
         f"MFU {s.mfu:.1%}, scaling efficiency {s.scaling_efficiency:.0%}, {s.tokens_per_second:,.0f} tokens/s, "
-        f"{_count(s.tokens_per_day)} tokens a day{price}"
+        f"{_count(s.tokens_per_day)} tokens per day{price}"
     )
 
 
 def _best(exp: ExperimentConfig, best: Sequence[Plan]) -> Iterator[str]:
     if not best:
-        yield f"no layout fits {n_gpus(exp.cluster):,} GPUs with a step of {exp.trainer.global_batch_seqs:,} sequences"
+        yield f"no layout fits {n_gpus(exp.cluster):,} GPUs with {exp.trainer.global_batch_seqs:,} sequences per step"
         return
     world = best[0].layout.degrees.world_size
-    yield f"the fastest layouts that fit, of {world:,} ranks"
+    yield f"fastest layouts of {world:,} ranks that fit"
     rows = [
         [
             "dp",
@@ -139,7 +139,7 @@ def _best(exp: ExperimentConfig, best: Sequence[Plan]) -> Iterator[str]:
         cells += [f"{s.mfu:.1%}", f"{s.tokens_per_second:,.0f}", f"{s.price_per_billion_tokens:,.0f}"]
         rows.append([str(cell) for cell in cells])
     yield from _table(rows)
-    yield "take the first by parallel=auto, or"
+    yield "use the first with parallel=auto, or"
     yield f"  {overrides(best[0].layout)}"
 
 
@@ -158,27 +158,25 @@ def _hint(exp: ExperimentConfig) -> Iterator[str]:
     found = best_plans(dataclasses.replace(exp, trainer=trainer), 1)
     if found:
         s = found[0].speed
-        yield f"with {' '.join(words)}: MFU {s.mfu:.1%}, {s.tokens_per_second:,.0f} tokens/s, by"
+        yield f"with {' '.join(words)}: MFU {s.mfu:.1%}, {s.tokens_per_second:,.0f} tokens/s, using"
         yield f"  {overrides(found[0].layout)}"
     else:
-        yield f"with {' '.join(words)}: nothing fits either"
+        yield f"with {' '.join(words)}: no layout fits either"
 
 
 def _assumptions(exp: ExperimentConfig) -> Iterator[str]:
     share = exp.cluster.overlap
-    hidden = (
-        f"{share:.0%} of what is sent, except by tp, overlaps with" if share else "nothing that is sent overlaps with"
-    )
-    yield f"predicted, not measured. Assumed: {hidden} computing; experts get equal numbers of"
-    yield f"tokens; {1 - USABLE:.0%} of the memory is taken by the driver, communication buffers and gaps between"
-    yield "tensors. Efficiencies, bandwidths, prices and their sources are in conf/cluster. Not counted: loading data,"
-    yield "logging, validation, checkpoints, gradient clipping, norms and loss beyond their share in the efficiencies."
+    overlap = f"{share:.0%} of non-TP communication overlaps" if share else "no communication overlaps"
+    yield f"Predicted, not measured. Assumes: {overlap} with compute; balanced experts;"
+    yield f"{1 - USABLE:.0%} of GPU memory reserved for the driver, communication buffers and fragmentation."
+    yield "Hardware figures and their sources: conf/cluster. Not modelled: data loading, logging, validation,"
+    yield "checkpoints, gradient clipping, and norm and loss time beyond the efficiency factors."
 
 
 RECOMPUTED = {
     ActivationCheckpointing.none: "",
-    ActivationCheckpointing.selective: ", all but products recomputed",
-    ActivationCheckpointing.full: ", blocks recomputed",
+    ActivationCheckpointing.selective: ", selective recomputation",
+    ActivationCheckpointing.full: ", full recomputation",
 }
 
 

@@ -163,7 +163,7 @@ class Progress(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar, at the step that a resumed run continues from."""
         tty = sys.stderr.isatty()
-        line = None if tty else "{desc}step {n}/{total}, {elapsed} gone, {remaining} left{postfix}\n"
+        line = None if tty else "{desc}step {n}/{total}, {elapsed} elapsed, {remaining} remaining{postfix}\n"
         self.bar = tqdm(
             total=self.last_step,
             initial=trainer.global_step,

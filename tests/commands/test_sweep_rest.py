@@ -47,10 +47,10 @@ def test_a_sweep_that_is_interrupted_says_how_it_goes_on(tmp_path):
     out, err = process.communicate(timeout=100)
     assert process.returncode == 130 and "Traceback" not in err, err
     told = out.splitlines()
-    assert told[-2] == "the sweep was interrupted in job 2 of 4; 2 are to be run, by"
+    assert told[-2] == "the sweep was interrupted in job 2 of 4; 2 remain. Run them with"
     rest = shlex.split(told[-1])[3:]
     assert rest == [*own, "seed=2", "trainer.max_steps=4,100000"]
-    assert "Go on with: " in out and len([line for line in told if " KILLED " in line]) == 1
+    assert "Continue with: " in out and len([line for line in told if " KILLED " in line]) == 1
     parent = next(run for run in all_runs(tmp_path) if "mlflow.parentRunId" not in run.data.tags)
     assert parent.info.status == "FAILED"
 

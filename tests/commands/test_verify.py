@@ -44,8 +44,8 @@ def test_a_right_layout_gets_its_certificate(verified):
     page = (run_dir / "certificate.md").read_text()
     assert out.endswith(page)
     assert page.endswith(
-        "\nverified: dp 1 x tp 1 x pp 2 computes what one process does, within the bounds above\n"
-    ) and page.startswith("# Certificate: dp 1 x tp 1 x pp 2 against one process\n")
+        "\nverified: dp 1 x tp 1 x pp 2 computes the same as one process, within the bounds above\n"
+    ) and page.startswith("# Certificate: dp 1 x tp 1 x pp 2 compared with one process\n")
     rows = re.findall(r"^\| (\w+ \w+).* \| (\S+) \| (.+) \| (\S+) \| ok \|$", page, re.M)
     assert [(name, bound) for name, _, _, bound in rows] == [
         ("training loss", "2e-06"),
@@ -88,7 +88,7 @@ def test_one_process_is_held_to_every_bit(altered):
     one, other = altered
     cfg = composed(*WORDS, "model=v3_moe")
     same = compare(cfg, one, other)
-    assert same.verdict == "verified: a second run of one process computes what one process does, bit for bit"
+    assert same.verdict == "verified: a second run of one process computes the same as one process, bit for bit"
     file = other / f"checkpoints/step-{STEPS:08d}/model.safetensors"
     weights = load_file(file)
     weights["blocks.1.attention.wo.weight"].view(-1)[7] *= 1 + 1e-6
@@ -96,7 +96,7 @@ def test_one_process_is_held_to_every_bit(altered):
     renew(file.parent)
     found = compare(cfg, one, other)
     assert found.verdict.startswith(
-        "NOT verified: a second run of one process does not compute what one process does: "
+        "NOT verified: a second run of one process does not compute the same as one process: "
         "final weights, absolute of blocks.1.attention.wo.weight ("
     )
     assert compare(composed(*WORDS, "model=v3_moe", "parallel.pp=2"), one, other).holds
@@ -127,7 +127,7 @@ def test_a_broken_layout_is_caught(tmp_path):
         r"with another layout until that is mended\.",
         done.stderr.splitlines()[-1],
     )
-    assert done.stdout.splitlines()[-1].startswith("NOT verified: dp 1 x tp 1 x pp 2 does not compute what")
+    assert done.stdout.splitlines()[-1].startswith("NOT verified: dp 1 x tp 1 x pp 2 does not compute the same")
     client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
     (recorded,) = client.search_runs([experiment.experiment_id])

@@ -147,7 +147,7 @@ def test_stopped_ranks_are_a_killed_run(tmp_path, monkeypatch, capsys):
         dispatch.run(job(tmp_path, "parallel=3d", "device=cpu"))
     assert left.value.code == 128 + signal.SIGTERM
     assert re.search(
-        r"^stopped by SIGTERM after step 3; the checkpoint is saved. Go on with: ", capsys.readouterr().out
+        r"^stopped by SIGTERM after step 3; the checkpoint is saved. Continue with: ", capsys.readouterr().out
     )
     (run,) = all_runs(tmp_path)
     assert run.info.status == "KILLED" and run.data.tags["error"] == "stopped by SIGTERM after step 3"

@@ -76,8 +76,8 @@ class TestSearch:
 class TestReport:
     def test_what_does_not_fit_is_told_with_what_does(self):
         lines = report(experiment(*PUBLISHED)).splitlines()
-        verdict = next(i for i, line in enumerate(lines) if line.startswith("does not fit: the fullest stage needs"))
-        fitting = lines[verdict + 1].removeprefix("what fits: ").split()
+        verdict = next(i for i, line in enumerate(lines) if line.startswith("does not fit: the largest stage needs"))
+        fitting = lines[verdict + 1].removeprefix("a layout that fits: ").split()
         exp = experiment(*PUBLISHED, *fitting)
         assert planned(exp, asked_layout(exp)).fits
 
@@ -92,8 +92,8 @@ class TestReport:
 
     def test_nothing_fits(self):
         text = report(experiment("model=v3_moe", "size=published", "cluster=h100_8"))
-        assert "no layout fits 8 GPUs with a step of 8 sequences" in text
-        assert "what fits" not in text
+        assert "no layout fits 8 GPUs with 8 sequences per step" in text
+        assert "a layout that fits" not in text
 
     @pytest.mark.parametrize("cluster", ["cpu_host", "h100_1", "h100_8", "h100_1024", "a100_1024", "h200_8"])
     def test_every_cluster(self, cluster):
@@ -102,8 +102,8 @@ class TestReport:
         assert max(map(len, text.splitlines())) < 190
 
     def test_the_overlap_is_told(self):
-        assert "nothing that is sent overlaps with computing" in report(experiment())
-        assert "50% of what is sent, except by tp, overlaps with computing" in report(experiment("cluster.overlap=0.5"))
+        assert "no communication overlaps with compute" in report(experiment())
+        assert "50% of non-TP communication overlaps with compute" in report(experiment("cluster.overlap=0.5"))
 
 
 def test_the_command_answers_and_leaves_nothing_behind(tmp_path):

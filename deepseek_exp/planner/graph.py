@@ -16,7 +16,7 @@ from deepseek_exp.planner.search import Plan, asked_layout, make_plan
 COLOURS = dict(zip(MEMORY, ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7"), strict=True))
 LIMIT = "#d55e00"
 CENTRED = 'text-anchor="middle"'
-# In pixels: the plot's left, top and height.
+# In pixels: the plot's left, top, height and width, and the maximum width of a bar and of the gap after it.
 LEFT, TOP, HEIGHT = 76, 88, 300
 WIDTH, BAR, GAP = 760, 72, 28
 # If the highest bar is lower than this fraction of the usable memory, the axis ends above the bars instead.
@@ -80,9 +80,9 @@ def _bars(plan: Plan, top: float) -> Iterator[str]:
         for name, colour in COLOURS.items():
             size = getattr(memory, name) / GB
             y, height = _y(below + size, top), size / top * HEIGHT
-            told = f"<title>stage {i}, {name}: {size:,.2f} GB of {memory.total / GB:,.2f}</title>"
+            title = f"<title>stage {i}, {name}: {size:,.2f} GB of {memory.total / GB:,.2f}</title>"
             box = f'x="{middle - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-            yield f'<rect {box} fill="{colour}">{told}</rect>'
+            yield f'<rect {box} fill="{colour}">{title}</rect>'
             below += size
 
 

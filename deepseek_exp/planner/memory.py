@@ -200,19 +200,19 @@ def block_activation_bytes(
     if m.attention is AttentionKind.mla:
         on_every_rank += sum(norm_bytes(width, e, norm) for width in (m.kv_lora_rank, m.q_lora_rank))
         on_every_rank -= (e - i) * m.q_lora_rank
-    shared_out = _attention_bytes(m, kernels, e, i)
+    sharded = _attention_bytes(m, kernels, e, i)
     if not is_moe:
         sparse = 8 * m.d_ff_active + m.d_ff if m.d_ff_active else 0
-        return on_every_rank + (shared_out + (((4 if sparse else halves) - 1) * e + i) * m.d_ff + sparse) / tp
+        return on_every_rank + (sharded + (((4 if sparse else halves) - 1) * e + i) * m.d_ff + sparse) / tp
     is_fused = kernels.experts is Kernel.triton
     routed = (2 if is_fused else halves) * m.moe.top_k
-    shared_out += (routed + halves * m.moe.n_shared_experts) * m.moe.d_expert * e
+    sharded += (routed + halves * m.moe.n_shared_experts) * m.moe.d_expert * e
     if i < e and m.moe.n_shared_experts:
-        shared_out -= (e - i) * m.moe.n_shared_experts * m.moe.d_expert
+        sharded -= (e - i) * m.moe.n_shared_experts * m.moe.d_expert
         on_every_rank += i * h
     rows = (ep > 1 if is_fused else 2) * m.moe.top_k * h * e
     on_every_rank += rows + 3 * m.moe.n_routed_experts * 4 + (4 * h if e == 2 else 0)
-    return on_every_rank + shared_out / tp
+    return on_every_rank + sharded / tp
 
 
 def _attention_bytes(m: ModelConfig, kernels: KernelsConfig, e: int, i: int) -> float:

@@ -22,7 +22,7 @@ from deepseek_exp.tracking.uri import sqlite_path, with_path
 _VERSION = "alembic_version"
 # MLflow fills these itself.
 _SEEDED = {_VERSION, "experiments", "workspaces"}
-# The ids of experiments that MLflow did not create itself; those are created after the last migration.
+# Finds experiments that MLflow did not create itself; those are created after the last migration.
 _OWN_EXPERIMENTS = "SELECT 1 FROM experiments WHERE experiment_id <> 0 LIMIT 1"
 
 

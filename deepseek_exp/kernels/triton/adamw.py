@@ -46,7 +46,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 ROWS = 4
 # Warps for 8-bit moments: each of their blocks then belongs to one warp; with 8 warps an H100 took 1.14 times as long.
 NARROW_WARPS = 4
-# The smallest fp32 number whose inverse is computed.
+# The smallest fp32 number that has an fp32 inverse.
 LEAST: tl.constexpr = tl.constexpr(2.0**-126)
 
 

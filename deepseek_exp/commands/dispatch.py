@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import traceback
@@ -12,6 +11,7 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
 from omegaconf import DictConfig
 
 from deepseek_exp import config, console, planner
@@ -22,11 +22,14 @@ from deepseek_exp.commands.spawn import ACTIONS, hand_out, in_ranks
 from deepseek_exp.commands.sweep import FAILED_FILE
 from deepseek_exp.commands.verify import verify
 from deepseek_exp.config import ROOT, Do, Launcher
+from deepseek_exp.config.compose import hydra_ready
 from deepseek_exp.config.help import register_help
+from deepseek_exp.config.machine import Machine
 from deepseek_exp.console import say
 from deepseek_exp.disk import check_writable, disk_error
 from deepseek_exp.errors import ConfigError, UserError
 from deepseek_exp.experiment import command_line
+from deepseek_exp.experiment.command_line import Composed
 from deepseek_exp.experiment.job import Job, make_job
 from deepseek_exp.redact import redact
 
@@ -46,25 +49,39 @@ def run(job: Job) -> float | None:
     return record(job, in_ranks if job.n_ranks > 1 else ACTIONS[job.cfg.do])
 
 
+def run_single(composed: Composed, machine: Machine) -> None:
+    """Run the one job of a command line, from the tree that was composed and validated to check it."""
+    section, output_dir = composed.hydra, str(composed.tree.output_dir)
+    assert section is not None
+    HydraConfig.instance().set_config(section)
+    configure_log(section.hydra.job_logging, section.hydra.verbose)
+    overrides, size = list(section.hydra.overrides.task), section.hydra.runtime.choices["size"]
+    try:
+        with hydra_ready(composed.config_dir):  # a checkpoint's tree is merged with what the command line composes
+            job = make_job(composed.tree, overrides, size, None, machine, composed.exp)
+        run(job)
+    except Exception as error:
+        worded = in_words(error, output_dir)
+        if worded is None:
+            raise
+        end(worded)
+
+
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
-def run_job(cfg: DictConfig) -> float | None:
-    """Run one job. If a job of a sweep fails, its error is printed and the other jobs still run."""
+def run_swept(cfg: DictConfig) -> float | None:
+    """Run one job of a sweep. If it fails, its error is printed and the other jobs still run."""
     context = HydraConfig.get()
-    sweep_dir = Path(context.runtime.output_dir) if context.mode.name == "MULTIRUN" else None
+    sweep_dir = Path(context.runtime.output_dir)
     try:
         return run(make_job(cfg, context.overrides.task, context.runtime.choices["size"], sweep_dir))
     except Exception as error:
         worded = in_words(error, str(cfg.output_dir))
-        if sweep_dir is not None:
-            if worded is None:
-                console.write(sys.stderr, traceback.format_exc())
-            console.write(sys.stderr, f"job {context.job.num} failed: {worded or error}\n")
-            text = f"{type(worded or error).__name__}: {worded or error}\n"
-            (sweep_dir / FAILED_FILE).write_text(redact(text), encoding="utf-8", errors="backslashreplace")
-            return float("nan")
-        if worded is not None:
-            end(worded)
-        raise
+        if worded is None:
+            console.write(sys.stderr, traceback.format_exc())
+        console.write(sys.stderr, f"job {context.job.num} failed: {worded or error}\n")
+        text = f"{type(worded or error).__name__}: {worded or error}\n"
+        (sweep_dir / FAILED_FILE).write_text(redact(text), encoding="utf-8", errors="backslashreplace")
+        return float("nan")
 
 
 def in_words(error: Exception, output_dir: str) -> UserError | None:
@@ -84,11 +101,15 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise errors instead of printing them
     config.register()
     register_help()
-    sys.argv[1:] = [re.sub(r"^resume=([0-9a-f]+)$", r"resume='\1'", arg) for arg in sys.argv[1:]]  # 12e4 is a run id
+    sys.argv[1:] = argv = command_line.with_text_run_ids(sys.argv[1:])
     try:
-        command_line.check_command_line(sys.argv[1:])
-        with console.redacted(command_line.prints_configuration(sys.argv[1:])):
-            run_job()
+        machine = Machine.here()
+        composed = command_line.check_command_line(argv, machine)
+        if composed is not None:
+            run_single(composed, machine)
+        else:  # a sweep, or Hydra prints something
+            with console.redacted(command_line.prints_configuration(argv)):
+                run_swept()
     except KeyboardInterrupt:
         console.write(sys.stderr, "\nstopped by SIGINT before there was anything to save\n")
         sys.exit(128 + signal.SIGINT)

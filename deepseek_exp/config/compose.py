@@ -24,6 +24,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from hydra.plugins.config_source import ConfigSource
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -44,26 +45,31 @@ def to_experiment(cfg: DictConfig, machine: Machine) -> ExperimentConfig:
     Raises:
         ConfigError: with every rule that the tree breaks.
     """
-    problems = check_tree(cfg, [], machine)
-    if problems:
+    exp, problems = check_tree(cfg, [], machine)
+    if exp is None or problems:
         raise ConfigError(*problems)
-    return typing.cast(ExperimentConfig, OmegaConf.to_object(cfg))
+    return exp
 
 
-def check_tree(cfg: DictConfig, known: list[Problem], machine: Machine | None) -> list[Problem]:
-    """Return the problems of a composed tree that composing itself lets pass.
+def check_tree(
+    cfg: DictConfig, known: list[Problem], machine: Machine | None
+) -> tuple[ExperimentConfig | None, list[Problem]]:
+    """Return a composed tree as dataclasses, and its problems that composing itself lets pass.
 
     Args:
         cfg: the tree.
         known: problems that are already found, whose keys are not reported twice.
         machine: where the experiment is to run; None: only texts are checked, and no rule between keys.
+
+    Returns:
+        The experiment, None if the tree does not have the schema's form; and the problems.
     """
     problems = structure_problems(cfg)
     if problems:
-        return problems
+        return None, problems
     exp, reported = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg)), {p.key for p in known}
     found = text_problems(exp) if machine is None else validate.problems(exp, machine)
-    return [p for p in found if p.key not in reported]
+    return exp, [p for p in found if p.key not in reported]
 
 
 def structure_problems(cfg: DictConfig) -> list[Problem]:
@@ -135,6 +141,24 @@ def _value_problem(parsed: Override) -> Problem | None:
     if path in known and known[path].type is bool and number:
         return Problem(path, value, "is not true or false", f"use {path}=true or {path}=false")
     return None
+
+
+def compose_run(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig, list[Problem]] | None:
+    """Compose the tree as Hydra does for a single job; return None if Hydra refuses to.
+
+    Returns:
+        The tree, its section `hydra`, and the problems of that section.
+    """
+    try:
+        cfg = compose("config", list(overrides), return_hydra_config=True)
+    except Exception:  # Hydra's internals raise many kinds; `compose_tree` has the words
+        return None
+    problems = section_problems(cfg, overrides)
+    cfg.hydra.mode = RunMode.RUN
+    section = OmegaConf.masked_copy(cfg, "hydra")
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, section, problems
 
 
 def compose_tree(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:

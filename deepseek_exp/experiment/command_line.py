@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import sys
 import typing
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
@@ -16,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from deepseek_exp.config.compose import (
     check_tree,
+    compose_run,
     compose_tree,
     config_loader,
     hydra_ready,
@@ -35,12 +39,37 @@ from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.experiment.init_from import names_a_run, start_from
 
 
-def check_command_line(argv: Sequence[str], machine: Machine | None = None) -> None:
+@dataclass(frozen=True)
+class Composed:
+    """A job as its command line composes it, checked as far as that goes without a checkpoint.
+
+    Attributes:
+        tree: the tree that Hydra composes; with `init_from=<Hugging Face checkpoint>`, that model's section.
+        exp: the tree as dataclasses, validated; None if the job depends on a checkpoint of a run.
+        hydra: the section `hydra` of the tree; None in a sweep, whose jobs Hydra composes.
+        config_dir: where the user's options are, as in --config-dir.
+    """
+
+    tree: DictConfig
+    exp: ExperimentConfig | None
+    hydra: DictConfig | None = None
+    config_dir: str | None = None
+
+
+def with_text_run_ids(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with a run id quoted if Hydra could read it as a number, as in resume=12e4."""
+    return [re.sub(r"^resume=([0-9a-f]+)$", r"resume='\1'", word) for word in argv]
+
+
+def check_command_line(argv: Sequence[str], machine: Machine | None = None) -> Composed | None:
     """Compose and validate every job of a command line.
 
     Args:
         argv: the arguments after the program's name, in Hydra's syntax. A sweep is expanded into its jobs.
         machine: where the jobs are to run; None: this machine.
+
+    Returns:
+        The job, if the command line asks for a single one to be run; None for a sweep, and for what Hydra prints.
 
     Raises:
         ConfigError: with the problems of all jobs, each reported once.
@@ -52,18 +81,21 @@ def check_command_line(argv: Sequence[str], machine: Machine | None = None) -> N
     if flaws:
         raise ConfigError(*flaws)
     if args.shell_completion or ((args.help or args.hydra_help) and not args.overrides):
-        return
+        return None
     with hydra_ready(args.config_dir):
         jobs, found = _jobs(args.overrides) if args.multirun else ([args.overrides], [])
         problems = {str(p): p for p in found}
         for overrides in jobs:
-            problems |= {str(p): p for p in _job_problems(overrides, machine)}
+            composed, found = _composed(overrides, machine, in_sweep=args.multirun)
+            problems |= {str(p): p for p in found}
     resumes = [o.lstrip("+") for o in args.overrides if o.lstrip("+").startswith("resume=")]
     if args.multirun and any(o != "resume=null" for o in resumes):
         fix = "resume one run at a time, without -m"
         problems["resume"] = Problem("resume", "a sweep", "cannot be combined with -m", fix)
     if problems:
         raise ConfigError(*problems.values())
+    runs = not (args.multirun or args.help or args.hydra_help or args.cfg or args.info)
+    return dataclasses.replace(composed, config_dir=args.config_dir) if runs and composed is not None else None
 
 
 def prints_configuration(argv: Sequence[str]) -> bool:
@@ -92,18 +124,22 @@ def _escaped(text: str) -> str:
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
-def _job_problems(overrides: Sequence[str], machine: Machine) -> list[Problem]:
-    """Return all problems of one job."""
+def _composed(overrides: Sequence[str], machine: Machine, *, in_sweep: bool) -> tuple[Composed | None, list[Problem]]:
+    """Compose and validate one job; return it with all its problems, None if it cannot be composed."""
     good, found = usable(overrides)
-    cfg, more = compose_tree(good)
+    whole = None if in_sweep else compose_run(good)
+    if whole is not None:
+        cfg, section, more = whole
+    else:
+        (cfg, more), section = compose_tree(good), None
     found += more
     flaws = structure_problems(cfg)
     if flaws:
-        return found + flaws
+        return None, found + flaws
     exp = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg))
     flaws = [p for p in text_problems(exp) if p.key == "init_from"]
     if flaws:
-        return found + flaws
+        return None, found + flaws
     release = cfg.get("init_from") is not None and not names_a_run(cfg.init_from)
     if release:
         cfg, more = start_from(cfg, overrides)
@@ -112,7 +148,8 @@ def _job_problems(overrides: Sequence[str], machine: Machine) -> list[Problem]:
     of_a_run = takes_checkpoint(cfg) or (cfg.get("init_from") is not None and not release)
     if not of_a_run:
         found += unread_problems(exp, {override_key(o) for o in good})
-    return found + check_tree(cfg, found, None if of_a_run else machine)
+    checked, more = check_tree(cfg, found, None if of_a_run else machine)
+    return Composed(cfg, None if of_a_run else checked, section), found + more
 
 
 def takes_checkpoint(cfg: DictConfig) -> bool:

@@ -144,6 +144,7 @@ def make_job(
     size: str,
     sweep_dir: Path | None,
     machine: Machine | None = None,
+    exp: ExperimentConfig | None = None,
 ) -> Job:
     """Return the job of a composed tree: what is run, and where. Imports neither torch nor MLflow.
 
@@ -153,6 +154,7 @@ def make_job(
         size: the option of the group `size`.
         sweep_dir: the job's folder within a sweep.
         machine: where it is to run; None: this machine.
+        exp: the tree as dataclasses if it is validated already, and depends on no checkpoint of a run.
 
     Raises:
         ConfigError: a rule is broken, or the checkpoint belongs to another experiment.
@@ -161,17 +163,17 @@ def make_job(
     machine = machine or Machine.here()
     checkpoint, started_from, before = None, None, None
     history: tuple[str, ...] | None = tuple(overrides)
-    if composed.init_from is not None:
+    if exp is None and composed.init_from is not None:
         composed, started_from = _with_weights_of(composed, overrides)
-    elif command_line.takes_checkpoint(composed):
+    elif exp is None and command_line.takes_checkpoint(composed):
         checkpoint = _located(composed.resume or "last", composed)
-        composed, before, saved_command = _on_top_of(checkpoint, composed, overrides, machine)
+        composed, exp, before, saved_command = _on_top_of(checkpoint, composed, overrides, machine)
         if composed.do is Do.train:
             history, size = _history(saved_command, overrides), saved_command["size"] if saved_command else size
     sweep = json.loads((sweep_dir.parent / SWEEP_FILE).read_text(encoding="utf-8")) if sweep_dir is not None else None
     if sweep is not None:
-        composed.tracking.parent_run_id, composed.tracking.run_name = sweep["run_id"], None
-    cfg = _laid_out(composed, machine)
+        composed.tracking.parent_run_id, composed.tracking.run_name, exp = sweep["run_id"], None, None
+    cfg = _laid_out(composed, exp, machine)
     continues = None
     if cfg.do is Do.train and checkpoint is not None and before is not None:
         _check_steps_left(cfg, checkpoint)
@@ -230,9 +232,9 @@ def _origin(checkpoint: Path) -> Origin:
     return Origin(saved.run_id, checkpoint.resolve().parent.parent, saved.step)
 
 
-def _laid_out(composed: DictConfig, machine: Machine) -> ExperimentConfig:
+def _laid_out(composed: DictConfig, exp: ExperimentConfig | None, machine: Machine) -> ExperimentConfig:
     """Write the degrees chosen by parallel=auto into the tree, and raise an error if the layout cannot fit."""
-    cfg = compose.to_experiment(composed, machine)
+    cfg = exp or compose.to_experiment(composed, machine)
     if cfg.parallel.auto:
         chosen, sentence = planner.choose(cfg)
         for key, value in chosen.items():
@@ -252,7 +254,7 @@ def _is_own(checkpoint: Path, output_dir: str) -> bool:
 
 def _on_top_of(
     checkpoint: Path, composed: DictConfig, overrides: Sequence[str], machine: Machine
-) -> tuple[DictConfig, ExperimentConfig, dict[str, Any] | None]:
+) -> tuple[DictConfig, ExperimentConfig, ExperimentConfig, dict[str, Any] | None]:
     """Merge the command line onto a checkpoint's configuration.
 
     Args:
@@ -262,7 +264,7 @@ def _on_top_of(
         machine: where the job is to run.
 
     Returns:
-        The merged tree, the checkpoint's configuration, and the command line stored in the checkpoint.
+        The merged tree, the same validated as dataclasses, the checkpoint's configuration, and its command line.
     """
     saved = saved_config.read(checkpoint)
     is_own = _is_own(checkpoint, composed.output_dir)
@@ -271,16 +273,16 @@ def _on_top_of(
     merged = resume.merge_saved(saved, overrides, is_own=is_own)
     if _needs_saved_tokenizer(merged, overrides):
         merged.data.tokenizer = saved_config.literal(str(checkpoint / TOKENIZER))
-    before, now = resume.saved_experiment(saved), compose.to_experiment(merged, machine)
-    fixed = resume.resume_problems(before, now)
-    if fixed:
-        raise ConfigError(*fixed)
-    if now.do is not Do.train:  # recorded as a run separate from the training
+    if merged.do is not Do.train:  # recorded as a run separate from the training
         named = [_key(o) for o in overrides]
         for key in ("parent_run_id", "run_name"):
             if f"tracking.{key}" not in named:
                 merged.tracking[key] = None
-    return merged, before, _read_command(checkpoint, is_own=is_own)
+    before, now = resume.saved_experiment(saved), compose.to_experiment(merged, machine)
+    fixed = resume.resume_problems(before, now)
+    if fixed:
+        raise ConfigError(*fixed)
+    return merged, now, before, _read_command(checkpoint, is_own=is_own)
 
 
 def _needs_saved_tokenizer(merged: DictConfig, overrides: Sequence[str]) -> bool:

@@ -10,7 +10,10 @@ import pytest
 from deepseek_exp import config
 from deepseek_exp.commands import dispatch
 from deepseek_exp.config import compose
-from deepseek_exp.experiment.command_line import check_command_line
+from deepseek_exp.config.machine import Machine
+from deepseek_exp.config.rules import validate
+from deepseek_exp.experiment.command_line import check_command_line, with_text_run_ids
+from deepseek_exp.experiment.job import make_job
 from tests.config.command_lines import ids, refusal
 
 
@@ -104,3 +107,35 @@ def test_a_disk_error_of_a_run_is_put_into_words():
     assert dispatch.in_words(KeyError("a defect"), "o") is None
     with compose.hydra_ready():
         assert compose.compose_tree([])[1] == []
+
+
+def test_a_run_id_is_no_number():
+    assert with_text_run_ids(["resume=12e4", "+x=12e4", "resume=last", "resume=7"]) == [
+        "resume='12e4'",
+        "+x=12e4",
+        "resume=last",
+        "resume='7'",
+    ]
+
+
+class TestWhatIsComposed:
+    """A single job is made from the tree that its check composed."""
+
+    def test_a_single_job(self):
+        found = check_command_line(["size=tiny", "do=plan", "hydra.verbose=false"], Machine())
+        assert (found.exp.model.d_model, found.tree.model.d_model) == (64, 64) and "hydra" not in found.tree
+        assert found.hydra.hydra.overrides.task == ["size=tiny", "do=plan"]
+        assert found.hydra.hydra.runtime.choices["size"] == "tiny"
+
+    def test_it_is_validated_once(self, monkeypatch):
+        found = check_command_line(["size=tiny", "do=plan"], Machine())
+        monkeypatch.setattr(validate, "problems", lambda *_: pytest.fail("validated twice"))
+        job = make_job(found.tree, ["size=tiny", "do=plan"], "tiny", None, Machine(), found.exp)
+        assert job.cfg is found.exp
+
+    def test_what_depends_on_a_checkpoint_is_validated_with_it(self):
+        assert check_command_line(["do=sample"], Machine()).exp is None
+
+    @pytest.mark.parametrize("argv", [["-m", "seed=1,2"], ["--cfg", "job"], ["--info"], ["--help", "size=tiny"]])
+    def test_the_rest_is_hydras(self, argv):
+        assert check_command_line(argv, Machine()) is None

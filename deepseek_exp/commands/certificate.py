@@ -32,7 +32,7 @@ import torch
 from deepseek_exp.checkpoint import manifest
 from deepseek_exp.checkpoint.shards import WEIGHT, State, open_state
 from deepseek_exp.config import ROOT, ExperimentConfig, Precision
-from deepseek_exp.config.topology import degrees
+from deepseek_exp.config.topology import Degrees, degrees
 from deepseek_exp.planner import parameters
 from deepseek_exp.tracking import RunLog
 from deepseek_exp.tracking.facts import git_facts
@@ -181,7 +181,8 @@ def compare(cfg: ExperimentConfig, one: Path, other: Path) -> Certificate:
         other: folder of the other run.
     """
     logs = [RunLog.attach(folder, records=False) for folder in (one, other)]
-    bounds = _bounds(cfg, sum(logs[0].logged("optim/lr").values()))
+    d = degrees(cfg)
+    bounds = _bounds(cfg, d, sum(logs[0].logged("optim/lr").values()))
     traces = [
         ("training loss, nats per token", PER_STEP[0], "train/loss", bounds.loss, False),
         ("gradient norm, relative", PER_STEP[1], "optim/grad_norm", bounds.grad_norm, True),
@@ -197,15 +198,14 @@ def compare(cfg: ExperimentConfig, one: Path, other: Path) -> Certificate:
     rows.append(Row("final weights, absolute", "verify/weight_difference", weights, bounds.weight, {}))
     if buffers:
         rows.append(Row("final buffers, absolute", "verify/buffer_difference", buffers, bounds.weight, {}))
-    d = degrees(cfg)
     if d.world_size == 1:
-        return Certificate(_facts(cfg), "a second run of one process", rows, "")
+        return Certificate(_facts(cfg, d), "a second run of one process", rows, "")
     note = ROUGH.format(cfg.trainer.precision.value) if cfg.trainer.precision.keeps_masters else ""
-    return Certificate(_facts(cfg), f"dp {d.dp} x tp {d.tp} x pp {d.pp}", rows, note)
+    return Certificate(_facts(cfg, d), str(d), rows, note)
 
 
-def _bounds(cfg: ExperimentConfig, way: float) -> Bounds:
-    if degrees(cfg).world_size == 1:
+def _bounds(cfg: ExperimentConfig, d: Degrees, way: float) -> Bounds:
+    if d.world_size == 1:
         return Bounds(0, 0, 0)
     asked, usual = cfg.verify, BOUNDS[cfg.trainer.precision]
     return Bounds(
@@ -260,14 +260,14 @@ def _furthest(a: torch.Tensor, b: torch.Tensor) -> float:
     return difference if math.isfinite(difference) else math.inf
 
 
-def _facts(cfg: ExperimentConfig) -> dict[str, str]:
-    m, t, d = cfg.model, cfg.trainer, degrees(cfg)
+def _facts(cfg: ExperimentConfig, d: Degrees) -> dict[str, str]:
+    m, t = cfg.model, cfg.trainer
     counted, git = parameters(m), git_facts(ROOT)[0]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and cfg.device != "cpu" else ""
     n_micro = t.global_batch_seqs // t.micro_batch_seqs
     return {
         "model": f"{m.version}, {counted.total + counted.mtp:,} parameters",
-        "layout": f"dp {d.dp} x tp {d.tp} x pp {d.pp}, ep {d.ep}, ZeRO {cfg.parallel.zero_stage}"
+        "layout": f"{d}, ep {d.ep}, ZeRO {cfg.parallel.zero_stage}"
         + (", sequence parallel" if cfg.parallel.sequence_parallel else ""),
         "precision": t.precision.value,
         "steps": f"{cfg.last_step}, each of {n_micro} x {t.micro_batch_seqs} sequences x {cfg.data.seq_len} tokens",

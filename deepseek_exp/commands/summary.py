@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from deepseek_exp import planner
 from deepseek_exp.checkpoint import manifest
 from deepseek_exp.commands.next_commands import next_commands
-from deepseek_exp.config.topology import degrees
 from deepseek_exp.console import shown
 
 if TYPE_CHECKING:
@@ -49,13 +48,13 @@ def plan_text(job: Job, parts: Parts, run_id: str) -> str:
 def _how_it_runs(job: Job, parts: Parts, steps: int) -> dict[str, str]:
     """Return the parallel layout, or the expected time of one process."""
     if job.n_ranks > 1:
-        d, cfg = degrees(job.cfg), job.cfg
+        d, cfg = job.degrees, job.cfg
         ends = planner.stage_bounds(cfg, d.pp)
         blocks = [min(b, cfg.model.n_layers) - a for a, b in zip([0, *ends], ends, strict=False)]
         experts = f", experts divided over {d.ep}" if d.ep > 1 else ""
         mtp = f" and {cfg.model.n_mtp_layers} for multi-token prediction" if cfg.model.n_mtp_layers else ""
         stages = f"; blocks per stage {', '.join(map(str, blocks))}{mtp}" if d.pp > 1 else ""
-        return {"layout": f"{d.world_size} ranks: dp {d.dp} x tp {d.tp} x pp {d.pp}{experts}{stages}"}
+        return {"layout": f"{d.world_size} ranks: {d}{experts}{stages}"}
     from deepseek_exp.train.probe import step_seconds
 
     return {"expected": f"about {duration(step_seconds(job.cfg, parts) * steps)}, excluding validation"}

@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 from deepseek_exp.checkpoint import saved_config
 from deepseek_exp.commands.spawn import in_ranks
 from deepseek_exp.config.schema import ExperimentConfig
-from deepseek_exp.config.topology import degrees
 from deepseek_exp.console import say, shown
 from deepseek_exp.errors import Problem, VerifyError
 from deepseek_exp.experiment.job import Job
@@ -61,10 +60,10 @@ def _compared(job: Job, folder: str, **sections: Any) -> Job:
 
 
 def _not_verified(job: Job, first_difference: str) -> Problem:
-    d, fix = degrees(job.cfg), f"read {shown(job.run_dir / 'certificate.md')}"
+    fix = f"read {shown(job.run_dir / 'certificate.md')}"
     rule = f"does not compute what one process does: {first_difference}"
     if job.n_ranks > 1:
         fix += ", and train with another layout until that is mended"
     elif not job.cfg.trainer.deterministic:
         fix += ", and set trainer.deterministic=true"
-    return Problem("parallel", f"dp {d.dp} x tp {d.tp} x pp {d.pp}", rule, fix)
+    return Problem("parallel", str(job.degrees), rule, fix)

@@ -81,6 +81,21 @@ class Precision(StrEnum):
     fp8 = "fp8"
 
     @property
+    def dtype_name(self) -> str:
+        """Name of PyTorch's data type of weights and activations."""
+        return "bfloat16" if self.keeps_masters else "float32"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one weight or activation."""
+        return 2 if self.keeps_masters else 4
+
+    @property
+    def computes_in_fp8(self) -> bool:
+        """Linear layers multiply 8-bit floating-point numbers, and keep their inputs in them."""
+        return self is Precision.fp8
+
+    @property
     def keeps_masters(self) -> bool:
         """Whether weights and activations are bf16 with fp32 masters. With fp8, only matrix products are 8-bit."""
         return self is not Precision.fp32

@@ -57,6 +57,10 @@ class Degrees:
     pp: int
     ep: int
 
+    def __str__(self) -> str:
+        """Return the degrees that multiply to the ranks, as in `dp 2 x tp 2 x pp 2`."""
+        return f"dp {self.dp} x tp {self.tp} x pp {self.pp}"
+
     @property
     def world_size(self) -> int:
         """Total number of ranks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from deepseek_exp import planner
 from deepseek_exp.checkpoint import manifest, saved_config
 from deepseek_exp.config import Do, ExperimentConfig, compose
 from deepseek_exp.config.machine import Machine
-from deepseek_exp.config.topology import degrees
+from deepseek_exp.config.topology import Degrees, degrees
 from deepseek_exp.console import say
 from deepseek_exp.disk import expand
 from deepseek_exp.errors import CheckpointError, ConfigError, Problem
@@ -92,10 +93,15 @@ class Job:
     started_from: Origin | None
     in_sweep: bool
 
+    @functools.cached_property
+    def degrees(self) -> Degrees:
+        """The degrees of parallelism, with those that are auto resolved."""
+        return degrees(self.cfg)
+
     @property
     def n_ranks(self) -> int:
         """Number of processes that train or evaluate it."""
-        return degrees(self.cfg).world_size
+        return self.degrees.world_size
 
     @property
     def shown_yaml(self) -> str:

@@ -12,7 +12,6 @@ from deepseek_exp.config import (
     Kernel,
     KernelsConfig,
     ModelConfig,
-    Precision,
 )
 from deepseek_exp.config.topology import Degrees
 from deepseek_exp.planner.layers import Layers, largest_gathered
@@ -64,12 +63,12 @@ class Memory:
 
 def element_bytes(exp: ExperimentConfig) -> int:
     """Return the bytes per weight or activation."""
-    return 2 if exp.trainer.precision.keeps_masters else 4
+    return exp.trainer.precision.weight_bytes
 
 
 def input_bytes(exp: ExperimentConfig) -> int:
     """Return the bytes per element in which a linear layer's input is kept for the backward pass."""
-    return 1 if exp.trainer.precision is Precision.fp8 else element_bytes(exp)
+    return 1 if exp.trainer.precision.computes_in_fp8 else element_bytes(exp)
 
 
 def optimizer_bytes(exp: ExperimentConfig) -> float:
@@ -77,7 +76,7 @@ def optimizer_bytes(exp: ExperimentConfig) -> float:
     state: float = STATE_BYTES.get(str(exp.optim.optimizer.get("_target_")), ADAM_BYTES)
     if exp.optim.state_bits == 8:  # and an fp32 scale for each 256 elements of the two
         state = 2 + 2 * 4 / 256
-    return state + (4 if element_bytes(exp) == 2 else 0)
+    return state + (4 if exp.trainer.precision.keeps_masters else 0)
 
 
 def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: int) -> Memory:

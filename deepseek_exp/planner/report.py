@@ -185,7 +185,7 @@ def describe(x: Layout) -> str:
     d = x.degrees
     sequence = ", sequence parallel" if x.sequence_parallel else ""
     recompute = RECOMPUTED[x.checkpointing]
-    return f"dp {d.dp} x tp {d.tp} x pp {d.pp}, ep {d.ep}, ZeRO {x.zero_stage}{sequence}{recompute}"
+    return f"{d}, ep {d.ep}, ZeRO {x.zero_stage}{sequence}{recompute}"
 
 
 def keys_of(x: Layout) -> dict[str, Any]:

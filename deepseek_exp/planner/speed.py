@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from deepseek_exp.config import ActivationCheckpointing, AttentionKind, ExperimentConfig, Kernel, Precision
+from deepseek_exp.config import ActivationCheckpointing, AttentionKind, ExperimentConfig, Kernel
 from deepseek_exp.config.topology import Axis
 from deepseek_exp.planner import cost
 from deepseek_exp.planner.layers import Layers
@@ -108,7 +108,7 @@ def step_seconds(exp: ExperimentConfig, layout: Layout, stages: Sequence[Layers]
     e, n_micro = element_bytes(exp), layout.n_micro_batches(exp.trainer.global_batch_seqs)
     peak = c.peak_bf16_flops if exp.trainer.precision.keeps_masters else c.peak_fp32_flops
     saved = 0.0  # fraction of a product's time at the peak that fp8 saves
-    if exp.trainer.precision is Precision.fp8 and c.peak_fp8_flops:
+    if exp.trainer.precision.computes_in_fp8 and c.peak_fp8_flops:
         saved = 1 - peak / c.peak_fp8_flops
     tokens = n_micro * layout.micro_batch_seqs * exp.data.seq_len
     paces, data, optimizer = [], 0.0, 0.0

@@ -17,8 +17,8 @@ from deepseek_exp.checkpoint import manifest
 from deepseek_exp.checkpoint.lightning_io import FolderCheckpointIO, load_weights
 from deepseek_exp.checkpoint.shards import open_state
 from deepseek_exp.checkpoint.tensors import readable
-from deepseek_exp.config import Device, ExperimentConfig, Precision
-from deepseek_exp.config.topology import Axis, degrees
+from deepseek_exp.config import Device, ExperimentConfig
+from deepseek_exp.config.topology import Axis, Degrees, degrees
 from deepseek_exp.data import PreparedData, TokenDataModule, prepare
 from deepseek_exp.errors import CheckpointError, DeviceError, Problem
 from deepseek_exp.inference import load_release
@@ -39,8 +39,6 @@ from deepseek_exp.train.callbacks import Checkpoints, Metrics, Progress
 from deepseek_exp.train.finite import FiniteSteps, first_nonfinite
 from deepseek_exp.train.lit import LanguageModel
 from deepseek_exp.train.lit_distributed import StageModel
-
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp8: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def check_memory(cfg: ExperimentConfig, device: torch.device) -> None:
     counted = parameters(cfg.model)
     n_params = counted.total + counted.mtp
     in_training = 4 + optimizer_bytes(cfg) if cfg.do.trains else 0
-    needed = n_params * (DTYPES[cfg.trainer.precision].itemsize + in_training)
+    needed = n_params * (cfg.trainer.precision.weight_bytes + in_training)
     free = free_memory(device)
     if needed > free:
         rule = f"needs {needed / 1e9:,.1f} GB for its {n_params:,} parameters"
@@ -119,8 +117,9 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
         weights: checkpoint folder to load the model's parameters from; None means from `init_from` or the seed.
     """
     device = pick_device(cfg.device)
-    if degrees(cfg).world_size > 1:
-        return _build_rank(cfg, device, weights)
+    layout = degrees(cfg)
+    if layout.world_size > 1:
+        return _build_rank(cfg, layout, device, weights)
     check_memory(cfg, device)
     check_grouped_products(cfg, device)
     set_up_torch(cfg)
@@ -130,12 +129,12 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
     return Parts(device, data, _build_datamodule(cfg, data, device, None), lit)
 
 
-def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Parts:
+def _build_rank(cfg: ExperimentConfig, layout: Degrees, device: torch.device, weights: Path | None) -> Parts:
     """Do `build_parts` on one of several ranks; the strategy loads a checkpoint's weights once it is set up."""
     connect(device)
     check_grouped_products(cfg, device)
     set_up_torch(cfg)
-    groups = Groups(degrees(cfg), device, cfg.model.n_kv_heads or cfg.model.n_heads)
+    groups = Groups(layout, device, cfg.model.n_kv_heads or cfg.model.n_heads)
     if local_rank() == 0:
         prepare(cfg.data)  # the others on this host find it in the cache
     groups.wait_for_data()
@@ -153,7 +152,7 @@ def _build_rank(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
     else:
         set_weights(shard, lambda name, shape: initial_weight(name, shape, cfg.model, cfg.seed))
     for p in shard.model.parameters():
-        p.data = p.data.to(DTYPES[cfg.trainer.precision])
+        p.data = p.data.to(getattr(torch, cfg.trainer.precision.dtype_name))
     lit = StageModel(cfg, shard, groups, data.tokenizer.token_bytes, data.unigram_bits)
     return Parts(device, data, _build_datamodule(cfg, data, device, groups), lit)
 
@@ -187,7 +186,7 @@ def _build_datamodule(
 
 
 def _ops(cfg: ExperimentConfig) -> Ops:
-    return resolve(cfg.kernels, fp8=cfg.do.trains and cfg.trainer.precision is Precision.fp8)
+    return resolve(cfg.kernels, fp8=cfg.do.trains and cfg.trainer.precision.computes_in_fp8)
 
 
 def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Transformer:
@@ -203,7 +202,7 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
         load_release(model, cfg.model, Path(cfg.init_from))
     else:
         init_weights(model, cfg.model, cfg.seed)
-    dtype = DTYPES[cfg.trainer.precision]
+    dtype = getattr(torch, cfg.trainer.precision.dtype_name)
     for p in model.parameters():
         p.data = p.data.to(device, dtype)
     for buffer in model.buffers():

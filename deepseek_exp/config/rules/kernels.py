@@ -40,7 +40,7 @@ def kernel_problems(exp: ExperimentConfig, machine: Machine) -> Iterator[Problem
 
 def fp8_problems(exp: ExperimentConfig, machine: Machine) -> Iterator[Problem]:
     """Find products of 8-bit floating numbers that nothing asks for or the hardware has not; a CPU emulates them."""
-    if exp.trainer.precision is not Precision.fp8:
+    if not exp.trainer.precision.computes_in_fp8:
         if exp.kernels.fp8_experts:
             fix = "set trainer.precision=fp8, or kernels.fp8_experts=false"
             yield Problem("kernels.fp8_experts", True, "needs trainer.precision='fp8'", fix)

@@ -10,7 +10,6 @@ from deepseek_exp.config import (
     Do,
     ExperimentConfig,
     ModelConfig,
-    Precision,
 )
 from deepseek_exp.config.topology import AUTO, Degrees, degrees, divisors, n_gpus
 from deepseek_exp.errors import Problem
@@ -74,7 +73,7 @@ def _chosen(exp: ExperimentConfig) -> Iterator[Problem]:
             rule = "cannot be used with parallel.auto=true, which chooses it"
             fix = f"leave parallel.{name} out, or set parallel.auto=false"
             yield Problem(f"parallel.{name}", getattr(p, name), rule, fix)
-    if exp.trainer.precision is Precision.fp8:
+    if exp.trainer.precision.computes_in_fp8:
         yield from _fp8(exp, 1)
     if n_gpus(exp.cluster) > 1:
         yield from _several(exp, n_gpus(exp.cluster))
@@ -120,7 +119,7 @@ def illegal(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
     if exp.parallel.sequence_parallel:
         yield from _sequence(exp, d.tp)
     yield from _batch(d, t.global_batch_seqs, t.micro_batch_seqs)
-    if t.precision is Precision.fp8 and (exp.do.trains or exp.do is Do.plan):
+    if t.precision.computes_in_fp8 and (exp.do.trains or exp.do is Do.plan):
         yield from _fp8(exp, d.tp)
 
 

@@ -38,20 +38,21 @@ class Problem:
 
     def __str__(self) -> str:
         """Return the message as one line."""
-        return redact(f"{printable(self.key)}={self.shown()} {printable(self.rule)}. Fix: {printable(self.fix)}.")
+        return redact(f"{printable(self.key)}={show(self.value)} {printable(self.rule)}. Fix: {printable(self.fix)}.")
 
-    def shown(self) -> str:
-        """Return the value in YAML notation: truncated, without passwords and control characters."""
-        if self.value is None:
-            return "null"
-        if isinstance(self.value, bool):
-            return str(self.value).lower()
-        if isinstance(self.value, int) and self.value.bit_length() > 4 * MOST_SHOWN:
-            return f"a number of {int(self.value.bit_length() * math.log10(2)) + 1:,} digits"
-        text = printable(redact(str(self.value)))
-        if len(text) > MOST_SHOWN:
-            text = f"{text[: MOST_SHOWN - 20]}... ({len(text):,} characters)"
-        return f"'{text}'" if isinstance(self.value, str) else text
+
+def show(value: Any) -> str:
+    """Return a value in YAML notation: truncated, without passwords and control characters."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and value.bit_length() > 4 * MOST_SHOWN:
+        return f"a number of {int(value.bit_length() * math.log10(2)) + 1:,} digits"
+    text = printable(redact(str(value)))
+    if len(text) > MOST_SHOWN:
+        text = f"{text[: MOST_SHOWN - 20]}... ({len(text):,} characters)"
+    return f"'{text}'" if isinstance(value, str) else text
 
 
 def printable(text: str) -> str:
@@ -117,6 +118,23 @@ class RankError(UserError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle with the problem and the log intact."""
         return type(self), (self.problems[0], self.log_end)
+
+
+# The errors by name: a rank sends its own to the process that started it.
+KINDS: dict[str, type[UserError]] = {
+    kind.__name__: kind
+    for kind in (
+        UserError,
+        ConfigError,
+        DataError,
+        CheckpointError,
+        TrackingError,
+        VerifyError,
+        DiskError,
+        DeviceError,
+        RankError,
+    )
+}
 
 
 class Stopped(Exception):

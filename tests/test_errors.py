@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 
-from deepseek_exp.errors import Problem
+from deepseek_exp import errors
+from deepseek_exp.errors import Problem, UserError
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,8 @@ def test_a_problem_is_known_by_the_function_that_finds_it():
     assert Problem("k", 1, "is odd", "use 2", id="odd").id == "odd"
     assert dataclasses.replace(nested(), key="other").id == nested().id
     assert pickle.loads(pickle.dumps(nested())).id == nested().id
+
+
+def test_every_error_of_the_user_has_its_kind():
+    found = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, UserError)}
+    assert set(errors.KINDS.values()) == found

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from deepseek_exp.config.keys import SECTION_OF, TYPE_WORDS, KeyInfo, is_enum, is_mapping, schema_keys
-from deepseek_exp.errors import Problem
+from deepseek_exp.errors import Problem, show
 
 # Other common names of our keys and values.
 KEY_SYNONYMS = {
@@ -121,8 +121,7 @@ def value_words(override: str, path: str, value: Any, info: KeyInfo, default: An
     example = default.value if isinstance(default, Enum) else default
     if example is None and info.type is str:
         example = "x"
-    shown = Problem(path, example, "", "").shown()
-    return Problem(path, value, f"is not {wanted}", f"use {wanted}, for example {path}={shown}")
+    return Problem(path, value, f"is not {wanted}", f"use {wanted}, for example {path}={show(example)}")
 
 
 def file_words(error: Exception) -> Problem:

@@ -25,9 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
-from deepseek_exp import errors
 from deepseek_exp.config import ROOT, LaunchConfig
-from deepseek_exp.errors import Problem, RankError, UserError
+from deepseek_exp.errors import KINDS, Problem, RankError, UserError
 from deepseek_exp.launch.worker import PARENT, STOP, RankResult, is_repeat, log_path, outcome_path, stop_signals
 
 if TYPE_CHECKING:
@@ -236,7 +235,7 @@ def _error(rank: _Rank, n_ranks: int) -> UserError:
     """Return the error that a rank died of: its own, if the user can fix it."""
     outcome, log = rank.outcome or {"error": None}, os.path.relpath(log_path(rank.folder, rank.number))
     if outcome["error"] and outcome["problems"]:
-        return getattr(errors, outcome["kind"])(*(Problem(**p) for p in outcome["problems"]))
+        return KINDS[outcome["kind"]](*(Problem(**p) for p in outcome["problems"]))
     if outcome["error"]:
         rule = f"of {n_ranks} died of {outcome['error']}"
         return RankError(Problem("rank", rank.number, rule, f"read {log}"), _last_lines(outcome["traceback"]))

@@ -18,10 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek_exp.config.limits import ATTENTION_PAD
 from deepseek_exp.kernels.reference import attention_mask
-
-# Kernels require head widths in multiples of eight, for q, k and v.
-PAD = 8
 
 
 def local_global_attention(
@@ -45,7 +43,7 @@ def local_global_attention(
         k, v = (t.repeat_interleave(n_rep, dim=1) for t in (k, v))  # (batch, heads, keys, ...)
     if gate is not None:
         bias = -gate[:, None].to(k.dtype) * is_global.to(k.dtype)  # (heads, keys)
-        q, k = (F.pad(t, (0, PAD)) for t in (q, k))  # (batch, heads, ..., head_dim + PAD)
+        q, k = (F.pad(t, (0, ATTENTION_PAD)) for t in (q, k))  # (batch, heads, ..., head_dim + ATTENTION_PAD)
         q[..., width] = 1 / scale
         k[..., width] = bias
     wide = max(q.shape[-1], v_width)  # the fused kernels take one width for all

@@ -26,13 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseek_exp.config.limits import FP8_MULTIPLE
 from deepseek_exp.kernels import reference
 
 INPUT, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 # Whether the tensor cores may accumulate with fewer bits than fp32; gradients are more sensitive to it than results.
 FAST_FORWARD, FAST_GRADIENTS = True, False
-# The products need the summed dimension in multiples of this.
-MULTIPLE = 16
 
 
 def linears(x: Tensor, layers: Sequence[nn.Module], *, fused: bool) -> list[Tensor]:
@@ -52,7 +51,7 @@ def linears(x: Tensor, layers: Sequence[nn.Module], *, fused: bool) -> list[Tens
 
 def padded(n: int) -> int:
     """Round up to a size that a product can sum over."""
-    return -(-n // MULTIPLE) * MULTIPLE
+    return -(-n // FP8_MULTIPLE) * FP8_MULTIPLE
 
 
 def largest(tensors: Sequence[Tensor], fused: bool) -> Tensor:

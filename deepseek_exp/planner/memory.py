@@ -13,6 +13,7 @@ from deepseek_exp.config import (
     KernelsConfig,
     ModelConfig,
 )
+from deepseek_exp.config.limits import ATTENTION_PAD, tokens_of_chunk
 from deepseek_exp.config.topology import Degrees
 from deepseek_exp.planner.layers import Layers, largest_gathered
 
@@ -21,8 +22,6 @@ USABLE = 0.92
 # State bytes per fp32 master weight, by optimizer class. Assumption: any other keeps two numbers, as Adam does.
 STATE_BYTES = {"torch.optim.SGD": 0, "torch.optim.Adafactor": 0}
 ADAM_BYTES = 8
-# The fused attention kernel needs widths in multiples of eight (kernels/attention.py).
-GATE_PAD = 8
 
 
 @dataclass(frozen=True)
@@ -285,7 +284,7 @@ def attention_widths(m: ModelConfig) -> tuple[int, int]:
     wide = v = m.head_dim
     if m.attention is AttentionKind.mla:
         wide, v = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
-    return max(wide + (GATE_PAD if m.window and m.n_global_tokens else 0), v), v
+    return max(wide + (ATTENTION_PAD if m.window and m.n_global_tokens else 0), v), v
 
 
 def norm_bytes(width: int, e: int, kernel: Kernel, cut: int = 1) -> float:
@@ -318,11 +317,6 @@ def experts_at_work_bytes(exp: ExperimentConfig, layout: Layout, stage: Layers) 
         tokens * (2 * row_h + 2 * row_f + 2 * outside) + weights,
         tokens * (row_h + 3 * row_f + outside) + weights / 3,
     )
-
-
-def tokens_of_chunk(tokens: int, vocab: float) -> int:
-    """Mirror kernels/linear_cross_entropy.py, which cannot be imported here because it imports PyTorch."""
-    return min(tokens, max(1024, int(2**25 // vocab), -(-tokens // (4 * 128)) * 128))
 
 
 def _loss_bytes(exp: ExperimentConfig, tokens: int, tp: int) -> float:

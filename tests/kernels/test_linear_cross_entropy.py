@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deepseek_exp.config import limits
 from deepseek_exp.kernels import reference
 from deepseek_exp.kernels.triton import linear_cross_entropy as module
 from deepseek_exp.kernels.triton.linear_cross_entropy import linear_cross_entropy
@@ -16,9 +17,9 @@ SHAPES = [((3,), 5, 7), ((2, 5), 6, 33), ((8,), 16, 64), ((1,), 1, 2)]
 
 @pytest.fixture(autouse=True)
 def chunks_of_four_tokens_and_steps_of_sixteen_entries(monkeypatch):
-    monkeypatch.setattr(module, "LEAST_TOKENS", 4)
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 1)
-    monkeypatch.setattr(module, "TOKEN_TILE", 4)
+    monkeypatch.setattr(limits, "LEAST_TOKENS", 4)
+    monkeypatch.setattr(limits, "CHUNK_LOGITS", 1)
+    monkeypatch.setattr(limits, "TOKEN_TILE", 4)
     monkeypatch.setattr(module, "WIDTH", 16)
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepseek_exp.kernels import attention, resolve
-from deepseek_exp.kernels.triton import linear_cross_entropy
+from deepseek_exp.kernels import resolve
 from deepseek_exp.models.moe import MoE
-from deepseek_exp.planner import memory
 from deepseek_exp.planner.memory import block_activation_bytes, product_bytes
 from tests.planner.plan_parts import Products, blocks, exchange, experiment, saved_bytes
 
@@ -44,14 +42,3 @@ def test_with_experts_elsewhere_a_block_saves_the_rows_that_came(name, monkeypat
         block(torch.randn(2, 64, exp.model.d_model))
     counted = product_bytes(exp.model, exp.kernels, 4, ep=2, is_moe=True)
     assert counted == pytest.approx(products.n_bytes / (2 * 64), rel=0.05)
-
-
-@pytest.mark.parametrize("vocab", [1000, 32768, 129280])
-@pytest.mark.parametrize("tokens", [1, 1000, 6144, 6145, 16384, 100_000])
-def test_the_plan_cuts_logits_as_the_kernel_does(tokens, vocab):
-    assert memory.tokens_of_chunk(tokens, vocab) == linear_cross_entropy.tokens_of_chunk(tokens, vocab)
-
-
-def test_the_plan_pads_as_the_kernel_does():
-    """The planner imports no PyTorch, so it has the number a second time."""
-    assert memory.GATE_PAD == attention.PAD

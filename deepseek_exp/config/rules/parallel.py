@@ -11,6 +11,7 @@ from deepseek_exp.config import (
     ExperimentConfig,
     ModelConfig,
 )
+from deepseek_exp.config.limits import FP8_MULTIPLE
 from deepseek_exp.config.topology import AUTO, Degrees, degrees, divisors, n_gpus
 from deepseek_exp.errors import Problem
 
@@ -20,8 +21,6 @@ ELEMENTWISE = ("AdamW", "Adam", "SGD", "RMSprop", "NAdam", "RAdam", "Adamax")
 # Verbs that use the full checkpoint in one process, whatever layout it was trained with.
 IN_ONE_PROCESS = (Do.sample, Do.export)
 MOST_RANKS = 10**6
-# PyTorch's fp8 matrix products need widths that are multiples of this.
-FP8_MULTIPLE = 16
 
 
 def layout_problems(exp: ExperimentConfig) -> Iterator[Problem]:

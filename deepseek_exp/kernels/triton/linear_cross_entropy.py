@@ -42,16 +42,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_exp.config.limits import tokens_of_chunk
 from deepseek_exp.kernels.triton.tiles import TILE
 
-# Minimum logits per chunk, 64 MiB in bf16: a vocabulary that is sharded over ranks, or small, gets longer chunks.
-CHUNK_LOGITS = 2**25
-# Minimum tokens per chunk: fewer are too little work for a product that reads and writes all of dw, and too few rows of
-# dh to fill a GPU.
-LEAST_TOKENS = 1024
-# The maximum number of chunks, limited by the rounding of dw. Tokens per chunk are a multiple of TOKEN_TILE, a tile of
-# the products.
-MOST_CHUNKS, TOKEN_TILE = 4, 128
 # Columns of a row that a program processes at once, and its warps: 16 elements for each of 512 threads. sm_90 needs 40
 # registers per thread, so that 396 rows are in flight, 25 MiB: still in the L2 cache when they are read again.
 WIDTH, WARPS = 8192, 16
@@ -123,12 +116,6 @@ def _multiply(x, by, n, SIZE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     product = tl.load(x + at, at < n, 0.0).to(tl.float32) * tl.load(by).to(tl.float32)
     tl.store(x + at, product.to(x.dtype.element_ty), at < n)
-
-
-def tokens_of_chunk(n_tokens: int, n_entries: int) -> int:
-    """Return the number of tokens per chunk of logits."""
-    even = triton.cdiv(triton.cdiv(n_tokens, MOST_CHUNKS), TOKEN_TILE) * TOKEN_TILE
-    return min(n_tokens, max(LEAST_TOKENS, CHUNK_LOGITS // n_entries, even))
 
 
 def _through_chunks(

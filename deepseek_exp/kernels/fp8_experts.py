@@ -23,21 +23,10 @@ from torch import Tensor
 
 from deepseek_exp.kernels import fp8
 from deepseek_exp.kernels.fp8_grouped import cast_rows, matrices, product
-from deepseek_exp.kernels.triton import experts
-from deepseek_exp.kernels.triton.experts import rows_of
+from deepseek_exp.kernels.triton.experts import Products, rows_of
 
 
-def routed_experts(*tensors: Tensor, fused: bool) -> Tensor:
-    """Compute `reference.routed_experts` in 8 bits if a gradient is needed, else as `experts.py` does.
-
-    Same arguments and result; d_model and d_expert are multiples of 16. `fused`: quantize with `fp8_quantize.py`
-    instead of PyTorch.
-    """
-    narrow = "fp8_fused" if fused else "fp8"
-    return experts.routed_experts(*tensors, products=narrow if torch.is_grad_enabled() else "wide")
-
-
-class NarrowProducts(experts.Products):
+class NarrowProducts(Products):
     """The products of rounded operands: rows in 8 bits with one scale per row, matrices with one scale per stack."""
 
     def __init__(self, *, fused: bool) -> None:
@@ -69,6 +58,3 @@ class NarrowProducts(experts.Products):
     def exact(self, rows: Any, x_TD: Tensor, inverse_TK: Tensor, offsets_E: Tensor) -> Tensor:
         """Copy the unrounded tokens to their rows."""
         return rows_of(x_TD, inverse_TK, offsets_E)
-
-
-experts.PRODUCTS |= {"fp8": NarrowProducts(fused=False), "fp8_fused": NarrowProducts(fused=True)}

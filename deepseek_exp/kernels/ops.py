@@ -77,7 +77,8 @@ def resolve(cfg: KernelsConfig, *, fp8: bool = False) -> Ops:
 
         chosen |= {"route": route}
     if cfg.experts is Kernel.triton:
-        from deepseek_exp.kernels.triton.experts import permute, routed_experts, unpermute
+        from deepseek_exp.kernels.routed_experts import routed_experts
+        from deepseek_exp.kernels.triton.experts import permute, unpermute
         from deepseek_exp.kernels.triton.sorting import sort_by_expert
 
         chosen |= {"sort_by_expert": sort_by_expert, "routed_experts": routed_experts}
@@ -105,9 +106,9 @@ def _in_fp8(cfg: KernelsConfig) -> dict[str, Callable[..., Any]]:
     if cfg.fp8_experts:
         chosen["grouped_mm"] = functools.partial(fp8_grouped.grouped_mm, fused=fused)
     if cfg.fp8_experts and cfg.experts is Kernel.triton:
-        from deepseek_exp.kernels.fp8_experts import routed_experts
+        from deepseek_exp.kernels.routed_experts import routed_experts_in_fp8
 
-        chosen["routed_experts"] = functools.partial(routed_experts, fused=fused)
+        chosen["routed_experts"] = functools.partial(routed_experts_in_fp8, fused=fused)
     return chosen
 
 

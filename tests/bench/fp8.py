@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek_exp.kernels import fp8, fp8_experts, reference
-from deepseek_exp.kernels.triton import experts, fp8_quantize
+from deepseek_exp.kernels import fp8, reference, routed_experts
+from deepseek_exp.kernels.triton import fp8_quantize
 
 TOKENS, SHAPES = 16384, [(3072, 8192), (8192, 3072), (2048, 5632)]
 EXPERTS_TOKENS = [16384, 65536]
@@ -165,8 +165,8 @@ def routed(tokens: int) -> tuple[list[str], list[str]]:
         return [y.detach(), *torch.autograd.grad(y, (x, weights, *stacks), grad)]
 
     forms = {
-        "experts bf16": lambda: run(experts.routed_experts),
-        "experts fp8": lambda: run(fp8_experts.routed_experts, fused=True),
+        "experts bf16": lambda: run(routed_experts.routed_experts),
+        "experts fp8": lambda: run(routed_experts.routed_experts_in_fp8, fused=True),
     }
     found, wide, narrow, again = times(forms), forms["experts bf16"](), *(forms["experts fp8"]() for _ in range(2))
     repeats = all(torch.equal(a, b) for a, b in zip(narrow, again, strict=True))

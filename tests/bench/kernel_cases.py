@@ -17,7 +17,7 @@ from torch import Tensor
 from deepseek_exp.config import GroupScore, Score
 from deepseek_exp.kernels import attention, grouped, reference
 from deepseek_exp.kernels.local_global_attention import local_global_attention
-from deepseek_exp.kernels.triton.experts import routed_experts
+from deepseek_exp.kernels.routed_experts import routed_experts
 from deepseek_exp.kernels.triton.linear_cross_entropy import linear_cross_entropy
 from deepseek_exp.kernels.triton.rms_norm import add_rms_norm, rms_norm
 from deepseek_exp.kernels.triton.rope import rope

@@ -40,7 +40,7 @@ if not torch.cuda.is_available():
 
 from deepseek_exp.kernels import attention, reference
 from deepseek_exp.kernels.local_global_attention import local_global_attention
-from deepseek_exp.kernels.triton.experts import routed_experts
+from deepseek_exp.kernels.routed_experts import routed_experts
 from tests.bench.kernel_cases import DEVICE, DTYPE, Inputs, attended, grouped_experts, mixture
 
 ATTENTION, EXPERTS = "attention", "experts"

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from deepseek_exp.kernels import reference
+from deepseek_exp.kernels import routed_experts as operation
+from deepseek_exp.kernels.routed_experts import routed_experts
 from deepseek_exp.kernels.triton import experts
-from deepseek_exp.kernels.triton.experts import permute, routed_experts, rows_of, unpermute
+from deepseek_exp.kernels.triton.experts import permute, rows_of, unpermute
 from tests.kernels.fused import assert_equals_definition, outputs_and_gradients
 
 # tokens, experts, experts of a token, d_model, d_expert: one tile, several of rows, several of columns
@@ -110,7 +112,8 @@ def test_keeps_tokens_gate_and_up_alone():
 
 def test_copies_tokens_to_their_rows_once_a_pass_and_their_gradient_once(monkeypatch):
     copied = []
-    monkeypatch.setattr(experts, "rows_of", lambda x, *rest: copied.append(x) or rows_of(x, *rest))
+    for module in (experts, operation):
+        monkeypatch.setattr(module, "rows_of", lambda x, *rest: copied.append(x) or rows_of(x, *rest))
     inputs = [t.requires_grad_() if t.is_floating_point() else t for t in parts(6, 3, 2, 8, 16)]
     grad = torch.randn(6, 8)
     routed_experts(*inputs).backward(grad)

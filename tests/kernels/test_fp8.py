@@ -16,11 +16,11 @@ from triton.runtime import interpreter
 
 from deepseek_exp.config import ActivationCheckpointing, Precision
 from deepseek_exp.kernels import TORCH, fp8, fp8_grouped, reference, resolve
-from deepseek_exp.kernels.fp8_experts import routed_experts
-from deepseek_exp.kernels.triton import experts, fp8_quantize
+from deepseek_exp.kernels.routed_experts import routed_experts, routed_experts_in_fp8
+from deepseek_exp.kernels.triton import fp8_quantize
 from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.planner.memory import block_activation_bytes, product_bytes
-from deepseek_exp.train.build import DTYPES, build_model
+from deepseek_exp.train.build import build_model
 from deepseek_exp.train.optim import build_optimizer
 from tests.config.test_config import composed
 from tests.kernels.fused import outputs_and_gradients
@@ -262,18 +262,18 @@ def test_routed_experts(fused, dropped):
     """Next to the composed form, where single numbers round the other way, and within rounding of the definition."""
     found, composed_, exact = (
         outputs_and_gradients(f, experts_case(dropped))
-        for f in (functools.partial(routed_experts, fused=fused), composed_experts, reference.routed_experts)
+        for f in (functools.partial(routed_experts_in_fp8, fused=fused), composed_experts, reference.routed_experts)
     )
     for a, b, c in zip(found, composed_, exact, strict=True):
         assert (a - b).norm() < 3e-3 * b.norm() and (a - c).norm() < 0.1 * c.norm()
-    again = outputs_and_gradients(functools.partial(routed_experts, fused=fused), experts_case(dropped))
+    again = outputs_and_gradients(functools.partial(routed_experts_in_fp8, fused=fused), experts_case(dropped))
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
 def test_experts_compile_whole():
     case = [t.requires_grad_() if t.is_floating_point() else t for t in experts_case()]
-    compiled = torch.compile(functools.partial(routed_experts, fused=True), backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(*case), routed_experts(*case, fused=True))
+    compiled = torch.compile(functools.partial(routed_experts_in_fp8, fused=True), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*case), routed_experts_in_fp8(*case, fused=True))
     torch.library.opcheck(torch.ops.deepseek_exp.routed_experts, (*case, "fp8_fused"))
     x, weight, ends, _ = grouped_case()
     torch.library.opcheck(
@@ -286,7 +286,7 @@ def test_experts_compile_whole():
 def test_experts_outside_of_training_are_as_they_are():
     case = experts_case()
     with torch.no_grad():
-        assert torch.equal(routed_experts(*case, fused=True), experts.routed_experts(*case))
+        assert torch.equal(routed_experts_in_fp8(*case, fused=True), routed_experts(*case))
 
 
 DENSE = ("model=v1_dense", "size=tiny", "model.n_layers=2", "data.seq_len=32")
@@ -320,7 +320,7 @@ def test_training_is_near_bf16():
 
 def test_sampling_and_evaluation_take_the_weights_as_they_are():
     """Without a step to take there is nothing in 8 bits: the operations are those of bf16."""
-    assert DTYPES[Precision.fp8] is torch.bfloat16
+    assert Precision.fp8.dtype_name == "bfloat16"
     cfg = composed(*DENSE, "trainer.precision=fp8", "do=eval")
     assert build_model(cfg, torch.device("cpu"), None).ops.linears is reference.linears
 

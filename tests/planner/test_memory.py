@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deepseek_exp.kernels import TORCH
-from deepseek_exp.kernels.triton import experts
+from deepseek_exp.kernels import routed_experts as operation
 from deepseek_exp.models.moe import MoE
 from deepseek_exp.planner import parameters
 from deepseek_exp.planner.layers import largest_gathered, layers_of
@@ -155,15 +155,15 @@ def test_fused_experts_at_work_take_what_is_counted(tp, ep, d_expert, seq_len):
     w = [torch.randn(n_experts, m.moe.d_expert // tp, m.d_model, requires_grad=True) for _ in range(2)]
     w.append(w[0].detach().transpose(1, 2).contiguous().requires_grad_())
     by_expert = TORCH.sort_by_expert(torch.randint(n_experts, weights.shape), n_experts)
-    y = experts.routed_experts(x, weights, *by_expert, *w)
-    live, backward = Live(), experts._routed_experts_backward
+    y = operation.routed_experts(x, weights, *by_expert, *w)
+    live, backward = Live(), operation._routed_experts_backward
 
     def watched(*args):
         with live:
             return backward.function(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts, "_routed_experts_backward", watched)
+        patch.setattr(operation, "_routed_experts_backward", watched)
         y.backward(torch.ones_like(y))
     counted = experts_at_work_bytes(exp, layout(dp=ep, tp=tp, ep=ep), stage)
     assert live.most + y.nbytes == pytest.approx(counted, rel=0.02)

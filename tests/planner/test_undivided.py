@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from deepseek_exp.config import ModelConfig
-from deepseek_exp.kernels import resolve
+from deepseek_exp.kernels import resolve, routed_experts
 from deepseek_exp.kernels.triton import experts
 from deepseek_exp.models import Transformer
 from deepseek_exp.models.moe import MoE
@@ -140,7 +140,9 @@ class Copied(Bytes):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         for name in ("rows_of", "sum_rows"):
-            monkeypatch.setattr(experts, name, functools.partial(self.also, getattr(experts, name)))
+            counted = functools.partial(self.also, getattr(experts, name))
+            for module in (experts, routed_experts):
+                monkeypatch.setattr(module, name, counted)
 
     def also(self, function, *args):
         with _disable_current_modes():

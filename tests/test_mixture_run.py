@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 
+from deepseek_exp.tracking.journal import read_all
+from deepseek_exp.tracking.rundir import JOURNAL, Spec
 from tests import forks, runs
-from tests.test_run import all_runs, store
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +33,20 @@ def copy_of_finished(finished, tmp_path):
 
 def test_says_and_records_each_part(finished):
     folder, done = finished
-    run, client = all_runs(folder)[0], store(folder)
-    assert "run       v1_dense tiny mixture max_steps=12 global_batch_seqs=8 warmup_steps=3, MLflow" in done.stdout
+    (run_dir,) = runs.run_dirs(folder)
+    assert "run       v1_dense tiny mixture max_steps=12 global_batch_seqs=8 warmup_steps=3, run " in done.stdout
     assert "data      mixture of sums 75.0%, words 25.0%, " in done.stdout
-    losses = [run.data.metrics[f"val/loss/{name}"] for name in ("sums", "words")]
+    traces = {name: runs.trace(run_dir, f"val/loss{name}") for name in ("", "/sums", "/words")}
+    assert all(list(trace) == [6, 12] for trace in traces.values())
+    whole, *losses = (trace[12] for trace in traces.values())
     assert f"\n            loss by part: sums {losses[0]:.3f}, words {losses[1]:.3f}\n" in done.stdout
-    assert run.data.metrics["val/loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)  # one batch each
-    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/loss/sums")] == [6, 12]
-    assert "| `val/loss/words` | nats per token |" in run.data.tags["mlflow.note.content"]
-    assert run.data.params["data.mixture.sums.weight"] == "3"
-    inputs = {(i.dataset.name, i.tags[0].value): i.dataset.digest for i in run.inputs.dataset_inputs}
-    assert set(inputs) == {(name, split) for name in ("sums", "words") for split in ("train", "valid")}
-    assert len(set(inputs.values())) == 4
+    assert whole == pytest.approx(sum(losses) / 2, rel=1e-6)  # one batch each
+    assert Spec.load(run_dir).params["data.mixture.sums.weight"] == "3"
+    inputs = [event for event in read_all(run_dir / JOURNAL) if event["kind"] == "dataset"]
+    assert {(i["name"], i["context"]) for i in inputs} == {
+        (n, c) for n in ("sums", "words") for c in ("train", "valid")
+    }
+    assert len({i["digest"] for i in inputs}) == 4
 
 
 def test_a_resume_in_the_middle_changes_nothing(finished, copy_of_finished):

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from deepseek_exp.config import compose
+from deepseek_exp.tracking.rundir import Progress, Spec
 from tests import forks, runs
 from tests.bench import kill
 
@@ -31,7 +32,7 @@ def all_runs(folder) -> list:
 def finished(tmp_path_factory):
     """A folder with one finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
-    done = runs.run(folder, *runs.QUICK)
+    done = runs.run(folder, *runs.TRACKED)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -40,7 +41,7 @@ def finished(tmp_path_factory):
 def swept(tmp_path_factory):
     """A folder with a sweep, two of whose four jobs fail, and what it printed."""
     folder = tmp_path_factory.mktemp("sweep")
-    done = runs.run(folder, "-m", *runs.QUICK, "optim.clip_norm=0", "optim.lr=1e30,1e-3", "model.n_heads=2,4")
+    done = runs.run(folder, "-m", *runs.TRACKED, "optim.clip_norm=0", "optim.lr=1e30,1e-3", "model.n_heads=2,4")
     return folder, done
 
 
@@ -149,7 +150,7 @@ class TestUseOfACheckpoint:
         )
 
     def test_eval_gives_the_training_runs_loss(self, copy_of_finished):
-        done = runs.run(copy_of_finished, "do=eval", "resume=last")
+        done = runs.run(copy_of_finished, "do=eval", "resume=last", "tracking=none")
         assert done.returncode == 0, done.stderr
         trained = runs.trace(runs.run_dirs(copy_of_finished)[0], "val/loss")[12]
         measured = runs.trace(runs.run_dirs(copy_of_finished)[-1], "val/loss")
@@ -193,16 +194,15 @@ class TestUseOfACheckpoint:
             r"or train on this text in a new run from its weights with init_from=outputs/runs/\S+/step-00000004.$",
             said,
         )
-        (run,) = all_runs(tmp_path)
-        assert run.info.status == "FINISHED"  # the refused resume is recorded nowhere
+        (old,) = runs.run_dirs(tmp_path)
+        assert runs.ending(old) == "FINISHED"  # the refused resume is recorded nowhere
         further = [o for o in own if o != "size=tiny"]
         done = forks.run(tmp_path, *further, "init_from=last", "data=text", f"data.path={text}", "trainer.max_steps=4")
         assert done.returncode == 0, done.stderr
         old, new = runs.run_dirs(tmp_path)
         assert runs.trace(new, "train/loss")[1] < runs.trace(old, "train/loss")[1] - 0.5
-        started = next(r for r in all_runs(tmp_path) if r.info.run_id != run.info.run_id)
-        assert started.data.tags["init_from.run_id"] == run.info.run_id
-        assert started.data.tags["init_from.step"] == "4"
+        tags = Spec.load(new).tags
+        assert (tags["init_from.run_id"], tags["init_from.step"]) == (Progress.load(old).run_id, "4")
 
     def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(self, copy_of_finished):
         (run_dir,) = runs.run_dirs(copy_of_finished)
@@ -216,7 +216,7 @@ class TestUseOfACheckpoint:
 
     def test_a_changed_resume_is_a_new_run_with_the_whole_curve(self, tmp_path):
         """Parameters in MLflow never change, so the run that had others stays as it was."""
-        done = forks.run(tmp_path, *runs.QUICK, "trainer.max_steps=4")
+        done = forks.run(tmp_path, *runs.TRACKED, "trainer.max_steps=4")
         assert done.returncode == 0, done.stderr
         (before,) = all_runs(tmp_path)
         words = ("trainer.max_steps=6", "optim.lr=1e-5", "optim.min_lr_ratio=1")
@@ -256,7 +256,7 @@ class TestKill:
             r"stopped by SIGTERM after step (\d+); the checkpoint is saved. Continue with: .* resume=\w+", out
         )
         assert stopped and 20 <= int(stopped[1]) < 60
-        assert all_runs(tmp_path / "b")[0].info.status == "KILLED"
+        assert runs.ending(runs.run_dirs(tmp_path / "b")[0]) == "KILLED"
         done = runs.run(tmp_path / "b", "resume=last")
         assert done.returncode == 0, done.stderr
         (a,), (b,) = runs.run_dirs(tmp_path / "a"), runs.run_dirs(tmp_path / "b")
@@ -276,11 +276,11 @@ class TestFailure:
             r"or leave such steps out with trainer.on_nonfinite=skip."
         )
         assert re.fullmatch(want, done.stderr.strip().splitlines()[-1])
-        (run,) = all_runs(tmp_path)
-        assert run.info.status == "FAILED" and re.fullmatch(want, run.data.tags["error"])
+        (run_dir,) = runs.run_dirs(tmp_path)
+        assert runs.ending(run_dir) == "FAILED"
 
     def test_unreachable_server(self, tmp_path):
-        done = forks.run(tmp_path, *runs.QUICK, "tracking.uri=http://127.0.0.1:9")
+        done = forks.run(tmp_path, *runs.TRACKED, "tracking.uri=http://127.0.0.1:9")
         assert done.returncode == 1
         assert done.stderr.strip().splitlines()[-1].startswith("tracking.uri='http://127.0.0.1:9' does not answer")
         assert "have not reached" not in done.stdout  # there was nothing to send

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deepseek_exp.config import ROOT
+from deepseek_exp.config import ROOT, Tracker
 from deepseek_exp.console import command, python
 from deepseek_exp.redact import redact
 from deepseek_exp.tracking.rundir import Progress
@@ -33,8 +33,9 @@ DEFAULT_STORE = f"sqlite:///{ROOT / OUTPUTS / 'mlflow.db'}"
 
 def next_commands(job: Job, run_id: str) -> Iterator[tuple[str, str]]:
     """Yield follow-up commands after training, as (command, purpose)."""
-    experiment_id = Progress.load(job.run_dir).experiment_id
-    yield ui_command(job.cfg.tracking.uri, experiment_id), _where_runs_are(job.cfg.tracking.uri, experiment_id)
+    if job.cfg.tracking.backend is Tracker.mlflow:
+        experiment_id = Progress.load(job.run_dir).experiment_id
+        yield ui_command(job.cfg.tracking.uri, experiment_id), _where_runs_are(job.cfg.tracking.uri, experiment_id)
     if not job.cfg.trainer.keep_checkpoints:
         return
     start, resume = command(), resume_words(job, run_id)

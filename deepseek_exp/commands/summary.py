@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from deepseek_exp import planner
 from deepseek_exp.checkpoint import manifest
 from deepseek_exp.commands.next_commands import next_commands
+from deepseek_exp.config.enums import Tracker
+from deepseek_exp.config.schema import TrackingConfig
 from deepseek_exp.console import shown
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ def plan_text(job: Job, parts: Parts, run_id: str) -> str:
     meets = f" ({counted.active:,} active)" if m.moe.n_routed_experts or m.d_ff_active else ""
     mask = f"window {m.window} + {m.n_global_tokens} global tokens" if m.window else "full causal attention"
     rows = {
-        "run": f"{job.name}, MLflow run {run_id[:12]} in {cfg.tracking.uri}",
+        "run": f"{job.name}, {_recorded_as(cfg.tracking, run_id)}",
         "model": f"{m.version}, {n_params:,} parameters{meets}: {m.n_layers} layers, d_model {m.d_model}, {mask}",
         "data": f"{_source(parts)}, {data.n_train_tokens:,} tokens (valid {data.n_valid_tokens:,}), "
         f"vocabulary {data.tokenizer.vocab_size:,}",
@@ -43,6 +45,13 @@ def plan_text(job: Job, parts: Parts, run_id: str) -> str:
     elif cfg.init_from is not None:
         rows["starts"] = f"from {cfg.init_from}"
     return "\n".join(f"{key:9} {value}" for key, value in rows.items())
+
+
+def _recorded_as(tracking: TrackingConfig, run_id: str) -> str:
+    """Return the run id, and the store that has the run."""
+    if tracking.backend is Tracker.none:
+        return f"run {run_id[:12]}, not in MLflow"
+    return f"MLflow run {run_id[:12]} in {tracking.uri}"
 
 
 def _how_it_runs(job: Job, parts: Parts, steps: int) -> dict[str, str]:
@@ -89,7 +98,7 @@ def summary(
     Args:
         job: the job that trained.
         parts: parts of the training.
-        run_id: its MLflow run.
+        run_id: its run.
         saved: its last checkpoint, if any.
         speed: tokens per second, mean over all steps.
         text: a sample, if any.

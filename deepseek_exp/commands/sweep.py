@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from deepseek_exp import console, tracking
 from deepseek_exp.commands import sweep_rest
 from deepseek_exp.commands.next_commands import OUTPUTS, override, words
-from deepseek_exp.config import TrackingConfig
+from deepseek_exp.config import Tracker, TrackingConfig
 from deepseek_exp.console import command, say
 from deepseek_exp.disk import check_writable, disk_error
 from deepseek_exp.errors import UserError
@@ -47,6 +47,7 @@ class SweepRun(Callback):
 
     def __init__(self) -> None:
         self.parent_run_id: str | None = None
+        self.is_local = False  # the jobs are recorded in their folders only
         self.n_started = 0
         self.ended = False
 
@@ -58,7 +59,8 @@ class SweepRun(Callback):
         folder = Path(config.hydra.sweep.dir)
         with _leaving_on_error(config.output_dir):
             check_writable("hydra.sweep.dir", folder)
-            if _recorded(overrides):
+            self.is_local = _recorded(overrides) and cfg.backend is Tracker.none
+            if _recorded(overrides) and not self.is_local:
                 self.parent_run_id = tracking.start_sweep(
                     cfg,
                     name=name,
@@ -92,8 +94,12 @@ class SweepRun(Callback):
                 cfg, rows = _tracking(config), tracking.sweep_table(_tracking(config), self.parent_run_id)
                 n_failed = max(n_failed, sum(row.status != "FINISHED" for row in rows))
                 tracking.finish_sweep(cfg, self.parent_run_id, rows, n_failed > 0)
+        elif self.is_local:
+            rows = tracking.local_sweep_table(Path(config.hydra.sweep.dir))
+            n_failed = max(n_failed, sum(row.status != "FINISHED" for row in rows))
+        if self.parent_run_id is not None or self.is_local:
             say(f"\n{tracking.render_table(rows)}\n")
-        if self.parent_run_id is not None or n_failed:
+        if self.parent_run_id is not None or self.is_local or n_failed:
             recorded = f"; MLflow run {self.parent_run_id}" if self.parent_run_id is not None else ""
             n_jobs = sweep_rest.n_jobs(list(config.hydra.overrides.task))
             say(f"{f'{n_failed} of {n_jobs} jobs failed' if n_failed else f'all {n_jobs} jobs finished'}{recorded}")
@@ -110,6 +116,8 @@ class SweepRun(Callback):
             cfg, rows = _tracking(config), tracking.sweep_table(_tracking(config), self.parent_run_id)
             tracking.finish_sweep(cfg, self.parent_run_id, rows, True)
             say(f"\n{tracking.render_table(rows)}\n")
+        elif self.is_local:
+            say(f"\n{tracking.render_table(tracking.local_sweep_table(Path(config.hydra.sweep.dir)))}\n")
         say(self._interrupted(config))
 
     def _interrupted(self, config: DictConfig) -> str:

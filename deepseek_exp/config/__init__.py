@@ -18,6 +18,7 @@ from deepseek_exp.config.enums import (
     RopeScalingKind,
     Score,
     Source,
+    Tracker,
 )
 from deepseek_exp.config.resolvers import register
 from deepseek_exp.config.schema import (
@@ -72,6 +73,7 @@ __all__ = [
     "SampleConfig",
     "Score",
     "Source",
+    "Tracker",
     "TrackingConfig",
     "TrainerConfig",
     "VerifyConfig",

@@ -35,6 +35,13 @@ class Launcher(StrEnum):
     slurm = "slurm"
 
 
+class Tracker(StrEnum):
+    """Where a run is recorded beside its own folder."""
+
+    mlflow = "mlflow"
+    none = "none"
+
+
 class Device(StrEnum):
     """Where to run."""
 

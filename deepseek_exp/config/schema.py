@@ -30,6 +30,7 @@ from deepseek_exp.config.enums import (
     RopeScalingKind,
     Score,
     Source,
+    Tracker,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -367,6 +368,7 @@ class TrackingConfig:
     system_metrics: bool = key("log the machine's CPU, memory, disk, network and GPU usage")
     drain_seconds: float = key("how long a run waits at its end for an unresponsive store, in seconds", gt=0, le=1e6)
     new_run: bool = key("resume: record as a new MLflow run that refers to the one it continues", default=False)
+    backend: Tracker = key("mlflow; none: the run's own folder only, without MLflow", default=Tracker.mlflow)
 
 
 @dataclass
@@ -418,7 +420,7 @@ class ExperimentConfig:
     )
     device: Device = key("auto: use a GPU if there is one")
     seed: int = key("seed of weights, data order and sampling", ge=0, lt=2**63)
-    resume: str | None = key("checkpoint to resume from: last, an MLflow run id, or a path; null: start from scratch")
+    resume: str | None = key("checkpoint to resume from: last, a run id, or a path; null: start from scratch")
     init_from: str | None = key(
         "folder of a Hugging Face checkpoint to start from: its config.json sets the model section, its "
         "tokenizer.json the tokenizer; null: weights from the seed"

@@ -33,7 +33,7 @@ from deepseek_exp.config.explain import parse_one
 from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.rules import hydra_section
 from deepseek_exp.config.rules.model import unread_problems
-from deepseek_exp.config.rules.values import text_problems
+from deepseek_exp.config.rules.values import text_problems, untracked_problems
 from deepseek_exp.config.schema import ExperimentConfig
 from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.experiment.init_from import names_a_run, start_from
@@ -147,7 +147,8 @@ def _composed(overrides: Sequence[str], machine: Machine, *, in_sweep: bool) -> 
     # Values from a checkpoint are checked once the checkpoint's own configuration is known.
     of_a_run = takes_checkpoint(cfg) or (cfg.get("init_from") is not None and not release)
     if not of_a_run:
-        found += unread_problems(exp, {override_key(o) for o in good})
+        named = {override_key(o) for o in good}
+        found += [*unread_problems(exp, named), *untracked_problems(exp, named)]
     checked, more = check_tree(cfg, found, None if of_a_run else machine)
     return Composed(cfg, None if of_a_run else checked, section), found + more
 

@@ -188,8 +188,8 @@ def make_job(
             raise ConfigError(*fixed)
         if cfg.tracking.new_run or resume.differing(before, cfg, NOT_TRAINING):
             continues = _origin(checkpoint)
-        elif not _is_own(checkpoint, cfg.output_dir):
-            _check_where_recorded(checkpoint, cfg.output_dir, overrides)
+        else:
+            _check_where_recorded(checkpoint, before, cfg, overrides)
     named_by = overrides if history is None else history
     name = redact(cfg.tracking.run_name or _name(cfg, named_by, size, checkpoint, sweep["keys"] if sweep else None))
     if cfg.do is Do.train and checkpoint is not None and continues is None:
@@ -334,8 +334,17 @@ def _has_database(uri: str) -> bool:
     return path is not None and path.is_file()
 
 
-def _check_where_recorded(checkpoint: Path, output_dir: str, overrides: Sequence[str]) -> None:
-    """Raise an error if a checkpoint outside output_dir is resumed without the command naming its tracking store."""
+def _check_where_recorded(
+    checkpoint: Path, before: ExperimentConfig, now: ExperimentConfig, overrides: Sequence[str]
+) -> None:
+    """Raise if a run would be continued in another kind of record, or from elsewhere in a store that was not named."""
+    began, backend, output_dir = before.tracking.backend, now.tracking.backend, now.output_dir
+    if began is not backend:
+        rule = f"cannot record the rest of a run that began with tracking.backend={began.value}"
+        fix = f"set tracking.backend={began.value}, or tracking.new_run=true to record it as a new run"
+        raise ConfigError(Problem("tracking.backend", backend.value, rule, fix))
+    if _is_own(checkpoint, output_dir):
+        return
     if any(o.lstrip("+").startswith(("tracking.uri=", "tracking=")) for o in overrides):
         return
     run_dir = checkpoint.resolve().parent.parent

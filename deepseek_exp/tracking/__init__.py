@@ -5,7 +5,15 @@ MLflow. Neither MLflow nor Lightning is imported here; the Lightning adapter is 
 """
 
 from deepseek_exp.tracking.run import RunLog, TrackedRun, copy_history
-from deepseek_exp.tracking.sweep import SweepRow, best_row, finish_sweep, render_table, start_sweep, sweep_table
+from deepseek_exp.tracking.sweep import (
+    SweepRow,
+    best_row,
+    finish_sweep,
+    local_sweep_table,
+    render_table,
+    start_sweep,
+    sweep_table,
+)
 
 __all__ = [
     "RunLog",
@@ -14,6 +22,7 @@ __all__ = [
     "best_row",
     "copy_history",
     "finish_sweep",
+    "local_sweep_table",
     "render_table",
     "start_sweep",
     "sweep_table",

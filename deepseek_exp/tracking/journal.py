@@ -163,12 +163,17 @@ def copy_metrics(source: Path, target: Path, last_step: int) -> None:
     temporary.unlink()
 
 
-def metric_events(path: Path) -> Iterator[Event]:
-    """Yield the metrics of a journal; skip lines that no journal writer wrote."""
+def read_all(path: Path) -> Iterator[Event]:
+    """Yield the events of a journal."""
     offset, events = 0, [{"kind": "begin"}]
     while events:
         events, offset = read_events(path, offset)
-        yield from (event for event in events if _is_metrics(event))
+        yield from events
+
+
+def metric_events(path: Path) -> Iterator[Event]:
+    """Yield the metrics of a journal; skip lines that no journal writer wrote."""
+    yield from (event for event in read_all(path) if _is_metrics(event))
 
 
 def _is_metrics(event: Event) -> bool:

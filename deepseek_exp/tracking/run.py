@@ -9,13 +9,14 @@ import shlex
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from deepseek_exp.config import ROOT, TrackingConfig
+from deepseek_exp.config import ROOT, Tracker, TrackingConfig
 from deepseek_exp.errors import Problem, TrackingError
 from deepseek_exp.redact import redact, redact_tree
 from deepseek_exp.tracking.journal import JournalWriter, copy_metrics, encode_float, metric_events, read_events
@@ -122,6 +123,8 @@ class RunLog:
 class TrackedRun(RunLog):
     """A run that is recorded, from its start to its end: a separate process sends the journal to MLflow.
 
+    With `tracking.backend=none` there is no such process, and the journal is the only record.
+
     Attributes:
         notes: remarks about the store after `wait_ready` has returned, one sentence each.
     """
@@ -135,7 +138,7 @@ class TrackedRun(RunLog):
         self._began_at = journal.size_before
         log = run_dir / LOG
         self._log_size = log.stat().st_size if log.exists() else 0
-        self._process = _start_sender(run_dir)
+        self._process = _start_sender(run_dir) if spec.tracking.backend is Tracker.mlflow else None
 
     @classmethod
     def start(
@@ -163,7 +166,7 @@ class TrackedRun(RunLog):
             tags: tags of the run; those of `cfg` take precedence.
             source_dir: folder whose git state is recorded.
             artifact_dir: where a database store keeps artifacts; a server decides that itself.
-            run_id: MLflow run to continue; None means a new one. `run_dir` is unchanged if it cannot be continued.
+            run_id: run to continue; None means a new one. `run_dir` is unchanged if it cannot be continued.
             continues: MLflow run and step that a new run continues from; become tags. `copy_history` can begin its
                 journal beforehand.
 
@@ -195,13 +198,18 @@ class TrackedRun(RunLog):
         return cls(run_dir, spec, journal)
 
     def wait_ready(self, timeout_seconds: float) -> str:
-        """Wait until the run is in the store; return its run id.
+        """Wait until the run is in the store, if there is one; return its run id.
 
         Raises:
             TrackingError: the store cannot be reached or used, the run to continue does not exist, or there is no
                 answer within `timeout_seconds`. Nothing is being sent then, and the folder of a run that was to be
                 continued is as it was before `start`.
         """
+        if self._process is None:
+            run_id = self._spec.run_id or uuid.uuid4().hex
+            replace(Progress.load(self.run_dir), run_id=run_id).save(self.run_dir)
+            Spec.settle(self.run_dir, keep=True)
+            return run_id
         try:
             run_id = self._answer(timeout_seconds)
         except TrackingError:
@@ -254,6 +262,8 @@ class TrackedRun(RunLog):
         if not self._taken_back:
             self._journal.end(status, None if error is None else redact(error))
         self._journal.close()
+        if self._process is None:
+            return Delivery(True, Progress.load(self.run_dir).run_id, "")
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()

@@ -12,11 +12,11 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deepseek_exp.config import TrackingConfig
+from deepseek_exp.config import Tracker, TrackingConfig
 
 JOURNAL = "journal.jsonl"
 LOG = "sender.log"
@@ -65,7 +65,8 @@ class Spec:
         if not pending or not path.exists():
             path = run_dir / _SPEC
         fields = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**fields, "tracking": TrackingConfig(**fields["tracking"])})
+        tracking = TrackingConfig(**fields["tracking"])
+        return cls(**{**fields, "tracking": replace(tracking, backend=Tracker(tracking.backend))})
 
 
 @dataclass

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseek_exp.config import TrackingConfig
+from deepseek_exp.tracking.journal import Event, read_all
 from deepseek_exp.tracking.params import cut
+from deepseek_exp.tracking.rundir import JOURNAL, Progress, Spec
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -47,7 +49,7 @@ class SweepRow:
 
     Attributes:
         job: its number in the sweep, which is the name of its folder.
-        run_id: its MLflow run.
+        run_id: its run.
         name: name of the run.
         overrides: its command-line overrides.
         status: of the run.
@@ -120,6 +122,11 @@ def sweep_table(cfg: TrackingConfig, parent_run_id: str) -> list[SweepRow]:
             token = page.token
             if not token:
                 return _sorted(rows)
+
+
+def local_sweep_table(folder: Path) -> list[SweepRow]:
+    """Read the jobs of a sweep that is not in MLflow from their folders, in the order of `sweep_table`."""
+    return _sorted([_local_row(path.parent) for path in folder.glob(f"*/{JOURNAL}")])
 
 
 def finish_sweep(cfg: TrackingConfig, parent_run_id: str, rows: list[SweepRow], failed: bool) -> None:
@@ -223,22 +230,44 @@ def _parent(cfg: TrackingConfig, parent_run_id: str) -> tuple[MlflowClient, Run]
 
 
 def _row(run: Run) -> SweepRow:
-    metrics, params, tags, info = run.data.metrics, run.data.params, run.data.tags, run.info
-    error_lines = tags.get("error", "").strip().splitlines()
+    tags, info = run.data.tags, run.info
+    job = Path(tags["run_dir"]).name if "run_dir" in tags else ""
+    minutes = (info.end_time - info.start_time) / 60_000 if info.end_time else None
+    about = (job, info.run_id, info.run_name, tags.get("overrides", ""), info.status)
+    return _with_numbers(about, run.data.metrics, run.data.params, minutes, tags.get("error", ""))
+
+
+def _local_row(run_dir: Path) -> SweepRow:
+    spec, metrics, end = Spec.load(run_dir), {}, Event()
+    for event in read_all(run_dir / JOURNAL):
+        if event["kind"] == "metrics":
+            metrics |= {name: float(value) for name, value in event["values"].items()}
+        elif event["kind"] == "end":
+            end = event
+    about = (run_dir.name, Progress.load(run_dir).run_id or "", spec.name, spec.tags.get("overrides", ""))
+    minutes = (end["t"] - spec.start_ms) / 60_000 if end else None
+    return _with_numbers((*about, end.get("status", "RUNNING")), metrics, spec.params, minutes, end.get("error") or "")
+
+
+def _with_numbers(
+    about: tuple[str, str, str, str, str],
+    metrics: dict[str, float],
+    params: dict[str, str],
+    minutes: float | None,
+    error: str,
+) -> SweepRow:
+    """Return a row: its job, run id, name, overrides and status, with the last value of each metric."""
+    error_lines = error.strip().splitlines()
     tokens = metrics.get("data/tokens")
     return SweepRow(
-        job=Path(tags["run_dir"]).name if "run_dir" in tags else "",
-        run_id=info.run_id,
-        name=info.run_name,
-        overrides=tags.get("overrides", ""),
-        status=info.status,
+        *about,
         val_loss=metrics.get("val/loss"),
         val_bits_per_byte=metrics.get("val/bits_per_byte"),
         n_params=int(params["n_params"]) if "n_params" in params else None,
         flops_per_token=metrics.get("perf/flops_per_token"),
         tokens=None if tokens is None else int(tokens),
         tokens_per_second=metrics.get("perf/tokens_per_second"),
-        minutes=(info.end_time - info.start_time) / 60_000 if info.end_time else None,
+        minutes=minutes,
         error=error_lines[0] if error_lines else "",
     )
 

@@ -37,7 +37,7 @@ from tests import runs
 STEPS, SAVES_EVERY = 24, 4
 FOUR = ("parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "parallel.zero_stage=1", "trainer.micro_batch_seqs=2")
 WORDS = (
-    *(word for word in runs.QUICK if "micro_batch_seqs" not in word),
+    *(word for word in runs.TRACKED if "micro_batch_seqs" not in word),
     "model=v3_moe",
     "device=cpu",
     f"trainer.max_steps={STEPS}",

@@ -103,7 +103,7 @@ def test_printed_commands_run_where_they_are_printed(tmp_path):
     folder = tmp_path / "my work"
     folder.mkdir()
     words = (*shlex.split(next_commands.override("output_dir", "it's here mine")), "trainer.max_steps=2")
-    done = forks.run(folder, *runs.QUICK, *words, "optim.warmup_steps=0")
+    done = forks.run(folder, *runs.TRACKED, *words, "optim.warmup_steps=0")
     assert done.returncode == 0, done.stderr
     lines = [line.rpartition("  # ")[0].strip() for line in done.stdout.split("\nnext:\n")[1].splitlines()]
     ui, sample, resume, sweep = (shlex.split(line) for line in lines)

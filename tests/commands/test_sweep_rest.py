@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from deepseek_exp import config
 from deepseek_exp.commands import sweep, sweep_rest
-from deepseek_exp.config import compose
+from deepseek_exp.config import Tracker, compose
 from tests import forks, runs
 from tests.launch.test_launch import wait_for
 from tests.test_run import all_runs
@@ -40,7 +40,7 @@ def test_the_rest_is_run_once_and_in_order(n_done):
 
 def test_a_sweep_that_is_interrupted_says_how_it_goes_on(tmp_path):
     """The first job ends, the second is stopped by Ctrl-C while it trains, two are left."""
-    own = [o for o in runs.QUICK if not o.startswith("trainer.max_steps=")]
+    own = [o for o in runs.TRACKED if not o.startswith("trainer.max_steps=")]
     process = forks.start(tmp_path, "-m", *own, "seed=1,2", "trainer.max_steps=4,100000")
     wait_for(lambda: any(runs.last_step(f) >= 2 for f in tmp_path.glob("outputs/multiruns/*/1")), 200)
     process.send_signal(signal.SIGINT)
@@ -67,7 +67,7 @@ def start(tmp_path, monkeypatch):
     """Start a sweep of a folder in this process, without a store."""
     monkeypatch.setattr(sweep.tracking, "start_sweep", lambda *_, **__: "run")
     monkeypatch.setattr(sweep.atexit, "register", lambda *_: None)
-    monkeypatch.setattr(sweep, "_tracking", lambda _: SimpleNamespace(run_name=None))
+    monkeypatch.setattr(sweep, "_tracking", lambda _: SimpleNamespace(run_name=None, backend=Tracker.mlflow))
 
     def start_in(folder: Path) -> None:
         hydra = {"overrides": {"task": ["seed=1,2"]}, "sweep": {"dir": str(folder)}}

@@ -149,6 +149,8 @@ REFUSED = {
     "optim.optimizer.betas=[${nope},1]": "optim.optimizer.betas[0] structure_problems",
     "tracking.uri='sqlite:///a?b/m.db'": "tracking.uri _sqlite",
     "tracking.uri='ftp://alice:pw@h'": "tracking.uri tracking_problems",
+    "tracking=none tracking.uri=sqlite:///x.db": "tracking.uri untracked_problems",
+    "-m tracking=none,mlflow": "tracking sweep_problems",
     "tracking.uri=outputs": "tracking.uri tracking_problems",
     "cluster=h100_2": "cluster _option_words",
     "parallel=3d cluster=h100_1 device=cpu trainer.global_batch_seqs=9": "trainer.global_batch_seqs _batch",

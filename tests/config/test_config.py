@@ -58,7 +58,7 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 
 def test_the_files_are_found():
-    assert len(FILES) == 45
+    assert len(FILES) == 46
     assert len(RECIPES) == 10
 
 

@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
     """A folder with a checkpoint of one process, on a text."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text("".join(f"line {i} has {i * i} in it\n" for i in range(4000)))
-    own = [o for o in runs.QUICK if o != "data=synthetic"]
+    own = [o for o in runs.TRACKED if o != "data=synthetic"]
     done = forks.run(folder, *own, "data=text", f"data.path={folder}/text.txt", "trainer.max_steps=4")
     assert done.returncode == 0, done.stderr
     return folder
@@ -110,6 +110,7 @@ FAKES = {
 }
 
 
+@pytest.mark.long
 def test_two_nodes_of_slurm(trained, tmp_path, monkeypatch):
     """With the programs of Slurm replaced by ones that use this machine twice; no Slurm is here."""
     for name, body in FAKES.items():
@@ -127,7 +128,7 @@ def test_two_nodes_of_slurm(trained, tmp_path, monkeypatch):
 def job(folder: Path, *overrides: str) -> Job:
     config.register()
     with initialize_config_dir(compose.CONF, version_base="1.3"):
-        tree = hydra_compose("config", [*runs.QUICK, *overrides, f"output_dir={folder}"])
+        tree = hydra_compose("config", [*runs.TRACKED, *overrides, f"output_dir={folder}"])
         tree.tracking.uri = f"sqlite:///{folder}/outputs/mlflow.db"
         return make_job(tree, overrides, "tiny", None)
 

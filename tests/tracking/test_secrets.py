@@ -22,7 +22,7 @@ PRIVATE = {"tracking.json", "job.json"}
 
 def _words(recorder: Recorder) -> tuple[str, ...]:
     return (
-        *runs.QUICK,
+        *runs.TRACKED,
         "trainer.max_steps=2",
         "optim.warmup_steps=1",
         f"tracking.uri='http://alice:S3cretURI%2F@127.0.0.1:{recorder.port}'",

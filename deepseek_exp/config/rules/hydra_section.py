@@ -241,6 +241,10 @@ def sweep_problems(parsed: Sequence[Override]) -> Iterator[Problem]:
     last = {o.get_key_element(): o for o in parsed}  # if a key occurs twice, the last one counts
     for override in last.values():
         path = str(override.key_or_group)
+        if path in ("tracking", "tracking.backend") and override.is_sweep_override():
+            rule = "cannot be swept over, since the jobs of a sweep share one table"
+            yield Problem(path, override.get_value_string(), rule, f"use one value for {path}")
+            return
         try:
             n = n_values(override)
         except ValueError as error:

@@ -6,13 +6,13 @@ import dataclasses
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.config import ExperimentConfig, Tracker
 from deepseek_exp.errors import Problem
 
 # Strings that may be empty.
@@ -108,6 +108,8 @@ def _tags(tags: dict[str, str]) -> Iterator[Problem]:
 def tracking_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     """Yield a problem if tracking.uri is not a valid store address."""
     uri = exp.tracking.uri
+    if exp.tracking.backend is Tracker.none:
+        return
     if "://" not in uri:  # the text before an @ may be a password
         uri = re.sub(r".*@", "***@", uri, flags=re.DOTALL)
     try:
@@ -124,6 +126,16 @@ def tracking_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         yield Problem("tracking.uri", uri, "names no host", "use the form http://host:port")
     elif scheme == "sqlite":
         yield from _sqlite(uri)
+
+
+def untracked_problems(exp: ExperimentConfig, named: Collection[str]) -> Iterator[Problem]:
+    """Yield a problem for each key of the MLflow store that the command line sets although there is none."""
+    if exp.tracking.backend is Tracker.none:
+        for name in ("uri", "experiment", "parent_run_id", "system_metrics", "drain_seconds"):
+            path = f"tracking.{name}"
+            if path in named:
+                rule = "has no effect while tracking.backend='none'"
+                yield Problem(path, getattr(exp.tracking, name), rule, f"leave {path} out, or set tracking=mlflow")
 
 
 def _sqlite(uri: str) -> Iterator[Problem]:

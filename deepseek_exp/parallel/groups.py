@@ -65,6 +65,11 @@ class Groups:
         """Return whether this rank has the last stage."""
         return self.at.pp == self.degrees.pp - 1
 
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's losses are counted: of the ranks of the last stage that compute the same ones, one is."""
+        return self.is_last and self.at.tp == 0
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(group=self.control)

@@ -7,7 +7,7 @@ under their own full names, so that weights can be drawn, saved and loaded by na
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from deepseek_exp.checkpoint.shards import Cut
 from deepseek_exp.config import ExperimentConfig, ModelConfig
 from deepseek_exp.config.topology import Axis
-from deepseek_exp.data import Batch
-from deepseek_exp.models import Transformer
+from deepseek_exp.models import Losses, MicroBatch, Objective, Transformer
 from deepseek_exp.models.moe import MoE
 from deepseek_exp.parallel.expert import AllToAllDispatcher
 from deepseek_exp.parallel.groups import ENDS, KV, Groups
@@ -26,8 +25,6 @@ from deepseek_exp.parallel.runtime import limit_graphs
 from deepseek_exp.parallel.tensor import apply_tensor_parallel, match_plan, needs_tp_grad_reduce, tensor_plan
 from deepseek_exp.planner import stage_bounds
 
-# what the blocks give, and the micro batch -> its loss
-LossOf = Callable[[Tensor, Batch], Tensor]
 EXPERTS = r".*feed_forward\.experts\.w_\w+"
 TABLE = "embedding.weight"
 
@@ -77,45 +74,38 @@ class ModelShard:
     counts_width: int
 
 
-class Stage(nn.Module):
-    """The layers of one rank as one layer of DeepSpeed's pipeline.
+class Stage:
+    """The layers of one rank: from the output of the stage before to the input of the next, or to the losses.
 
-    Every stage has the micro batches at hand and takes from them in the order they come by, so that one tensor alone
-    travels between stages. The loss is made in here, since DeepSpeed, in bf16, drops the gradients of what lies behind
-    its module's output.
-
-    Attributes:
-        batches: the micro batches that are still to come.
+    The losses are computed in here, since DeepSpeed, in bf16, drops the gradients of what comes after its module.
     """
 
-    def __init__(
-        self, shard: ModelShard, groups: Groups, domain_of: Callable[[Tensor], Tensor | None], loss_of: LossOf
-    ) -> None:
-        """Put together what a rank runs.
+    def __init__(self, shard: ModelShard, groups: Groups, objective: Objective) -> None:
+        """Assemble what a rank runs.
 
         Args:
             shard: what it holds of the model.
             groups: its groups.
-            domain_of: gives the domain of each sequence by its part of the data.
-            loss_of: used on the last stage.
+            objective: computes the losses on the last stage.
         """
-        super().__init__()
-        self.model, self.blocks = shard.model, shard.blocks
+        self.model, self.blocks, self.objective = shard.model, shard.blocks, objective
         self.is_first, self.is_last = groups.is_first, groups.is_last
-        self.domain_of, self.loss_of = domain_of, loss_of
-        self.batches: Iterator[Batch] = iter(())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Take tokens (batch, seq), or what the stage before gives, (batch, seq, d_model), to the next stage's input.
+    def __call__(self, x: Tensor, batch: MicroBatch) -> Tensor | Losses:
+        """Run the layers on a micro-batch.
+
+        Args:
+            x: the inputs (batch, seq) int64 on the first stage, on others the output of the stage before, (batch, seq,
+                d_model).
+            batch: the micro-batch, which every stage has.
 
         Returns:
-            (batch, seq, d_model), from the last stage the loss, a scalar.
+            (batch, seq, d_model); the losses on the last stage.
         """
-        batch = next(self.batches)
-        x = self.model.embedding(x) if self.is_first else x
+        x = self.model.embedding(x) if self.is_first else x  # (batch, seq, d_model)
         for i in self.blocks:
-            x = self.model.blocks[i](x, None, None, self.domain_of(batch.part))
-        return self.loss_of(x, batch) if self.is_last else x
+            x = self.model.blocks[i](x, None, None, batch.domain)
+        return self.objective.from_hidden(self.model, x, batch) if self.is_last else x
 
 
 def shard_model(exp: ExperimentConfig, whole: Transformer, groups: Groups) -> ModelShard:

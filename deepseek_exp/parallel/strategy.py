@@ -1,14 +1,14 @@
 """The seam between Lightning and DeepSpeed: a strategy that trains one part of a model on each rank.
 
-Lightning keeps its loop, callbacks, validation and checkpoints; a training step of the module hands all micro batches
-of the optimizer step to `train`, which an engine (engines.py) works off, in a pipeline in the 1F1B order (Narayanan et
-al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2). Only public hooks of Lightning
-are used.
+Lightning keeps its loop, callbacks, validation and checkpoints. The strategy sets up the engine (engines.py) that the
+module then calls for each step, in a pipeline in 1F1B order (Narayanan et al. 2021, "Efficient Large-Scale Language
+Model Training on GPU Clusters", section 2.2), and saves and loads the checkpoints of all ranks. It uses only public
+hooks of Lightning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from deepseek_exp.checkpoint.lightning_io import FolderCheckpointIO, begin, part_folder
 from deepseek_exp.checkpoint.shards import open_state, save_shard
 from deepseek_exp.config import ExperimentConfig
-from deepseek_exp.data import Batch
-from deepseek_exp.parallel.engines import DataParallelEngine, Engine, PipelineEngine, StepResult, ZeroEngine
+from deepseek_exp.parallel.engines import DataParallelEngine, Engine, PipelineEngine, ZeroEngine
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.parallel.partition import ModelShard, Stage
 from deepseek_exp.parallel.rank_state import buffers, load_optimizer, load_shard, pieces, whole
@@ -65,30 +64,12 @@ class DeepSpeed3DStrategy(DDPStrategy):
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
             optimizer = self.optimizers[0]
-        self.engine = self._make_engine(optimizer)
+        self.engine = self.lightning_module.engine = self._make_engine(optimizer)
         self.model = self.lightning_module
         self.barrier()
 
-    def train(self, micro_batches: Sequence[Batch], optimizer: Any) -> StepResult:
-        """Do one optimizer step.
-
-        Args:
-            micro_batches: of this rank's place on dp.
-            optimizer: Lightning's, which counts the steps.
-
-        Returns:
-            What the engine says of the step.
-        """
-        return optimizer.step(closure=lambda: self.engine.train(micro_batches))
-
-    def evaluate(self, batch: Batch) -> None:
-        """Send one micro batch forward; the last stage's loss sees it."""
-        with torch.inference_mode(False), torch.no_grad():
-            self.engine.evaluate(batch)
-
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """Let the engine, which is the closure, do the step."""
-        return closure()
+        """Do nothing: the engine has done the step, and Lightning counts it."""
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:

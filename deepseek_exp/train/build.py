@@ -24,11 +24,12 @@ from deepseek_exp.errors import CheckpointError, DeviceError, Problem
 from deepseek_exp.inference import load_release
 from deepseek_exp.kernels import TORCH, Ops, resolve
 from deepseek_exp.kernels.grouped import empty_groups_are_zero
-from deepseek_exp.models import Transformer, init_weights
+from deepseek_exp.models import NextTokenObjective, Transformer, init_weights
 from deepseek_exp.models.transformer import initial_weight
 from deepseek_exp.parallel.groups import Groups, connect, local_rank
 from deepseek_exp.parallel.partition import ModelShard, Stage, copy_weights, set_weights, shard_model
 from deepseek_exp.parallel.rank_state import load_shard
+from deepseek_exp.parallel.ranks import ManyRanks, OneRank
 from deepseek_exp.parallel.runtime import set_up_torch, silence_expected
 from deepseek_exp.parallel.strategy import DeepSpeed3DStrategy
 from deepseek_exp.parallel.tensor import parallel_ops
@@ -38,17 +39,28 @@ from deepseek_exp.tracking.logger import JournalLogger
 from deepseek_exp.train.callbacks import Checkpoints, Metrics, Progress
 from deepseek_exp.train.finite import FiniteSteps, first_nonfinite
 from deepseek_exp.train.lit import LanguageModel
-from deepseek_exp.train.lit_distributed import StageModel
+from deepseek_exp.train.local_engine import LocalEngine
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The built parts of an experiment."""
+    """The built parts of an experiment.
+
+    Attributes:
+        device: of this process.
+        data: tokens and tokenizer.
+        datamodule: serves the batches.
+        lit: the Lightning module.
+        groups: this rank's groups; None in a single process.
+        shard: what this rank holds of the model; None in a single process.
+    """
 
     device: torch.device
     data: PreparedData
     datamodule: TokenDataModule
     lit: LanguageModel
+    groups: Groups | None = None
+    shard: ModelShard | None = None
 
 
 def pick_device(device: Device) -> torch.device:
@@ -125,7 +137,9 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
     set_up_torch(cfg)
     data = prepare(cfg.data)
     model = build_model(cfg, device, weights)
-    lit = LanguageModel(cfg, model, data.tokenizer.token_bytes, data.unigram_bits).to(device)
+    objective = NextTokenObjective(cfg.model.mtp_loss_weight)
+    engine, tables = LocalEngine(cfg, model, objective), (data.tokenizer.token_bytes, data.unigram_bits)
+    lit = LanguageModel(cfg, model, engine, objective, OneRank(), *tables).to(device)
     return Parts(device, data, _build_datamodule(cfg, data, device, None), lit)
 
 
@@ -153,8 +167,9 @@ def _build_rank(cfg: ExperimentConfig, layout: Degrees, device: torch.device, we
         set_weights(shard, lambda name, shape: initial_weight(name, shape, cfg.model, cfg.seed))
     for p in shard.model.parameters():
         p.data = p.data.to(getattr(torch, cfg.trainer.precision.dtype_name))
-    lit = StageModel(cfg, shard, groups, data.tokenizer.token_bytes, data.unigram_bits)
-    return Parts(device, data, _build_datamodule(cfg, data, device, groups), lit)
+    objective, ranks = NextTokenObjective(cfg.model.mtp_loss_weight), ManyRanks(cfg, groups, shard)
+    lit = LanguageModel(cfg, shard.model, None, objective, ranks, data.tokenizer.token_bytes, data.unigram_bits)
+    return Parts(device, data, _build_datamodule(cfg, data, device, groups), lit, groups, shard)
 
 
 def _load_shard_from(shard: ModelShard, cfg: ExperimentConfig) -> None:
@@ -243,11 +258,10 @@ def build_trainer(
     steps, metrics = FiniteSteps(cfg), Metrics(cfg)
     checkpoints = Checkpoints(cfg, run.run_dir, steps)
     progress = Progress(cfg, metrics)
-    folder_io, groups, strategy = FolderCheckpointIO(texts, run_id), None, "auto"
-    if isinstance(parts.lit, StageModel):
-        groups, shard = parts.lit.groups, parts.lit.shard
-        stage = Stage(shard, groups, parts.lit.domain, parts.lit.stage_loss)
-        strategy = DeepSpeed3DStrategy(cfg, groups, shard, stage, folder_io)
+    folder_io, groups, strategy = FolderCheckpointIO(texts, run_id), parts.groups, "auto"
+    if groups is not None:
+        stage = Stage(parts.shard, groups, parts.lit.objective)
+        strategy = DeepSpeed3DStrategy(cfg, groups, parts.shard, stage, folder_io)
     third_party = [instantiate(node, _recursive_=False, _convert_="all") for node in t.callbacks.values()]
     trainer = pl.Trainer(
         accelerator="gpu" if parts.device.type == "cuda" else "cpu",

@@ -65,9 +65,9 @@ class Metrics(Callback):
             host = {"optim/lr": outputs["lr"], **self._host_metrics(trainer, pl_module, seconds, batch)}
             if self.cfg.trainer.on_nonfinite is OnNonfinite.skip:
                 host["optim/skipped_steps"] = float(pl_module.skipped_steps)
-            scalars = {n: outputs[n] for n in NAMES} | outputs["further"]
-            counts = pl_module.routed_counts()
-            if counts is not None:
+            scalars = {n: outputs[n] for n in NAMES} | outputs["extra_metrics"]
+            if outputs["expert_counts"]:
+                counts = torch.stack(outputs["expert_counts"])
                 routing = routing_metrics(self.cfg.model.moe, counts, labelled=bool(self.cfg.data.mixture))
                 scalars |= {f"moe/{name}": value for name, value in routing.items()}
             copy, event = to_host(torch.stack([v.double() for v in scalars.values()]))
@@ -84,7 +84,7 @@ class Metrics(Callback):
         then, before = self._since
         self._since = (then + time.perf_counter() - self._paused, before)
         if trainer.state.fn == "fit":
-            values = _of_parts(pl_module, self.cfg) | pl_module.layout_metrics()
+            values = _of_parts(pl_module, self.cfg) | pl_module.ranks.layout_metrics()
             trainer.logger.log_metrics(values, trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -137,10 +137,12 @@ def _of_parts(lit: LanguageModel, cfg: ExperimentConfig) -> dict[str, float]:
     """
     values: dict[str, float | None] = {}
     blocks = [m for m in lit.model.blocks if isinstance(m, Block)]
-    values["attn/gate"] = lit.mean([b.attention.gate.float().sigmoid() for b in blocks if b.attention.gate is not None])
+    values["attn/gate"] = lit.ranks.mean(
+        [b.attention.gate.float().sigmoid() for b in blocks if b.attention.gate is not None]
+    )
     sparse = [m for m in lit.model.modules() if isinstance(m, FeedForward) and m.d_ff_active]
     fractions = [m.active_fraction for m in sparse if m.active_fraction is not None]
-    values["ffn/active_fraction"] = lit.mean(fractions)
+    values["ffn/active_fraction"] = lit.ranks.mean(fractions)
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -267,7 +269,7 @@ class Checkpoints(Callback):
 
     def _save_if(self, trainer: pl.Trainer, pl_module: pl.LightningModule, due: bool) -> None:
         asked = worker.STOP if worker.stop_asked() else self.signum
-        step, signum = trainer.global_step, pl_module.agree(asked or 0)
+        step, signum = trainer.global_step, pl_module.ranks.max(asked or 0)
         if due or signum:
             self._save(trainer, pl_module, step)
         if signum and step < self.cfg.last_step:

@@ -7,6 +7,7 @@ import time
 import torch
 
 from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.data import Batch
 from deepseek_exp.train.build import Parts
 
 
@@ -20,18 +21,19 @@ def step_seconds(cfg: ExperimentConfig, parts: Parts) -> float:
         Seconds per optimizer step.
     """
     lit, batch = parts.lit, next(iter(parts.datamodule.val_dataloader()))
-    tokens, part = batch.tokens.to(parts.device), batch.part.to(parts.device)  # (sequences, seq + 1), (sequences,)
+    micro_batch = lit.micro_batch(Batch(batch.tokens.to(parts.device), batch.part.to(parts.device), batch.n_counted))
     memory, tries = None, []
     for _ in range(3):  # the first one warms up, and provides the others with a memory
         _wait(parts.device)
         started = time.perf_counter()
-        loss, _, _, memory = lit.training_loss(tokens, part, memory)
-        loss.backward()
+        losses = lit.objective.from_tokens(lit.model, micro_batch, memory)
+        losses.loss.backward()
         _wait(parts.device)
         tries.append(time.perf_counter() - started)
         lit.zero_grad(set_to_none=True)
+        memory = losses.memory
     lit.reset_counts()
-    rows = len(tokens) / cfg.trainer.micro_batch_seqs
+    rows = len(batch.tokens) / cfg.trainer.micro_batch_seqs
     return min(tries[1:]) / rows * cfg.trainer.global_batch_seqs / cfg.trainer.micro_batch_seqs
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.data import Batch
 from deepseek_exp.train import build
 from deepseek_exp.train.optim import build_optimizer, clip_gradients, lr_factor
 from tests.config.test_config import MODELS, composed
@@ -79,13 +80,16 @@ def _losses(cfg: ExperimentConfig, nudge: int | None):
     for _ in range(STEPS):
         rows = cfg.trainer.micro_batch_seqs
         batch = next(batches)
-        micro_batches = list(zip(batch.tokens.split(rows), batch.part.split(rows), strict=True))
+        micro_batches = [
+            parts.lit.micro_batch(Batch(tokens, part, rows))
+            for tokens, part in zip(batch.tokens.split(rows), batch.part.split(rows), strict=True)
+        ]
         total = 0.0
         parts.lit.reset_counts()
-        for tokens, part in micro_batches:
-            loss, nll, _, _ = parts.lit.training_loss(tokens, part, None)
-            (loss / len(micro_batches)).backward()
-            total += nll.mean().item() / len(micro_batches)
+        for micro_batch in micro_batches:
+            losses = parts.lit.objective.from_tokens(model, micro_batch)
+            (losses.loss / len(micro_batches)).backward()
+            total += losses.nll.mean().item() / len(micro_batches)
         clip_gradients(optimizer, cfg.optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -83,7 +83,7 @@ class Nudged(Watch):
     def before_fit(self, parts: Any, trainer: Any) -> None:
         import torch
 
-        from deepseek_exp.train import lit
+        from deepseek_exp.train import local_engine
 
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
@@ -96,7 +96,7 @@ class Nudged(Watch):
             torch._foreach_mul_(gradients, min(1.0, clip_norm / norm.item()))
             return norm
 
-        lit.clip_gradients = clip
+        local_engine.clip_gradients = clip
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Poison(Watch):
 
     def before_fit(self, parts: Any, trainer: Any) -> None:
         lit = parts.lit
-        step, weigh = lit.training_step, lit.weigh
+        step, weigh = lit.training_step, lit.objective.weigh
         module = dict(lit.model.named_modules()).get(self.of)
         if module is not None and not self.loss and os.environ.get("RANK", "0") == "0":
             module.register_full_backward_hook(self._spoil)
@@ -33,10 +33,10 @@ class Poison(Watch):
             self.applied.append(out["applied"])
             return out
 
-        def weighed(mean: torch.Tensor, ahead: Any) -> Any:
-            return weigh(mean * float("nan") if self.loss and self._is_bad() else mean, ahead)
+        def weighed(mean: torch.Tensor, nll: torch.Tensor, ahead: Any) -> Any:
+            return weigh(mean * float("nan") if self.loss and self._is_bad() else mean, nll, ahead)
 
-        lit.training_step, lit.weigh = counted, weighed
+        lit.training_step, lit.objective.weigh = counted, weighed
 
     def _is_bad(self) -> bool:
         return self.n in self.steps

@@ -213,7 +213,7 @@ def test_validation_leaves_training_alone(layouts):
 
 class Dies(Watch):
     def before_fit(self, parts, trainer):
-        if parts.lit.groups.rank == 1:
+        if parts.groups.rank == 1:
             raise ValueError("died on purpose")
 
 
@@ -226,8 +226,8 @@ def test_a_rank_that_dies_is_told_and_the_next_run_works(layouts):
 
 class Hangs(Watch):
     def before_fit(self, parts, trainer):
-        if parts.lit.groups.rank == 1:
-            parts.lit.groups.barrier()
+        if parts.groups.rank == 1:
+            parts.groups.barrier()
 
 
 def test_ranks_that_hang_are_ended(layouts):

@@ -135,15 +135,15 @@ class Gradient(Watch):
 
     def before_fit(self, parts, trainer):
         self.found, self.p = [], dict(parts.lit.model.named_parameters())[self.NAME]
-        if hasattr(parts.lit, "groups"):
+        if parts.groups is not None:
             self.watch_stage(trainer.strategy)
         else:
             self.watch_one()
 
     def watch_one(self):
-        from deepseek_exp.train import lit
+        from deepseek_exp.train import local_engine
 
-        narrow, clip = torch.zeros_like(self.p), lit.clip_gradients
+        narrow, clip = torch.zeros_like(self.p), local_engine.clip_gradients
 
         def add(p):
             narrow.add_(p.grad)
@@ -155,7 +155,7 @@ class Gradient(Watch):
             self.found = [optimizer.masters[place].grad.flatten().tolist(), narrow.flatten().tolist()]
             return clip(optimizer, clip_norm)
 
-        lit.clip_gradients = clipped
+        local_engine.clip_gradients = clipped
 
     def watch_stage(self, strategy):
         setup = strategy.setup
@@ -218,10 +218,10 @@ class Copies(Watch):
     """Notes what ranks of one stage should have alike: balance biases, and parameters that are not cut."""
 
     def before_fit(self, parts, trainer):
-        self.lit = parts.lit
+        self.lit, self.shard = parts.lit, parts.shard
 
     def result(self):
-        model, params = self.lit.model, self.lit.shard.params
+        model, params = self.lit.model, self.shard.params if self.shard is not None else []
         parameters = dict(model.named_parameters())
         alike = {p.name: parameters[p.name].detach() for p in params if not p.cuts}
         biases = {name: b for name, b in model.named_buffers() if name.endswith("router.bias")}

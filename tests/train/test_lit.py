@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from deepseek_exp.data import Batch
+from deepseek_exp.models import MicroBatch
 from deepseek_exp.tracking.metrics import check_names
 from deepseek_exp.train import build
 from tests.config.test_config import composed
@@ -89,27 +90,29 @@ def test_the_label_of_a_sequence_is_the_domain_of_its_part(tmp_path):
     lit = build.build_parts(composed(*model, "data=mixture", *overrides, f"output_dir={tmp_path}")).lit
     seen = []
     lit.model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[3]))
-    lit.training_loss(torch.zeros(3, 9, dtype=torch.int64), torch.tensor([0, 1, -1]), None)
+    lit.objective.from_tokens(
+        lit.model, lit.micro_batch(Batch(torch.zeros(3, 9, dtype=torch.int64), torch.tensor([0, 1, -1]), 3))
+    )
     assert seen[0].tolist() == [3, 0, -1]  # law, general, and text that is no part of a mixture
 
 
-def test_the_training_loss_adds_the_tokens_further_ahead(tmp_path):
+def test_the_training_loss_adds_the_mtp_loss(tmp_path):
     model = ("model=v3_moe", "size=tiny", "model.n_mtp_layers=2", "model.mtp_loss_weight=0.25")
     lit = build.build_parts(composed(*model, "data=synthetic", "device=cpu", f"output_dir={tmp_path}")).lit
     tokens = torch.randint(0, 512, (3, 17), generator=torch.Generator().manual_seed(0))
-    loss, nll, further, _ = lit.training_loss(tokens, torch.full((3,), -1), None)
+    batch = MicroBatch(tokens, None)
+    loss, nll, mtp_loss, _ = lit.objective.from_tokens(lit.model, batch)
     logits, ahead = logits_ahead(lit.model, tokens)
 
     def mean_nll(logits, targets):
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     depths = [mean_nll(ahead[0], tokens[:, 2:]), mean_nll(ahead[1], tokens[:, 3:])]
-    assert further.item() == pytest.approx((sum(depths) / 2).item())
+    assert mtp_loss.item() == pytest.approx((sum(depths) / 2).item())
     assert nll.mean().item() == pytest.approx(mean_nll(logits, tokens[:, 1:]).item())
-    assert loss.item() == pytest.approx((nll.mean() + 0.25 * further).item())
+    assert loss.item() == pytest.approx((nll.mean() + 0.25 * mtp_loss).item())
     lit.eval()  # no look ahead outside of training
-    _, _, further, _ = lit.training_loss(tokens, torch.full((3,), -1), None)
-    assert further.item() == 0
+    assert lit.objective.from_tokens(lit.model, batch).mtp_loss.item() == 0
 
 
 def test_the_loss_without_labels_lets_the_routers_infer_and_counts_nothing(tmp_path):

@@ -41,7 +41,7 @@ def test_it_leaves_no_trace(tmp_path):
         after = state(parts.lit)
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
         assert all(p.grad is None for p in parts.lit.parameters())
-        assert (parts.lit.memories, parts.datamodule.position) == ({}, 0)
+        assert (parts.lit.engine.memories, parts.datamodule.position) == ({}, 0)
 
 
 def test_tokens_further_ahead_are_predicted(tmp_path):

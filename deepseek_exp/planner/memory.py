@@ -126,7 +126,8 @@ def _largest_block(exp: ExperimentConfig, stage: Layers, layout: Layout) -> floa
     """Return the bytes per token of the largest block of a stage."""
     m, e, d = exp.model, element_bytes(exp), layout.degrees
     dense, moe = (
-        block_activation_bytes(m, exp.kernels, e, d.tp, d.ep, layout.cut, e, is_moe=kind) for kind in (False, True)
+        block_activation_bytes(m, exp.kernels, e, tp=d.tp, ep=d.ep, cut=layout.cut, is_moe=kind)
+        for kind in (False, True)
     )
     return max(dense if stage.n_dense else 0.0, moe if stage.n_moe else 0.0)
 
@@ -135,7 +136,10 @@ def _activations(exp: ExperimentConfig, stage: Layers, layout: Layout) -> tuple[
     """Return the bytes per token that a stage keeps for the backward pass: for each micro-batch, and once."""
     m, e, i, kernels = exp.model, element_bytes(exp), input_bytes(exp), exp.kernels
     tp, ep, cut = layout.degrees.tp, layout.degrees.ep, layout.cut
-    dense, moe = (block_activation_bytes(m, kernels, e, tp, ep, cut, i, is_moe=kind) for kind in (False, True))
+    dense, moe = (
+        block_activation_bytes(m, kernels, e, tp=tp, ep=ep, cut=cut, kept_input=i, is_moe=kind)
+        for kind in (False, True)
+    )
     ends = stage.n_heads_out * norm_bytes(m.d_model, e, kernels.rms_norm, cut)
     ends += stage.n_mtp * (3 * norm_bytes(m.d_model, e, kernels.rms_norm) + 2 * m.d_model * i)
     if layout.checkpointing is ActivationCheckpointing.none:
@@ -143,93 +147,151 @@ def _activations(exp: ExperimentConfig, stage: Layers, layout: Layout) -> tuple[
     recomputed = max(dense if stage.n_dense else 0.0, moe if stage.n_moe else 0.0)
     kept = (stage.n_dense + stage.n_moe) * m.d_model * e / cut + ends
     if layout.checkpointing is ActivationCheckpointing.selective:
-        dense, moe = (product_bytes(m, kernels, e, tp, ep, i, is_moe=kind) for kind in (False, True))
+        dense, moe = (product_bytes(m, kernels, e, tp=tp, ep=ep, kept_input=i, is_moe=kind) for kind in (False, True))
         kept += stage.n_dense * dense + stage.n_moe * moe
     return kept, recomputed
 
 
+@dataclass(frozen=True)
+class Term:
+    """Something that a block keeps for its backward pass.
+
+    Attributes:
+        name: what is kept.
+        n_bytes: bytes per token, over all ranks that shard it.
+        is_sharded: by the tensor-parallel ranks; if not, every one of them keeps it.
+    """
+
+    name: str
+    n_bytes: float
+    is_sharded: bool
+
+
 def block_activation_bytes(
-    m: ModelConfig, kernels: KernelsConfig, e: int, tp: int = 1, ep: int = 1, cut: int = 1, i: int = 0, *, is_moe: bool
+    m: ModelConfig,
+    kernels: KernelsConfig,
+    element: int,
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    cut: int = 1,
+    kept_input: int = 0,
+    is_moe: bool,
 ) -> float:
-    """Return the bytes per token that a block keeps for its backward pass.
+    """Return the bytes per token that a block keeps for its backward pass: the sum of `activation_terms`.
+
+    Args:
+        m: the model.
+        kernels: the implementation of each operation.
+        element: bytes per element.
+        tp: tensor-parallel degree.
+        ep: expert-parallel degree.
+        cut: number of ranks that shard the positions between the sharded matrices: tp with sequence parallelism.
+        kept_input: bytes per element of what a linear layer keeps of its input; 0 means `element`, the input itself.
+        is_moe: the block has experts.
+    """
+    terms = activation_terms(m, kernels, element, kept_input or element, ep=ep, cut=cut, is_moe=is_moe)
+    sharded = sum(term.n_bytes for term in terms if term.is_sharded)
+    return sum(term.n_bytes for term in terms if not term.is_sharded) + sharded / tp
+
+
+def activation_terms(
+    m: ModelConfig, kernels: KernelsConfig, element: int, kept_input: int, *, ep: int, cut: int, is_moe: bool
+) -> list[Term]:
+    """Return what a block keeps for its backward pass, per token.
 
     Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.1, count the
     inputs that each operation of a block saves: sbh(34 + 5as/h) for LayerNorm, GELU and dropout in 16 bits, 10 sbh of
-    it on every tensor rank and the rest sharded by tp (section 4.2.1). The same count for our blocks, with h = d_model,
-    elements of e bytes, and per token:
-
-        2 norms of h                                                         see `norm_bytes`; on every rank, or `cut`
-        gqa        q, k, v, result (4 n_heads wide), input of wo (n_heads v)        e each, sharded by tp
-        mla        also the two latents' norms and up-projections            on every rank
-        softmax    one fp32 number per head; no scores, since attention is fused    4, sharded by tp
-        dense      gate, silu(gate), up and their product: 4 d_ff                   e each, sharded by tp
-        sparse     the kept units: an index each, and one byte per unit of d_ff     8 and 1, sharded by tp
-        experts    gate, silu(gate), up, product: 4 (top_k + shared) d_expert       e each, sharded by tp
-                   rows sent to experts and back: 2 top_k h                         e each, on every rank
-                   router: input (h) and 3 rows of scores (n_routed_experts)        4 each, on every rank
-
-    Keys and values are repeated for every query head before the kernel; there is no dropout. `wide` is the width that
-    q, k and v are padded to for the kernel. Fused kernels keep less:
-
-        rms_norm                 see `norm_bytes`
-        rope                     only the input of a normed head
-        swiglu                   gate, up and product: 3 d_ff
-        local_global_attention   with a window q, k, v unpadded, a result that wo reads in place, 16 bytes per head
-        experts                  gate and up, 2 top_k d_expert; plus, if ep > 1, the received rows
+    it on every tensor rank and the rest sharded by tp (section 4.2.1). The terms are the same count for our blocks.
 
     In fp8 a linear layer keeps its input as a copy of one byte per element: the results of norms that nothing else
     needs, the product in a feed-forward network, the input of wo. Routed experts keep their inputs unrounded.
 
     Sequence parallelism also shards the norms' inputs and the residual stream by tp (section 4.2.2). Korthikanti et al.
     shard the norms' results as well and gather them a second time for the backward pass; ours stay gathered.
-
-    Args:
-        m: the model.
-        kernels: the implementation of each operation.
-        e: bytes per element.
-        tp: tensor-parallel degree.
-        ep: expert-parallel degree.
-        cut: number of ranks that shard the positions between the sharded matrices: tp with sequence parallelism.
-        i: bytes per element of what a linear layer keeps of its input; 0 means e, the input itself.
-        is_moe: the block has experts.
     """
-    h, norm, halves, i = m.d_model, kernels.rms_norm, 3 if kernels.swiglu is Kernel.triton else 4, i or e
-    on_every_rank = 2 * norm_bytes(h, e, norm, cut) - (1 if is_moe else 2) * (e - i) * h
+    saved = element - kept_input  # bytes per element of an input of which an fp8 layer keeps a copy
+    # the norm before experts keeps its result, which the router reads
+    norms = 2 * norm_bytes(m.d_model, element, kernels.rms_norm, cut) - (1 if is_moe else 2) * saved * m.d_model
+    terms = [Term("norms", norms, False)]
     if m.attention is AttentionKind.mla:
-        on_every_rank += sum(norm_bytes(width, e, norm) for width in (m.kv_lora_rank, m.q_lora_rank))
-        on_every_rank -= (e - i) * m.q_lora_rank
-    sharded = _attention_bytes(m, kernels, e, i)
-    if not is_moe:
-        sparse = 8 * m.d_ff_active + m.d_ff if m.d_ff_active else 0
-        return on_every_rank + (sharded + (((4 if sparse else halves) - 1) * e + i) * m.d_ff + sparse) / tp
-    is_fused = kernels.experts is Kernel.triton
-    routed = (2 if is_fused else halves) * m.moe.top_k
-    sharded += (routed + halves * m.moe.n_shared_experts) * m.moe.d_expert * e
-    if i < e and m.moe.n_shared_experts:
-        sharded -= (e - i) * m.moe.n_shared_experts * m.moe.d_expert
-        on_every_rank += i * h
-    rows = (ep > 1 if is_fused else 2) * m.moe.top_k * h * e
-    on_every_rank += rows + 3 * m.moe.n_routed_experts * 4 + (4 * h if e == 2 else 0)
-    return on_every_rank + sharded / tp
+        latents = sum(norm_bytes(width, element, kernels.rms_norm) for width in (m.kv_lora_rank, m.q_lora_rank))
+        terms.append(Term("latents, normalised", latents - saved * m.q_lora_rank, False))
+    terms += _attention_terms(m, kernels, element, kept_input)
+    return terms + (_expert_terms if is_moe else _dense_terms)(m, kernels, element, kept_input, ep)
 
 
-def _attention_bytes(m: ModelConfig, kernels: KernelsConfig, e: int, i: int) -> float:
-    """Return the bytes that attention keeps per token: queries, keys, values and results, over all tensor ranks."""
+def _attention_terms(m: ModelConfig, kernels: KernelsConfig, element: int, kept_input: int) -> list[Term]:
+    """Return what attention keeps: queries, keys, values and results.
+
+    Keys and values are repeated for every query head before PyTorch's kernel, and padded to one width; there is no
+    dropout. With a window, the fused kernel keeps q, k, v unpadded and a result that wo reads in place.
+    """
     is_latent = m.attention is AttentionKind.mla
     n_kv = m.n_heads if is_latent else m.n_kv_heads
-    a_head = m.head_dim * e if kernels.rope is Kernel.triton else norm_bytes(m.head_dim, e, kernels.rms_norm)
-    normed = (m.n_heads + n_kv) * m.qk_norm * a_head
+    # fused rotations keep only the input of a normalised head
+    is_fused = kernels.rope is Kernel.triton
+    a_head = m.head_dim * element if is_fused else norm_bytes(m.head_dim, element, kernels.rms_norm)
+    terms = [Term("queries and keys, normalised", (m.n_heads + n_kv) * m.qk_norm * a_head, True)]
     if kernels.local_global_attention is Kernel.triton and m.window:
         wide = m.qk_nope_head_dim + m.qk_rope_head_dim if is_latent else m.head_dim
         v = m.v_head_dim if is_latent else m.head_dim
-        copy = v * i if i < e else 0  # of the result, for wo
-        return normed + m.n_heads * ((wide + v) * e + copy + 16) + n_kv * (wide + v) * e
+        copy = v * kept_input if kept_input < element else 0
+        return [
+            *terms,
+            Term("queries and results", m.n_heads * (wide + v) * element, True),
+            Term("keys and values", n_kv * (wide + v) * element, True),
+            Term("input of wo", m.n_heads * copy, True),
+            Term("sums of the softmax and of the gate", m.n_heads * 16, True),
+        ]
     wide, v = attention_widths(m)
-    return normed + m.n_heads * (4 * wide * e + v * i + 4)
+    return [
+        *terms,
+        Term("queries, keys, values and results", m.n_heads * 4 * wide * element, True),
+        Term("input of wo", m.n_heads * v * kept_input, True),
+        Term("sums of the softmax", m.n_heads * 4, True),  # one fp32 number per head: attention is fused
+    ]
+
+
+def _dense_terms(m: ModelConfig, kernels: KernelsConfig, element: int, kept_input: int, ep: int) -> list[Term]:
+    """Return what a dense feed-forward network keeps: gate, silu(gate), up and their product."""
+    # the fused kernel computes silu(gate) again; a sparse network does not use it
+    n_before = 2 if kernels.swiglu is Kernel.triton and not m.d_ff_active else 3
+    terms = [Term("gate, silu(gate), up and product", (n_before * element + kept_input) * m.d_ff, True)]
+    if m.d_ff_active:  # an index of each unit that is kept, and a byte for each unit
+        terms.append(Term("kept units", 8 * m.d_ff_active + m.d_ff, True))
+    return terms
+
+
+def _expert_terms(m: ModelConfig, kernels: KernelsConfig, element: int, kept_input: int, ep: int) -> list[Term]:
+    """Return what a layer of experts keeps: for each of the top_k rows what a dense network does, rows and scores.
+
+    The fused kernel keeps gate and up, and rows only if they are received from other ranks.
+    """
+    cfg, is_fused = m.moe, kernels.experts is Kernel.triton
+    n_dense = 3 if kernels.swiglu is Kernel.triton else 4
+    shared = cfg.n_shared_experts * cfg.d_expert
+    is_copied = kept_input < element and shared > 0
+    n_rows = int(ep > 1) if is_fused else 2
+    return [
+        Term("routed experts", (2 if is_fused else n_dense) * cfg.top_k * cfg.d_expert * element, True),
+        Term("shared experts", n_dense * shared * element - (element - kept_input) * shared, True),
+        Term("input of shared experts", kept_input * m.d_model if is_copied else 0, False),
+        Term("rows sent to experts and back", n_rows * cfg.top_k * m.d_model * element, False),
+        # three rows of scores and, in fp32, the input
+        Term("router", 3 * cfg.n_routed_experts * 4 + (4 * m.d_model if element == 2 else 0), False),
+    ]
 
 
 def product_bytes(
-    m: ModelConfig, kernels: KernelsConfig, e: int, tp: int = 1, ep: int = 1, i: int = 0, *, is_moe: bool
+    m: ModelConfig,
+    kernels: KernelsConfig,
+    element: int,
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    kept_input: int = 0,
+    is_moe: bool,
 ) -> float:
     """Return the bytes per token of the results of a block's matrix products and attention.
 
@@ -248,10 +310,10 @@ def product_bytes(
     Args:
         m: the model.
         kernels: the implementation of each operation.
-        e: bytes per element.
+        element: bytes per element.
         tp: tensor-parallel degree.
         ep: expert-parallel degree.
-        i: bytes per element of what a linear layer keeps of its input, if that is a copy; 0 means none.
+        kept_input: bytes per element of what a linear layer keeps of its input, if that is a copy; 0 means none.
         is_moe: the block has experts.
     """
     (wide, v), a_head = attention_widths(m), 4
@@ -275,8 +337,8 @@ def product_bytes(
     copied, copied_cut = (2 if not is_moe or m.moe.n_shared_experts else 1) * m.d_model, m.n_heads * v
     copied += m.q_lora_rank if m.attention is AttentionKind.mla else 0
     copied_cut += m.moe.n_shared_experts * m.moe.d_expert if is_moe else m.d_ff
-    inputs = i * (copied + copied_cut / tp) if 0 < i < e else 0
-    return e * whole + (e * cut + a_head * m.n_heads) / tp + 4 * scores + inputs
+    inputs = kept_input * (copied + copied_cut / tp) if 0 < kept_input < element else 0
+    return element * whole + (element * cut + a_head * m.n_heads) / tp + 4 * scores + inputs
 
 
 def attention_widths(m: ModelConfig) -> tuple[int, int]:

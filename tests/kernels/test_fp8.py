@@ -372,9 +372,9 @@ def test_the_plan_counts_what_is_kept(name, kernels):
     dtype = torch.bfloat16 if kernels == "torch" else torch.float32
     for block in blocks(exp, resolve(exp.kernels, fp8=True), dtype):
         is_moe = hasattr(block.feed_forward, "router")
-        counted = block_activation_bytes(exp.model, exp.kernels, dtype.itemsize, i=1, is_moe=is_moe)
+        counted = block_activation_bytes(exp.model, exp.kernels, dtype.itemsize, kept_input=1, is_moe=is_moe)
         assert counted == pytest.approx(saved_bytes(block, exp.model, dtype), rel=0.1)
         with Products() as products:
             block(torch.randn(2, 32, exp.model.d_model, dtype=dtype))
-        counted = product_bytes(exp.model, exp.kernels, dtype.itemsize, i=1, is_moe=is_moe)
+        counted = product_bytes(exp.model, exp.kernels, dtype.itemsize, kept_input=1, is_moe=is_moe)
         assert counted == pytest.approx(products.n_bytes / (2 * 32), rel=0.05)

@@ -15,7 +15,12 @@ from deepseek_exp.kernels import routed_experts as operation
 from deepseek_exp.models.moe import MoE
 from deepseek_exp.planner import parameters
 from deepseek_exp.planner.layers import largest_gathered, layers_of
-from deepseek_exp.planner.memory import block_activation_bytes, experts_at_work_bytes, product_bytes
+from deepseek_exp.planner.memory import (
+    activation_terms,
+    block_activation_bytes,
+    experts_at_work_bytes,
+    product_bytes,
+)
 from tests.planner.plan_parts import Products, blocks, experiment, layout, planned, saved_bytes
 
 DENSE = ("model=v4_distill", "size=small")
@@ -198,3 +203,14 @@ def test_products_are_as_large_as_counted(name, dtype):
             block(torch.randn(2, cfg.max_seq_len, cfg.d_model, dtype=dtype))
         counted = product_bytes(cfg, exp.kernels, dtype.itemsize, is_moe=isinstance(block.feed_forward, MoE))
         assert counted == pytest.approx(products.n_bytes / (2 * cfg.max_seq_len), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["v1_dense", "v2_5_sparse", "v3_moe"])
+def test_the_terms_of_a_block_are_named_and_add_up(name):
+    exp = experiment(f"model={name}", "size=tiny")
+    for is_moe in (False, True):
+        terms = activation_terms(exp.model, exp.kernels, 2, 2, ep=1, cut=1, is_moe=is_moe)
+        assert len({term.name for term in terms}) == len(terms) and all(term.n_bytes >= 0 for term in terms)
+        whole, sharded = (sum(t.n_bytes for t in terms if t.is_sharded is kind) for kind in (False, True))
+        counted = block_activation_bytes(exp.model, exp.kernels, 2, tp=2, is_moe=is_moe)
+        assert counted == whole + sharded / 2

@@ -74,5 +74,5 @@ def test_going_on_with_the_changed_text_of_one_part_is_refused(copy_of_finished)
     words.write_text("new\n" + words.read_text())
     done = forks.run(copy_of_finished, "resume=last", "trainer.max_steps=20")
     assert done.returncode == 1
-    assert "its train of words has changed" in done.stderr
+    assert "(changed: train of words)" in done.stderr
     assert "sums" not in done.stderr.split("Fix:")[0].splitlines()[-1]

@@ -335,7 +335,7 @@ def _newest_whole(resume: str, run_dir: Path) -> tuple[Path, list[str]]:
                 return _newest_whole(resume, run_dir)
             problem = error.problems[0]
             passed_over.append(f"{problem.value} {problem.rule}; taking the one before")
-    fix = "start anew with resume=null, or name another run"
+    fix = "start from scratch with resume=null, or name another run"
     raise CheckpointError(Problem("resume", resume, f"has no whole checkpoint in {run_dir / FOLDER}", fix))
 
 

@@ -251,7 +251,7 @@ class State:
             return whole_state
         shape, whole = list(stored.file.get_shape()), list(self._shapes[name])
         rule = f"keeps a {kind} of shape {shape} for {name} of shape {whole}, which cannot be cut with it"
-        fix = "go on in one process, or start a new run with an elementwise optimizer such as optim=adamw"
+        fix = "continue in one process, or start a new run with an elementwise optimizer such as optim=adamw"
         raise CheckpointError(Problem("optim.optimizer", _optimizer_of(self.folder), rule, fix))
 
 
@@ -358,7 +358,7 @@ def _open_single(folder: Path, tree: dict[str, Any]) -> State:
     groups = [{key: value for key, value in group.items() if key != "params"} for group in inner["param_groups"]]
     if any("param_names" not in group for group in groups):
         rule = "was saved by a version that did not name the optimizer's parameters, so only one process can load it"
-        fix = "go on for a step in one process; what that saves can be loaded by any layout"
+        fix = "train one step in one process; any layout can load the checkpoint that it saves"
         raise CheckpointError(Problem("resume", str(folder), rule, fix))
     aliases = dict(json.loads(model.metadata()["aliases"]))
     names = [name for group in groups for name in group["param_names"]]

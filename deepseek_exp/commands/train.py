@@ -108,8 +108,8 @@ def check_data(job: Job) -> None:
     changed = [name for name in changed if " tokens" not in name or name.replace(" tokens", "", 1) not in changed]
     if changed:
         d = job.cfg.data
-        rule = f"is not what {job.checkpoint} was trained with any more: its {', '.join(changed)} has changed"
-        fix = "bring back the text as it was (for stdlib: the same Python), "
+        rule = f"no longer matches the data of {job.checkpoint} (changed: {', '.join(changed)})"
+        fix = "restore the text (for stdlib: use the same Python), "
         fix += f"or train on this text in a new run from its weights with init_from={job.checkpoint}"
         if job.cfg.do is Do.eval:
             fix = f"set data.tokenizer={job.checkpoint / 'tokenizer.json'}"

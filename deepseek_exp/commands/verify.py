@@ -61,9 +61,9 @@ def _compared(job: Job, folder: str, **sections: Any) -> Job:
 
 def _not_verified(job: Job, first_difference: str) -> Problem:
     fix = f"read {shown(job.run_dir / 'certificate.md')}"
-    rule = f"does not compute what one process does: {first_difference}"
+    rule = f"does not compute the same as one process: {first_difference}"
     if job.n_ranks > 1:
-        fix += ", and train with another layout until that is mended"
+        fix += ", and train with another layout until that is fixed"
     elif not job.cfg.trainer.deterministic:
         fix += ", and set trainer.deterministic=true"
     return Problem("parallel", str(job.degrees), rule, fix)

@@ -17,7 +17,7 @@ from deepseek_exp.errors import DataError, Problem
 
 BOM = b"\xef\xbb\xbf"
 OTHER_KEY = "set data.text_key to the key of the text, or data.on_bad_line=skip"
-MEND = "mend the row, or set data.on_bad_line=skip"
+FIX_ROW = "correct the row, or set data.on_bad_line=skip"
 CONVERT = "convert the file ({}), leave it out, or set data.on_bad_line=skip"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 REPLACE = "replace the file, or leave it out"
@@ -26,7 +26,7 @@ REPLACE = "replace the file, or leave it out"
 class _BadRow(Exception):
     """A row cannot be read. Holds the broken rule, the fix, and the number of lines of the row before the fault."""
 
-    def __init__(self, rule: str, fix: str = MEND, lines_before: int = 0) -> None:
+    def __init__(self, rule: str, fix: str = FIX_ROW, lines_before: int = 0) -> None:
         super().__init__(rule)
         self.rule, self.fix, self.lines_before = rule, fix, lines_before
 

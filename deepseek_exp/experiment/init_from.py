@@ -58,7 +58,7 @@ def start_from(
     fix = "leave one of the two out"
     problems = []
     if cfg.resume is not None:
-        rule = f"cannot be combined with resume={cfg.resume}, whose checkpoint has weights and a model of its own"
+        rule = f"cannot be combined with resume={cfg.resume}, whose checkpoint has its own weights and model"
         problems.append(Problem("init_from", cfg.init_from, rule, fix))
     if cfg.do is Do.export:
         rule = "is not written by do=export, which takes a checkpoint of a run"

@@ -386,7 +386,7 @@ def _key(override: str) -> str:
 def _check_steps_left(cfg: ExperimentConfig, checkpoint: Path) -> None:
     step, steps = manifest.read_manifest(checkpoint).step, cfg.trainer.max_steps
     if step >= steps:
-        rule, fix = f"is reached: {checkpoint} is at step {step}", f"set trainer.max_steps={2 * step} to go on"
+        rule, fix = f"is reached: {checkpoint} is at step {step}", f"set trainer.max_steps={2 * step} to continue"
         raise ConfigError(Problem("trainer.max_steps", steps, rule, fix))
 
 

@@ -245,7 +245,7 @@ def _error(rank: _Rank, n_ranks: int) -> UserError:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code} and no result"
     fix = f"read {log}"
     if code == -signal.SIGKILL:
-        fix += "; where nobody killed it, memory ran out (dmesg tells)"
+        fix += "; if you did not kill it, it probably ran out of memory (check dmesg)"
     return RankError(Problem("rank", rank.number, f"of {n_ranks} {how}", fix), _last_lines(_end_of(Path(log))))
 
 

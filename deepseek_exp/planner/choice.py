@@ -73,7 +73,8 @@ def _remedy(exp: ExperimentConfig) -> str:
 def _gpus_first(exp: ExperimentConfig, fix: str) -> str:
     """Ask for the GPUs' description first if the ranks may be GPUs but are planned as CPU processes."""
     planned_as_cpu = exp.cluster.gpu == CPU_PROCESS and exp.device is not Device.cpu
-    return f"name your GPUs, if the ranks are GPUs, as in cluster=h100_8, or {fix}" if planned_as_cpu else fix
+    gpus = "set cluster=<your GPUs>, for example cluster=h100_8 (the default plans for CPU processes)"
+    return f"{gpus}, or {fix}" if planned_as_cpu else fix
 
 
 def _remedies(exp: ExperimentConfig) -> Iterator[str]:

@@ -132,7 +132,7 @@ def _store_error(uri: str, error: Exception) -> TrackingError:
     if uri.startswith(("http://", "https://")):
         rule, fix = f"does not answer ({reason(error)})", "start that server"
     else:
-        rule, fix = f"cannot be used ({reason(error)})", "make that store usable"
+        rule, fix = f"cannot be used ({reason(error)})", "check that the database exists and is writable"
     fix += ", or set tracking.uri=sqlite:///outputs/mlflow.db"
     return TrackingError(Problem("tracking.uri", redact(uri), rule, fix))
 

@@ -331,7 +331,7 @@ def _continues_tags(continues: tuple[str, int] | None) -> dict[str, str]:
 def _check_owner(run_dir: Path, run_id: str | None) -> None:
     owner = Progress.load(run_dir).run_id
     if owner not in (None, run_id):
-        fix = f"take another folder, or go on with that run (resume={owner})"
+        fix = f"use another folder, or continue that run (resume={owner})"
         raise TrackingError(Problem("run_dir", str(run_dir), f"is the folder of MLflow run {owner}", fix))
 
 

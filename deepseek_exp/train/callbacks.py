@@ -263,7 +263,7 @@ class Checkpoints(Callback):
         """Save a validated step that is due, or the last one, even if another callback ends the training."""
         if trainer.state.fn == "fit":
             self.steps.check_all()  # report the first cause, not what follows from it
-            check_finite("validation loss", pl_module.val_loss, trainer.global_step, self.cfg)
+            check_finite("val/loss", pl_module.val_loss, trainer.global_step, self.cfg)
             due = trainer.global_step % self.cfg.trainer.checkpoint_every_steps == 0
             self._save_if(trainer, pl_module, due or trainer.should_stop)
 

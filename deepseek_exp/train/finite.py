@@ -57,7 +57,7 @@ class FiniteSteps(Callback):
             step, pair, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            for what, value in zip(("loss", "gradient's norm"), pair.tolist(), strict=True):
+            for what, value in zip(("train/loss", "optim/grad_norm"), pair.tolist(), strict=True):
                 check_finite(what, value, step, self.cfg)
 
 
@@ -70,8 +70,8 @@ def check_finite(what: str, value: float, step: int, cfg: ExperimentConfig) -> N
     if not math.isfinite(value):
         fix = "lower optim.lr or lengthen optim.warmup_steps"
         if cfg.trainer.on_nonfinite is OnNonfinite.stop:
-            fix += ", or leave such steps out with trainer.on_nonfinite=skip"
-        raise UserError(Problem("optim.lr", cfg.optim.lr, f"made the {what} {value} at step {step}", fix))
+            fix += ", or skip such steps with trainer.on_nonfinite=skip"
+        raise UserError(Problem(what, value, f"is not finite at step {step} (optim.lr={cfg.optim.lr})", fix))
 
 
 def check_state(wrong: str | None, step: int, cfg: ExperimentConfig) -> None:
@@ -87,7 +87,7 @@ def check_state(wrong: str | None, step: int, cfg: ExperimentConfig) -> None:
     """
     if wrong is not None:
         rule = f"made {wrong} infinite or NaN by step {step}, which is not saved"
-        fix = "go on from an older checkpoint with a lower optim.lr"
+        fix = "resume from an older checkpoint with a lower optim.lr"
         raise UserError(Problem("optim.lr", cfg.optim.lr, rule, fix))
 
 

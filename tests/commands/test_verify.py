@@ -122,9 +122,9 @@ def test_a_broken_layout_is_caught(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     (run_dir,) = run_dirs(tmp_path)
     assert re.fullmatch(
-        r"parallel='dp 1 x tp 1 x pp 2' does not compute what one process does: gradient norm, relative at step 1 is "
+        r"parallel='dp 1 x tp 1 x pp 2' does not compute the same as one process: gradient norm, relative at step 1 is "
         rf"\S+ and \S+ \(\S+ apart, bound 1e-05\)\. Fix: read outputs/runs/{run_dir.name}/certificate\.md, and train "
-        r"with another layout until that is mended\.",
+        r"with another layout until that is fixed\.",
         done.stderr.splitlines()[-1],
     )
     assert done.stdout.splitlines()[-1].startswith("NOT verified: dp 1 x tp 1 x pp 2 does not compute the same")

@@ -18,19 +18,19 @@ from deepseek_exp.errors import DataError
 from tests.runs import ROOT
 
 OTHER_KEY = "Fix: set data.text_key to the key of the text, or data.on_bad_line=skip."
-MEND = "Fix: mend the row, or set data.on_bad_line=skip."
+FIX_ROW = "Fix: correct the row, or set data.on_bad_line=skip."
 
 BAD_LINES = [
-    (b'{"text": ', f"is not valid JSON (column 9: Expecting value). {MEND}"),
-    (b"[" * 100_000, f"is JSON with too long a number or nested too deeply. {MEND}"),
-    (b"7" * 5000, f"is JSON with too long a number or nested too deeply. {MEND}"),
-    (b'["a"]', f"holds a list, not an object with keys. {MEND}"),
+    (b'{"text": ', f"is not valid JSON (column 9: Expecting value). {FIX_ROW}"),
+    (b"[" * 100_000, f"is JSON with too long a number or nested too deeply. {FIX_ROW}"),
+    (b"7" * 5000, f"is JSON with too long a number or nested too deeply. {FIX_ROW}"),
+    (b'["a"]', f"holds a list, not an object with keys. {FIX_ROW}"),
     (b'{"content": "a", "id": 1}', f"has no key 'text'; its keys are 'content', 'id'. {OTHER_KEY}"),
     (b"{}", f"has no key 'text'; its keys are none. {OTHER_KEY}"),
     (b'{"text": 7}', f"holds a number under 'text', not a string. {OTHER_KEY}"),
     (b'{"text": null}', f"holds null under 'text', not a string. {OTHER_KEY}"),
-    (b'{"text": "\xff"}', f"is not valid UTF-8 (byte 0xff). {MEND}"),
-    (b'{"text": "a\\ud83d"}', f"holds half a character (surrogate U+D83D). {MEND}"),
+    (b'{"text": "\xff"}', f"is not valid UTF-8 (byte 0xff). {FIX_ROW}"),
+    (b'{"text": "a\\ud83d"}', f"holds half a character (surrogate U+D83D). {FIX_ROW}"),
 ]
 
 
@@ -92,7 +92,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert skipped == {str(path): 1}
     with pytest.raises(DataError) as error:
         read(path)
-    assert str(error.value) == f"data.path='{path}:2' holds null, not a string. {MEND}"
+    assert str(error.value) == f"data.path='{path}:2' holds null, not a string. {FIX_ROW}"
 
 
 def test_parquet_cell_that_is_no_utf8(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_parquet_cell_that_is_no_utf8(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": cells}), path)
     with pytest.raises(DataError) as error:
         read(path)
-    assert str(error.value) == f"data.path='{path}:2' is not valid UTF-8. {MEND}"
+    assert str(error.value) == f"data.path='{path}:2' is not valid UTF-8. {FIX_ROW}"
 
 
 def test_parquet_without_the_column_or_damaged(tmp_path: Path) -> None:

@@ -136,8 +136,8 @@ def test_a_rank_that_is_killed_is_told_first_and_ends_the_others(tmp_path):
     out, err = parent.communicate(timeout=10)
     assert parent.returncode == 1 and err == ""
     assert re.match(
-        rf"RankError: rank={rank} of 3 was killed by SIGKILL. Fix: read \S*ranks/rank_{rank}.log; where nobody killed "
-        r"it, memory ran out \(dmesg tells\)\.\n",
+        rf"RankError: rank={rank} of 3 was killed by SIGKILL. Fix: read \S*ranks/rank_{rank}.log; if you did not "
+        r"kill it, it probably ran out of memory \(check dmesg\)\.\n",
         out.split("\n", 1)[1],
     )
 

@@ -72,7 +72,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_whatever_is_skipped():
     for way in ("stop", "skip"):
         steps = FiniteSteps(composed(f"trainer.on_nonfinite={way}"))
         outputs = {"loss": torch.tensor(float("inf")), "grad_norm": torch.tensor(1.0), "applied": True}
-        with pytest.raises(UserError, match=r"made the loss inf at step 3"):
+        with pytest.raises(UserError, match=r"train/loss=inf is not finite at step 3"):
             steps.on_train_batch_end(
                 SimpleNamespace(global_step=3), SimpleNamespace(device=torch.device("cpu")), outputs, None, 0
             )
@@ -146,7 +146,7 @@ def test_weights_that_a_finite_gradient_spoilt_are_not_saved(fit, tmp_path):  # 
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_and_removes_nothing(fit, tmp_path):  # noqa: F811
-    with pytest.raises(UserError, match=r"made the validation loss nan at step 4\. Fix"):
+    with pytest.raises(UserError, match=r"val/loss=nan is not finite at step 4 .*\. Fix"):
         fit(BadValidation(), overrides=("trainer.checkpoint_every_steps=1", "trainer.keep_checkpoints=1"))
     assert saved(tmp_path) == ["step-00000002", "step-00000003"]  # the best and the newest
 

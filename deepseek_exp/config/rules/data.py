@@ -42,7 +42,7 @@ def data_problems(exp: ExperimentConfig) -> Iterator[Problem]:
             rule = f"is not read by data.source='{d.source.value}'"
             fix = "add data=text"
             if d.source is Source.mixture:
-                fix = f"set data.{name}=null and give each part its own, as in +data.mixture.<name>.{name}={value}"
+                fix = f"set data.{name}=null and set it for each part, as in +data.mixture.<name>.{name}={value}"
             yield Problem(f"data.{name}", value, rule, fix)
         elif value is not None:
             yield from _exists(f"data.{name}", value)

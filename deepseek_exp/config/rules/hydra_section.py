@@ -51,7 +51,7 @@ def flag_problems(args: argparse.Namespace) -> Iterator[Problem]:
     """Yield problems for Hydra flags that run code from a file, do nothing or contradict each other."""
     if args.experimental_rerun is not None:
         rule = "unpickles a file, which can run any code"
-        fix = "go on from a checkpoint with resume=<MLflow run id>"
+        fix = "resume a run with resume=<MLflow run id>"
         yield Problem("--experimental-rerun", args.experimental_rerun, rule, fix)
     for name in ("config_path", "config_name"):
         value = getattr(args, name)

@@ -221,7 +221,7 @@ def _expert_rule(m: ModelConfig, d: Degrees, ep: int) -> str | None:
     """Return the rule that expert parallelism of degree `ep` breaks, or None."""
     n = m.moe.n_routed_experts
     if ep > 1 and not n:
-        return "has no experts to share out: model.moe.n_routed_experts=0"
+        return "has no experts to shard: model.moe.n_routed_experts=0"
     if n % ep:
         return f"does not divide model.moe.n_routed_experts={n}"
     return f"does not divide parallel.dp={d.dp}" if d.dp % ep else None

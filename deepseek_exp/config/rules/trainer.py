@@ -18,7 +18,7 @@ def length_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         fix = f"set data.seq_len={m.max_seq_len} or less, or raise model.max_seq_len"
         yield Problem("data.seq_len", d.seq_len, rule, fix)
     if m.memory_len and not m.window:
-        rule = "needs a local window: without one the memory would be the whole past"
+        rule = "needs a local window: without one the memory would have to hold all earlier tokens"
         yield Problem("model.memory_len", m.memory_len, rule, "set model.window to a length, or model.memory_len=0")
     if m.memory_len and m.window and m.memory_len >= m.window:
         rule = f"is more than a query of model.window={m.window} sees of it"
@@ -27,7 +27,7 @@ def length_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         rule = f"does not reach the segments of a model with model.memory_len={m.memory_len}"
         yield Problem("trainer.compile", True, rule, "set trainer.compile=false, or model.memory_len=0")
     if m.memory_len and d.order is not Order.contiguous:
-        rule = f"needs each sequence to go on where the one before ended, and data.order is '{d.order.value}'"
+        rule = f"needs each sequence to continue the previous one, and data.order is '{d.order.value}'"
         yield Problem("model.memory_len", m.memory_len, rule, "set data.order=contiguous, or model.memory_len=0")
 
 

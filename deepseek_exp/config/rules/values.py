@@ -119,7 +119,7 @@ def tracking_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         yield Problem("tracking.uri", uri, "is no address", "use the form http://host:port")
         return
     if scheme not in TRACKING_SCHEMES:
-        rule = f"has no scheme of {', '.join(TRACKING_SCHEMES)} (MLflow's file store is gone)"
+        rule = f"has no scheme of {', '.join(TRACKING_SCHEMES)} (MLflow no longer has a file store)"
         fix = "set tracking.uri=sqlite:///outputs/mlflow.db or a server's http address"
         yield Problem("tracking.uri", uri, rule, fix)
     elif scheme in ("http", "https") and not host:

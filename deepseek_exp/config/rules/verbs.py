@@ -53,8 +53,8 @@ def verify_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         rule = f"is more than trainer.max_steps={exp.trainer.max_steps}"
         yield Problem("verify.steps", exp.verify.steps, rule, f"use {exp.trainer.max_steps} or less")
     if exp.resume is not None:
-        rule = "is not read by do=verify, whose two runs start anew"
+        rule = "is not read by do=verify, whose two runs start from scratch"
         yield Problem("resume", exp.resume, rule, "leave resume out")
     if exp.launch.launcher is not Launcher.local:
-        rule = "cannot be used with do=verify, whose two runs follow each other on this machine"
+        rule = "cannot be used with do=verify, which runs both of its runs on this machine"
         yield Problem("launch.launcher", exp.launch.launcher.value, rule, "use launch=local")

@@ -43,6 +43,15 @@ SHORT = (
     "optim.warmup_steps=3",
     "optim.clip_norm=0.5",
 )
+# A wrong sum shows in the first gradient norm, a wrong update in the second loss.
+FEW_STEPS = 3
+FEW = (
+    f"trainer.max_steps={FEW_STEPS}",
+    f"trainer.eval_every_steps={FEW_STEPS}",
+    f"trainer.checkpoint_every_steps={FEW_STEPS}",
+    "optim.warmup_steps=1",
+    "model.n_layers=4",
+)
 # not of the training itself, but of the machine and of the layout
 APART = ("perf/step_seconds", "perf/tokens_per_second", "perf/peak_memory_bytes", "parallel/")
 HANG_SECONDS = 120.0

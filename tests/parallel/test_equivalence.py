@@ -9,30 +9,37 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 
 from deepseek_exp.huggingface import read_release
 from tests.huggingface.releases import model_config, some_tokenizer, their_model
-from tests.parallel.layouts import RankDied, Watch, difference, labelled_texts, layout, n_ranks
+from tests.parallel.layouts import FEW, RankDied, Watch, difference, layout, n_ranks
 
-STEPS = 8
-FEW = (f"trainer.max_steps={STEPS}", "trainer.eval_every_steps=4", "model.n_layers=4")
 SEQUENCE = "parallel.sequence_parallel=true"
 FULL = "trainer.activation_checkpointing=full"
+# Losses of the routing are tied to the layers' outputs, so that every layout has to scale them itself.
+V2 = ["model=v2_moe", "model.moe.aux_loss_weight=1", "model.moe.sequence_loss_weight=1"]
+V3 = ["model=v3_moe", "model.moe.bias_update_rate=0.01"]
 # what is trained, in which layout, and what one process does not know of
 CASES = {
     "v1 pp2 tp2": (["model=v1_dense"], {"pp": 2, "tp": 2}, []),
     "v1 tp2 dp2, sequences cut": (["model=v1_dense"], {"tp": 2, "dp": 2}, [SEQUENCE]),
     "v2.5 tp2": (["model=v2_5_sparse"], {"tp": 2}, []),
-    "v2 dp2 ep2, rows dropped": (["model=v2_moe"], {"dp": 2, "ep": 2}, []),
-    "v3 dp4 ep2": (["model=v3_moe"], {"dp": 4, "ep": 2}, ["trainer.activation_checkpointing=selective"]),
-    "v3 pp2 dp2 ep2, recomputed": (["model=v3_moe", FULL], {"pp": 2, "dp": 2, "ep": 2}, []),
+    "v2 tp2": (V2, {"tp": 2}, []),
+    "v2 dp2": (V2, {"dp": 2}, []),
+    "v2 dp2 ep2, rows dropped": (V2, {"dp": 2, "ep": 2}, []),
+    # DeepSpeed's model axis holds other sequences here, not copies: activations must not be partitioned over it.
+    "v2 pp2 dp2 ep2": (V2, {"pp": 2, "dp": 2, "ep": 2}, []),
+    "v3 dp4 ep2": (V3, {"dp": 4, "ep": 2}, ["trainer.activation_checkpointing=selective"]),
+    "v3 pp2 dp2 ep2, recomputed": ([*V3, FULL], {"pp": 2, "dp": 2, "ep": 2}, []),
+    "v3 tp4": (V3, {"tp": 4}, []),
     "v3 tied pp2 tp2 dp2 ep2": (
-        ["model=v3_moe", "model.tie_embeddings=true"],
+        [*V3, "model.tie_embeddings=true"],
         {"pp": 2, "tp": 2, "dp": 2, "ep": 2},
         [],
     ),
     "v1 dp2, no ZeRO": (["model=v1_dense"], {"dp": 2, "zero_stage": 0}, []),
-    "v3 dp2, ZeRO 3": (["model=v3_moe"], {"dp": 2, "zero_stage": 3}, []),
+    "v3 dp2, ZeRO 3": (V3, {"dp": 2, "zero_stage": 3}, []),
     "v4 tp4, one key head": (
         ["model=v4_distill", "model.n_kv_heads=1", "model.qkv_bias=true"],
         {"tp": 4},
@@ -56,6 +63,22 @@ class Traced(Watch):
         return cfg
 
 
+class Copies(Watch):
+    """Notes what ranks of one stage should have alike: balance biases, and parameters that are not cut."""
+
+    def before_fit(self, parts, trainer):
+        self.lit, self.shard = parts.lit, parts.shard
+
+    def result(self):
+        model, params = self.lit.model, self.shard.params
+        parameters = dict(model.named_parameters())
+        alike = {p.name: parameters[p.name].detach() for p in params if not p.cuts and p.name in parameters}
+        biases = {name: b for name, b in model.named_buffers() if name.endswith("router.bias")}
+        assert alike
+        digests = {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in (alike | biases).items()}
+        return digests, {name: b.tolist() for name, b in biases.items()}
+
+
 def assert_same(one, many):
     """The bounds leave room for rounding, which grows from step to step; a bug is off by far more."""
     found = difference(one, many)
@@ -65,10 +88,22 @@ def assert_same(one, many):
 @pytest.mark.parametrize(("model", "degrees", "only_parts"), CASES.values(), ids=CASES)
 def test_a_layout_trains_what_one_process_trains(layouts, alone, model, degrees, only_parts):
     one = alone(*FEW, *model)
-    many = layouts.run(n_ranks(degrees), *FEW, *model, *only_parts, *layout(**degrees))
+    n, watch = n_ranks(degrees), Watch if degrees.get("zero_stage") == 3 else Copies
+    many = layouts.run(n, *FEW, *model, *only_parts, *layout(**degrees), watch=watch)
     assert min(one.trace("optim/grad_norm")) > 0.5  # clipped
-    assert len(set(one.trace("optim/lr"))) > STEPS / 2
+    assert len(set(one.trace("optim/lr"))) > 1
     assert_same(one, many)
+    if watch is Copies:
+        assert_copies_are_equal(one, many, n // degrees.get("pp", 1))
+
+
+def assert_copies_are_equal(one, many, n_of_stage):
+    """Routers, latents and norms are equal on all ranks that have them, though each saw a part of their gradient."""
+    for stage in (many.said[i : i + n_of_stage] for i in range(0, len(many.said), n_of_stage)):
+        assert all(said == stage[0] for said in stage)
+    weights = one.weights()
+    for name, bias in many.said[0][1].items():
+        assert any(bias) and (weights[name] - torch.tensor(bias)).abs().max() == 0
 
 
 def test_every_length_of_a_block_has_its_graphs(layouts):
@@ -92,27 +127,15 @@ class OnlyFused(Watch):
 @pytest.mark.parametrize(
     ("model", "degrees"),
     [
-        ("v1_dense", {"tp": 2, "dp": 2, "zero_stage": 0}),
+        pytest.param("v1_dense", {"tp": 2, "dp": 2, "zero_stage": 0}, marks=pytest.mark.long),
         ("v3_moe", {"pp": 2, "tp": 2}),
-        ("v2_moe", {"dp": 2, "ep": 2}),
+        pytest.param("v2_moe", {"dp": 2, "ep": 2}, marks=pytest.mark.long),
     ],
 )
 def test_fused_kernels_in_a_layout(layouts, alone, model, degrees):
     few = ("trainer.max_steps=2", "trainer.eval_every_steps=2", "trainer.eval_seqs=1", "optim.warmup_steps=1")
     few = (*few, f"model={model}", "data.seq_len=24", "model.n_layers=2")
     assert_same(alone(*few), layouts.run(n_ranks(degrees), *few, "kernels=fused", *layout(**degrees), watch=OnlyFused))
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    return ("model=v5_domain_moe", *labelled_texts(tmp_path_factory.mktemp("texts")))
-
-
-def test_labels_reach_every_stage(layouts, alone, labelled):
-    one, many = alone(*FEW, *labelled), layouts.run(4, *FEW, *labelled, *layout(pp=4))
-    assert len(set(one.trace("moe/domain_accuracy"))) > 1
-    assert {f"val/loss/{name}" for name in ("general", "finance", "medical", "law")} <= one.metrics[STEPS].keys()
-    assert_same(one, many)
 
 
 def test_micro_batches_of_ranks_are_those_of_one_process(layouts, alone):
@@ -132,7 +155,7 @@ class FromRelease(Watch):
         return replace(cfg, init_from=self.folder, model=model_config(read_release(folder).model), data=data)
 
 
-def test_a_release_is_shared_out(layouts, alone, tmp_path):
+def test_a_release_is_divided(layouts, tmp_path):
     their_model("deepseek_v3").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(some_tokenizer().json)
     few = (*FEW, "model=deepseek_v3")
@@ -140,7 +163,7 @@ def test_a_release_is_shared_out(layouts, alone, tmp_path):
         layouts.run(n, *few, *cut, watch=FromRelease, watch_args=(str(tmp_path),))
         for n, cut in ((1, ()), (8, layout(pp=2, tp=2, dp=2, ep=2)))
     )
-    assert one.weights().keys() != alone(*few).weights().keys()  # of the release's own depth
+    assert len({name.split(".")[1] for name in one.weights() if name.startswith("blocks.")}) != 4  # its own depth
     assert_same(one, many)
 
 
@@ -162,9 +185,9 @@ class Order(Watch):
 
 def test_each_step_has_the_same_sequences_in_the_same_order(layouts):
     """And the same tokens in all ranks of one place on dp, which work on one model together."""
-    few = ("model=v1_dense", "trainer.max_steps=4", "trainer.eval_every_steps=4")
+    few = ("model=v1_dense", "trainer.max_steps=2", "trainer.eval_every_steps=2", "optim.warmup_steps=1")
     one = layouts.run(1, *few, watch=Order).said[0]
-    assert len(one) == 4 and len(set(chain(*one))) == 4 * 8
+    assert len(one) == 2 and len(set(chain(*one))) == 2 * 8
     by_two = layouts.run(4, *few, *layout(tp=2, dp=2), watch=Order).said  # ranks in the order dp, tp
     assert by_two[0] == by_two[1] and by_two[2] == by_two[3]
     by_four = layouts.run(4, *few, *layout(dp=4), watch=Order).said
@@ -202,9 +225,9 @@ def test_rows_that_fill_up_do_not_count(layouts, alone, degrees):
 
 
 def test_validation_leaves_training_alone(layouts):
-    model = ("model=v3_moe", "trainer.max_steps=6", "model.n_layers=4")
-    often, once = (layouts.run(4, *model, f"trainer.eval_every_steps={n}", *layout(pp=2, dp=2, ep=2)) for n in (1, 6))
-    assert len(often.trace("val/loss")) == 6 and len(once.trace("val/loss")) == 1
+    model = ("model=v3_moe", *FEW)
+    often, once = (layouts.run(4, *model, f"trainer.eval_every_steps={n}", *layout(pp=2, dp=2, ep=2)) for n in (1, 3))
+    assert len(often.trace("val/loss")) == 3 and len(once.trace("val/loss")) == 1
     for name in ("train/loss", "train/mtp_loss", "optim/grad_norm", "moe/load_cv", "moe/balance_loss"):
         assert often.trace(name) == once.trace(name), name
     before, after = once.weights(), often.weights()

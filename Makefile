@@ -12,10 +12,10 @@ run: $(READY)  ## train v1 on this machine; more arguments: make run ARGS="size=
 	$(PY) run.py $(ARGS)
 
 test: $(READY)  ## run the tests, without those that take minutes
-	$(PY) -m pytest -n 2 --dist worksteal -m "not long" $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadgroup -m "not long" $(ARGS)
 
 test-long: $(READY)  ## run the tests that take minutes: random command lines, damaged checkpoints, the checkpoint matrix
-	$(PY) -m pytest -n 2 --dist worksteal -m long $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadgroup -m long $(ARGS)
 
 test-all: test test-long  ## run all tests
 

@@ -11,6 +11,23 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 
+# Fixtures that train or start servers. The tests of a module that use one run in one worker, so it is made once.
+EXPENSIVE = {"finished", "swept", "verified", "trained", "outage", "recorded", "whole"}
+
+
+def pytest_collection_modifyitems(items):
+    """Name the group of each test for `--dist loadgroup`."""
+    for item in items:
+        used, module = set(getattr(item, "fixturenames", ())), item.module.__name__
+        if "layouts" in used:
+            group = module if module.endswith("test_equivalence") else "layouts"
+        elif used & EXPENSIVE:
+            parameters = getattr(item, "callspec", None)
+            group = f"{module} {parameters.params.get('trained', '') if parameters else ''}"
+        else:
+            continue
+        item.add_marker(pytest.mark.xdist_group(group))
+
 
 @pytest.fixture(scope="session")
 def layouts(tmp_path_factory):

@@ -124,7 +124,7 @@ def same(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(12))
 def test_any_layout_reads_what_another_saved(tmp_path, seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)

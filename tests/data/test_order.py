@@ -7,12 +7,12 @@ from deepseek_exp.data import order as order_module
 from deepseek_exp.data.order import BLOCK, Contiguous, Mixed, Shuffled
 
 
-@pytest.mark.parametrize("n", [*range(1, 70), 127, 128, 129, 251, 1000, 1023, 1024, 1025, 4096, 4099])
-def test_each_epoch_visits_each_sequence_once(n: int) -> None:
-    for seed in (0, 7):
-        order = Shuffled(n, seed)
-        for epoch in (0, 1, 1_000_000):
-            assert sorted(order.sequence_at(epoch * n + i) for i in range(n)) == list(range(n))
+def test_each_epoch_visits_each_sequence_once() -> None:
+    for n in (*range(1, 70), 127, 128, 129, 251, 1000, 1023, 1024, 1025, 4096, 4099):
+        for seed in (0, 7):
+            order = Shuffled(n, seed)
+            for epoch in (0, 1, 1_000_000):
+                assert sorted(order.sequence_at(epoch * n + i) for i in range(n)) == list(range(n)), (n, seed, epoch)
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -42,7 +42,10 @@ def fused_gradients(version):
     return gradients(exp.model, resolve(exp.kernels))
 
 
-@pytest.mark.parametrize("version", MODELS)
+QUICK = ("v1_dense", "v3_moe")  # with all kernels between them
+
+
+@pytest.mark.parametrize("version", [v if v in QUICK else pytest.param(v, marks=pytest.mark.long) for v in MODELS])
 def test_every_version(version):
     assert_same(fused_gradients(version), gradients(fused(version).model, TORCH))
 

@@ -141,18 +141,18 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def in_one_file(checkpoint: Path, beside: Path) -> Iterator[Path]:
-    """Yield a checkpoint whose weights are in one model.safetensors; it exists inside the context only.
+def in_one_file(checkpoint: Path, target: Path) -> Iterator[Path]:
+    """Yield a checkpoint whose weights are in one model.safetensors; it exists only inside the context.
 
     Args:
         checkpoint: of any layout; a checkpoint of one process is yielded unchanged.
-        beside: merged shards and the texts are written to a temporary folder next to this one.
+        target: a temporary folder next to this path holds the merged shards.
     """
     if (checkpoint / MODEL).is_file():
         yield checkpoint
         return
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.merged.", dir=beside.parent) as name:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.merged.", dir=target.parent) as name:
         state = open_state(checkpoint)
         like = {n: torch.empty(state.shape(n), dtype=state.dtype, device="meta") for n in state.names}
         like |= {n: state.buffer(n) for n in state.buffers}

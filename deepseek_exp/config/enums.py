@@ -36,7 +36,7 @@ class Launcher(StrEnum):
 
 
 class Tracker(StrEnum):
-    """Where a run is recorded beside its own folder."""
+    """Where a run is recorded, in addition to its folder."""
 
     mlflow = "mlflow"
     none = "none"

@@ -126,8 +126,8 @@ def may_apply(grad_norm: Tensor, exp: ExperimentConfig) -> bool:
 class DeepSpeedStage(nn.Module):
     """A stage as DeepSpeed calls it: with one tensor, for one tensor.
 
-    DeepSpeed hands a stage nothing but the output of the stage before, and differentiates what the last one returns. So
-    the micro-batches of a call wait here, and what the last stage computes of them besides the loss is kept here.
+    DeepSpeed passes a stage only the output of the previous stage, and differentiates what the last one returns. So the
+    micro-batches of a call wait here, and what the last stage computes in addition to the loss is kept here.
     DeepSpeed's schedules send every micro-batch forward once and in order, which `run` checks.
     """
 
@@ -390,7 +390,7 @@ def _exchange(gradients: list[Tensor], group: Any) -> None:
 
 
 def deepspeed_config(exp: ExperimentConfig, groups: Groups, zero_stage: int) -> dict[str, Any]:
-    """Word an experiment for DeepSpeed."""
+    """Return DeepSpeed's configuration of an experiment."""
     t = exp.trainer
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": t.micro_batch_seqs,

@@ -163,7 +163,7 @@ def cut(whole: Tensor, cuts: Sequence[Cut]) -> Tensor:
 
 
 def local_shape(param: ParamShard) -> list[int]:
-    """Give the shape of a parameter on this rank."""
+    """Return the shape of a parameter on this rank."""
     shape = list(param.shape)
     for c in param.cuts:
         shape[c.dim] //= c.ways
@@ -241,7 +241,7 @@ def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 
 
 def _fresh(module: nn.Module, key: str, buffer: Tensor, device: torch.device) -> Tensor:
-    """Make a buffer of the meta device real; those of a model start as zeros, but for `loaded`, which is all true."""
+    """Return a real buffer for one on the meta device: zeros, except `loaded`, which is all true."""
     return torch.full_like(buffer, key == "loaded", device=device)
 
 

@@ -73,15 +73,15 @@ class DeepSpeed3DStrategy(DDPStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Weights go into the engine's own buffers, so it has to be there."""
+        """Whether to restore after set-up. True, since weights are loaded into the engine's buffers."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Give nothing: each rank saves its own part."""
+        """Return nothing: each rank saves its own shard."""
         return {}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Give nothing: each rank saves its own part."""
+        """Return nothing: each rank saves its own shard."""
         return {}
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:

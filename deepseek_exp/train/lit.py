@@ -138,25 +138,25 @@ class LanguageModel(pl.LightningModule):
         return [MicroBatch(*both) for both in zip(split, domains, strict=True)]
 
     def _counts(self) -> list[Tensor]:
-        """List what each of this rank's MoE layers has counted since the last reset, (experts + COUNTS,) each."""
+        """Return the counts of each MoE layer of this rank since the last reset, each (experts + COUNTS,)."""
         return [layer.counts for layer in self.moe_layers]
 
     def _of_blocks(self, counts: Sequence[Tensor]) -> list[Tensor]:
-        """Leave out the counts of MoE layers that predict tokens further ahead, which come last."""
+        """Return the counts without those of MTP modules, which come last."""
         return list(counts[: len(counts) - self.cfg.model.n_mtp_layers])
 
     def reset_counts(self) -> None:
-        """Start to count the experts' load anew."""
+        """Reset the token counts of the experts."""
         for layer in self.moe_layers:
             layer.reset_counts()
 
     def update_biases(self) -> None:
-        """Balance the experts by the load counted since the last reset."""
+        """Update the biases of the routers from the tokens counted since the last reset."""
         for layer in self.moe_layers:
             layer.update_bias()
 
     def on_train_start(self) -> None:
-        """Let the configuration's learning rate and decay hold, also where a checkpoint brought back other ones.
+        """Apply the configured learning rate and decay, which may differ from those in a checkpoint.
 
         Raises:
             CheckpointError: the checkpoint, of a version that did not check it, is not finite.
@@ -174,13 +174,13 @@ class LanguageModel(pl.LightningModule):
             group["weight_decay"] = optim.weight_decay if group["decays"] else 0.0
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Put the random number generators where the checkpoint had them, once after a resume."""
+        """Restore the random number generators, once after a resume."""
         if self._rng is not None:
             set_rng_state(self._rng)
             self._rng = None
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums, and a text of its own for the memory."""
+        """Reset the sums of the validation and its segment memories."""
         self.val_sums.zero_()
         self.val_part_sums.zero_()
         self.val_unlabelled_nats.zero_()
@@ -188,7 +188,7 @@ class LanguageModel(pl.LightningModule):
         self.reset_counts()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one micro-batch to the validation sums; the routing of one that is filled up is not counted."""
+        """Add one micro-batch to the validation sums. Routing of padded micro-batches is not counted."""
         lanes = batch_idx % self.trainer.datamodule.batches_per_eval_step if self.cfg.model.memory_len else 0
         is_full = batch.n_counted == len(batch.tokens)
         found = self._evaluate(self.micro_batch(batch), self.val_memories.get(lanes), count_routing=is_full)
@@ -230,7 +230,7 @@ class LanguageModel(pl.LightningModule):
             self.val_part_sums.index_add_(0, batch.part[: batch.n_counted].cpu(), sums.cpu())
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the validation measured under the number of steps done.
+        """Log the validation metrics at the current step.
 
         Loss (nats per token), bits per byte, and the bits per byte of a unigram model on the same tokens; of a mixture
         also the loss of each part, of which the overall loss is the mean by the tokens that each was served with.
@@ -268,7 +268,7 @@ class LanguageModel(pl.LightningModule):
         return sum(tensor.nbytes for _, tensor in self.state_tensors())
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """List the weights and the optimizer's state of this process, with what to call them."""
+        """Yield the weights and the optimizer state of this process, with their names."""
         return state_tensors(self.model, self.engine.optimizer)
 
     def configure_optimizers(self) -> Any:
@@ -293,7 +293,7 @@ class LanguageModel(pl.LightningModule):
         checkpoint |= {"skipped_steps": self.skipped_steps, "finite": True}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back what `on_save_checkpoint` added."""
+        """Restore what `on_save_checkpoint` added."""
         with readable(Path(self.trainer.ckpt_path)):
             self._rng = checkpoint["rng"]
             self.skipped_steps = int(checkpoint.get("skipped_steps", 0))  # format 2 did not count them

@@ -92,7 +92,7 @@ class Router(nn.Module):
         self.bias += self.cfg.bias_update_rate * torch.sign(mean_E - tokens_per_expert).to(self.bias.dtype)
 
     def _open_to(self, domain_logits_TN: Tensor, domain_T: Tensor | None) -> Tensor:
-        """Return which experts each token may use: those of the first domain, and of its own if that is loaded."""
+        """Return which experts each token may use: those of the first domain, and of the token's domain if loaded."""
         n_domains = domain_logits_TN.shape[1]
         inferred_T = domain_logits_TN.argmax(-1)
         known_T = inferred_T if domain_T is None else torch.where(domain_T >= 0, domain_T, inferred_T)

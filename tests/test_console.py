@@ -18,10 +18,10 @@ from tests import runs
 
 PRINTS = (
     "import os, sys\n"
-    "from deepseek_exp import streams\n"
-    "streams.protect()\n"
+    "from deepseek_exp import console\n"
+    "console.protect()\n"
     "for stream in (sys.stdout, sys.stderr):\n"
-    "    streams.write(stream, 'd\\xe9j\\xe0 \\u4f60 \\udcff\\n')\n"
+    "    console.write(stream, 'd\\xe9j\\xe0 \\u4f60 \\udcff\\n')\n"
     "    for i in range(20000):\n"
     "        stream.write(f'{i}\\n')\n"  # more than a pipe holds
     "file = open('made', 'w', encoding='utf-8')\n"

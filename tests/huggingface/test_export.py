@@ -43,7 +43,7 @@ def test_modes_and_what_it_says_of_modules_that_look_ahead(cfg, checkpoint, tmp_
     _, found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     first = f"model.layers.{cfg.model.n_layers}."
     assert found["unexpected_keys"] and all(name.startswith(first) for name in found["unexpected_keys"])
-    assert f"lists its weights, {first}*, as UNEXPECTED" in said
+    assert f"reports its weights, {first}*, as UNEXPECTED" in said
 
 
 @pytest.mark.parametrize(

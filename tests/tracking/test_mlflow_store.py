@@ -192,7 +192,7 @@ def test_a_deleted_experiment_is_an_error(store: TrackingConfig, client: MlflowC
 
 def test_a_store_that_cannot_be_used_is_an_error(store: TrackingConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(TrackingError, match=r"tracking.uri='sqlite:.*/file/a.db' cannot be used \(.*Fix: make"):
+    with pytest.raises(TrackingError, match=r"tracking.uri='sqlite:.*/file/a.db' cannot be used \(.*Fix: check"):
         connect(replace(store, uri=f"sqlite:///{tmp_path}/file/a.db"), tmp_path)
     with pytest.raises(TrackingError, match=r"tracking.uri='./mlruns' cannot be used \(The filesystem tracking"):
         connect(replace(store, uri="./mlruns"), tmp_path)

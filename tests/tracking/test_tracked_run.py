@@ -134,7 +134,7 @@ def test_a_short_run_has_a_sample_of_the_system(whole: Whole, get_run: GetRun) -
 
 def test_a_folder_belongs_to_one_run(whole: Whole, store: TrackingConfig) -> None:
     folder, _, delivery = whole
-    with pytest.raises(TrackingError, match=f"is the folder of MLflow run {delivery.run_id}. Fix: take another"):
+    with pytest.raises(TrackingError, match=f"is the folder of MLflow run {delivery.run_id}. Fix: use another"):
         start_run(store, folder / "run")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.runs import ROOT
 
 PACKAGE = "deepseek_exp"
-# a room is a package or file at the top; a module that is listed by itself has a layer of its own
+# a room is a package or file at the top; a module that is listed has its own layer
 LAYER = {
     "errors": 0, "redact": 0, "disk": 0, "console": 0, "config": 0,
     "huggingface": 1, "kernels": 1, "planner": 1, "data": 1, "tracking": 1, "checkpoint": 1, "launch": 1,

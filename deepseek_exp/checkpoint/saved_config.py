@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from deepseek_exp.errors import CheckpointError, Problem
 
 FILE = "config.yaml"
+# Where our own callbacks were in version 0.1.0, and where they are.
+OLD_CALLBACKS, CALLBACKS = "deepseek_exp.callbacks.", "deepseek_exp.train.callbacks."
 MAX_BYTES = 1 << 20  # a configuration has about 10 kB
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 
@@ -101,4 +103,19 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError("trainer.eval_batches and trainer.micro_batch_seqs are not whole numbers")
         kept = {key: value for key, value in trainer.items() if key != "eval_batches"}
         values = {**values, "trainer": {**kept, "eval_seqs": n_batches * micro_batch_seqs}}
-    return values
+    return _with_moved_callbacks(values)
+
+
+def _with_moved_callbacks(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with the classes of callbacks.py named by the module that holds them now."""
+    trainer = values.get("trainer")
+    callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
+    if not isinstance(callbacks, dict):
+        return values
+    moved = {}
+    for name, node in callbacks.items():
+        target = node.get("_target_") if isinstance(node, dict) else None
+        if isinstance(target, str) and target.startswith(OLD_CALLBACKS):
+            node = {**node, "_target_": CALLBACKS + target.removeprefix(OLD_CALLBACKS)}
+        moved[name] = node
+    return {**values, "trainer": {**trainer, "callbacks": moved}}

@@ -15,7 +15,7 @@ from deepseek_exp.commands.train import check_data
 from deepseek_exp.config.enums import Do
 from deepseek_exp.config.schema import ROOT, ExperimentConfig
 from deepseek_exp.console import command, say
-from deepseek_exp.errors import UserError
+from deepseek_exp.errors import Stopped, UserError
 from deepseek_exp.experiment.job import Job
 from deepseek_exp.launch import local
 from deepseek_exp.redact import redact
@@ -52,7 +52,7 @@ def record(job: Job, action: Action) -> float | None:
         continues=None if job.continues is None else (job.continues.run_id, job.continues.step),
     )
     try:
-        from deepseek_exp.errors import Stopped  # imports torch and Lightning while the store is opened
+        from deepseek_exp.train import callbacks  # noqa: F401 - imports torch and Lightning while the store is opened
 
         run_id = tracked.wait_ready(READY_SECONDS)
         for note in tracked.notes:

@@ -12,7 +12,7 @@ from deepseek_exp.commands.recorded import Action, rank_variables, record
 from deepseek_exp.commands.train import train, train_briefly
 from deepseek_exp.config.enums import Device, Do, Launcher
 from deepseek_exp.console import shown
-from deepseek_exp.errors import ConfigError, Problem
+from deepseek_exp.errors import ConfigError, Problem, Stopped
 from deepseek_exp.experiment.job import Job
 from deepseek_exp.launch import local, multi_node, worker
 from deepseek_exp.tracking.run import RunLog
@@ -20,8 +20,6 @@ from deepseek_exp.tracking.run import RunLog
 
 def in_ranks(job: Job, tracked: RunLog, run_id: str) -> float | None:
     """Run the verb in several processes on this machine, which log into the current MLflow run."""
-    from deepseek_exp.errors import Stopped
-
     command = [sys.executable, "-m", "deepseek_exp.commands.rank", str(job.save(run_id))]
     ended = local.run(
         command,
@@ -37,8 +35,6 @@ def in_ranks(job: Job, tracked: RunLog, run_id: str) -> float | None:
 
 def run_rank(job_file: Path) -> worker.RankResult:
     """Run one rank's part. All ranks run the same code; rank 0 records the run."""
-    from deepseek_exp.errors import Stopped
-
     job, run_id = Job.load(job_file)
     action, first = ACTIONS[job.cfg.do], worker.number() == 0
     try:

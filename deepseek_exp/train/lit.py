@@ -196,7 +196,7 @@ class LanguageModel(pl.LightningModule):
         if found.nll is not None:
             self._add(found.nll, batch)
         if self.domain_of_part is not None and self.cfg.data.mixture:
-            self.evaluate_unlabelled(batch, found.memory)
+            self.evaluate_unlabelled(batch)
 
     def _evaluate(self, batch: MicroBatch, memory: Tensor | None, *, count_routing: bool) -> Evaluation:
         """Send a micro-batch forward.
@@ -212,10 +212,13 @@ class LanguageModel(pl.LightningModule):
             layer.counts.copy_(counts)
         return found
 
-    def evaluate_unlabelled(self, batch: Batch, memory: Tensor | None = None) -> None:
-        """Add the loss of a micro-batch whose domains the routers infer; its routing is not counted."""
+    def evaluate_unlabelled(self, batch: Batch) -> None:
+        """Add the loss of a micro-batch whose domains the routers infer; its routing is not counted.
+
+        There is no memory: it needs data.order=contiguous, and a mixture data.order=shuffled.
+        """
         unlabelled = MicroBatch(batch.tokens, torch.full_like(batch.part, -1))
-        nll = self._evaluate(unlabelled, memory, count_routing=False).nll
+        nll = self._evaluate(unlabelled, None, count_routing=False).nll
         if nll is not None:
             self.val_unlabelled_nats += nll[: batch.n_counted].sum(dtype=torch.float64).cpu()
 

@@ -172,12 +172,33 @@ class TestSavedValues:
         saved = saved_config.parse("trainer: {eval_batches: 32, micro_batch_seqs: 4}")
         assert saved == {"trainer": {"micro_batch_seqs": 4, "eval_seqs": 128}}
 
+    def test_own_callbacks_of_earlier_versions_are_found_where_they_are_now(self):
+        others = {"_target_": "pytorch_lightning.callbacks.Timer"}
+        saved = saved_config.parse(
+            "trainer: {callbacks: {a: {_target_: deepseek_exp.callbacks.Mine, n: 1}, "
+            "b: {_target_: pytorch_lightning.callbacks.Timer}, c: null}}"
+        )
+        moved = {"_target_": "deepseek_exp.train.callbacks.Mine", "n": 1}
+        assert saved == {"trainer": {"callbacks": {"a": moved, "b": others, "c": None}}}
+
 
 class TestWhichRunRecordsIt:
     def test_an_unchanged_resume_is_the_same_run(self, tmp_path):
         saved = checkpoint(tmp_path)
         found = job("resume=last", f"output_dir={tmp_path}")
         assert found.run_dir == manifest.run_dir_of(saved) and found.continues is None
+
+    @pytest.mark.parametrize(("began", "now"), [("mlflow", "none"), ("none", "mlflow")])
+    def test_a_run_has_one_kind_of_record(self, tmp_path, began, now):
+        checkpoint(tmp_path, f"tracking={began}")
+        words = "resume=last", f"output_dir={tmp_path}", f"tracking={now}"
+        with pytest.raises(ConfigError) as caught:
+            job(*words)
+        assert str(caught.value) == (
+            f"tracking.backend='{now}' cannot record the rest of a run that began with tracking.backend={began}. "
+            f"Fix: set tracking.backend={began}, or tracking.new_run=true to record it as a new run."
+        )
+        assert job(*words, "tracking.new_run=true").continues is not None
 
     def test_what_is_no_parameter_of_the_training_may_change(self, tmp_path):
         saved = checkpoint(tmp_path)

@@ -1,8 +1,8 @@
 """Random command lines that are accepted, run for a few steps: `python -m tests.fuzz.training N SEED`.
 
-N command lines of random kinds are checked; each that starts a training, an evaluation or a verification small
-enough for this machine is run as `run.py` runs it, in a process of its own. A run that ends in another way than with
-status 0 or with one of our errors is a defect: what was accepted could not run.
+N command lines of random kinds are checked; each that starts a training or a verification small enough for
+this machine is run as `run.py` runs it, in a separate process. A run that ends neither with status 0 nor with one of
+our errors is a defect: what was accepted could not run.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def accepted(argv: list[str]) -> Job | None:
 
 
 def outcome(argv: list[str], log: Path) -> str:
-    """Run a command line in a process of its own; return how it ended."""
+    """Run a command line in a separate process; return how it ended."""
     child = os.fork()
     if child == 0:
         _run(argv, log)

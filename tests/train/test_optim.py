@@ -131,3 +131,5 @@ def test_clipping_scales_all_gradients_together():
     clip_gradients(optimizer, norm / 3)
     after = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
     assert after == pytest.approx(norm / 3, rel=1e-4)
+    clip_gradients(optimizer, norm)  # they are within the bound, and not scaled up to it
+    assert math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters())) == after

@@ -1,4 +1,4 @@
-"""Convert config.json of llama, mistral, qwen2, qwen3, mixtral, deepseek_v2 and deepseek_v3 to our model section.
+"""Convert the config.json of the families in `FAMILIES` to our model section.
 
 Every field is used, known not to affect the computation, or rejected. The meaning of a field is what transformers 5.23
 does with it (models/<family>/modeling_<family>.py, modeling_rope_utils.py).
@@ -17,7 +17,7 @@ from typing import Any
 from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.huggingface.files import CONFIG, read_json, stored_weights
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "deepseek_v2", "deepseek_v3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3")
 # Epsilon of DeepSeek's norms inside attention, regardless of rms_norm_eps.
 MLA_EPS = 1e-6
 # Fields that do not affect what a model computes from tokens.
@@ -197,12 +197,28 @@ def _qwen3(f: Fields) -> dict[str, Any]:
     return {"window": _window_of_all_layers(f), "qk_norm": True}
 
 
+def _qwen3_moe(f: Fields) -> dict[str, Any]:
+    used, window = f.take("use_sliding_window", bool, False), f.take("sliding_window", int, 4096, null=0)
+    f.must("decoder_sparse_step", (1,), "is not 1: blocks with and without experts would take turns")
+    dense = f.take("mlp_only_layers", list, [])
+    if dense != list(range(len(dense))):
+        f.refuse("mlp_only_layers", "are not the first blocks, the only ones that can be dense here")
+    f.untouched.discard("max_window_layers")  # in files of Qwen; transformers does not read it
+    name = "num_local_experts" if f.values.get("num_local_experts") is not None else "num_experts"
+    moe = {"n_routed_experts": f.take(name, int), "top_k": f.take("num_experts_per_tok", int)}
+    moe |= {"d_expert": f.take("moe_intermediate_size", int), "norm_top_k": f.take("norm_topk_prob", bool, False)}
+    moe |= {"n_dense_layers": len(dense), **_aux_loss(f)}
+    return {"window": window if used else 0, "qk_norm": True, "moe": {**NO_EXPERTS, **moe}}
+
+
+def _aux_loss(f: Fields) -> dict[str, Any]:
+    weight = f.take("router_aux_loss_coef", float, 0.001)
+    return {"balance": "aux_loss", "aux_loss_weight": weight} if weight > 0 else {}
+
+
 def _mixtral(f: Fields) -> dict[str, Any]:
-    d_expert, aux_loss = f.take("intermediate_size", int), f.take("router_aux_loss_coef", float, 0.001)
     moe = {"n_routed_experts": f.take("num_local_experts", int), "top_k": f.take("num_experts_per_tok", int)}
-    moe |= {"d_expert": d_expert, "norm_top_k": True}
-    if aux_loss > 0:
-        moe |= {"balance": "aux_loss", "aux_loss_weight": aux_loss}
+    moe |= {"d_expert": f.take("intermediate_size", int), "norm_top_k": True, **_aux_loss(f)}
     return {"window": f.take("sliding_window", int, 0), "moe": {**NO_EXPERTS, **moe}}
 
 
@@ -276,6 +292,7 @@ READERS: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,

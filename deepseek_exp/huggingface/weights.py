@@ -23,6 +23,7 @@ from deepseek_exp.config import AttentionKind, ModelConfig, Score
 from deepseek_exp.errors import CheckpointError, Problem
 from deepseek_exp.huggingface import read_release, stored_weights
 from deepseek_exp.huggingface.files import Stored
+from deepseek_exp.huggingface.write import family_of
 
 SHARD_BYTES = 5 * 10**9
 EMBEDDING, HEAD = "embedding.weight", "head.weight"
@@ -50,23 +51,24 @@ class Entry:
     copy: bool = False
 
 
-def table(m: ModelConfig, *, interleaved: bool = True) -> list[Entry]:
+def table(m: ModelConfig, family: str, *, interleaved: bool = True) -> list[Entry]:
     """Return our tensors with their names in Hugging Face's checkpoints, in the order of the layers.
 
     Args:
         m: the model.
+        family: the Hugging Face family whose names are used.
         interleaved: whether MLA's rotary pairs are adjacent there.
     """
     entries = [Entry(EMBEDDING, ("model.embed_tokens.weight",))]
     for i in range(m.n_layers):
-        entries += _block(m, f"blocks.{i}.", f"model.layers.{i}.", i, interleaved)
+        entries += _block(m, f"blocks.{i}.", f"model.layers.{i}.", i, family, interleaved)
     entries.append(Entry("head.norm.weight", ("model.norm.weight",)))
     entries.append(Entry(EMBEDDING if m.tie_embeddings else HEAD, ("lm_head.weight",), copy=m.tie_embeddings))
     for k in range(m.n_mtp_layers):
         ours, theirs = f"mtp.{k}.", f"model.layers.{m.n_layers + k}."
         names = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "projection": "eh_proj"}
         entries += [Entry(f"{ours}{a}.weight", (f"{theirs}{b}.weight",)) for a, b in names.items()]
-        entries += _block(m, f"{ours}block.", theirs, m.n_layers, interleaved)
+        entries += _block(m, f"{ours}block.", theirs, m.n_layers, family, interleaved)
         entries.append(Entry(f"{ours}head_norm.weight", (f"{theirs}shared_head.norm.weight",)))
         head = EMBEDDING if m.tie_embeddings else HEAD
         entries.append(Entry(EMBEDDING, (f"{theirs}embed_tokens.weight",), copy=True))
@@ -74,7 +76,7 @@ def table(m: ModelConfig, *, interleaved: bool = True) -> list[Entry]:
     return entries
 
 
-def _block(m: ModelConfig, ours: str, theirs: str, index: int, interleaved: bool) -> Iterator[Entry]:
+def _block(m: ModelConfig, ours: str, theirs: str, index: int, family: str, interleaved: bool) -> Iterator[Entry]:
     yield Entry(f"{ours}attention_norm.weight", (f"{theirs}input_layernorm.weight",))
     yield Entry(f"{ours}feed_forward_norm.weight", (f"{theirs}post_attention_layernorm.weight",))
     attention = _mla(m, interleaved) if m.attention is AttentionKind.mla else _gqa(m)
@@ -83,7 +85,7 @@ def _block(m: ModelConfig, ours: str, theirs: str, index: int, interleaved: bool
     if not m.moe.n_routed_experts or index < m.moe.n_dense_layers:
         yield from _swiglu(f"{ours}feed_forward.", f"{theirs}mlp.")
         return
-    mixtral, names = m.attention is not AttentionKind.mla, ("gate_proj", "up_proj", "down_proj")
+    mixtral, names = family == "mixtral", ("gate_proj", "up_proj", "down_proj")
     room = f"{theirs}block_sparse_moe." if mixtral else f"{theirs}mlp."
     yield Entry(f"{ours}feed_forward.router.weight", (f"{room}gate.weight",))
     if m.moe.score is Score.sigmoid:
@@ -156,10 +158,10 @@ def load_release(model: nn.Module, m: ModelConfig, folder: Path, key: str = "ini
         CheckpointError: weights are missing, left over or have another shape; all of them are named.
     """
     state = model.state_dict()
-    interleaved = read_release(folder, key).interleaved
+    release = read_release(folder, key)
     stored = layers_stored(m, folder, key)
     entries = []
-    for entry in table(m, interleaved=interleaved):
+    for entry in table(m, release.family, interleaved=release.interleaved):
         if entry.ours in state or not entry.ours.endswith("router.bias"):
             entries.append(entry)
         else:
@@ -281,7 +283,7 @@ def save(m: ModelConfig, checkpoint: Path, target: Path, *, shard_bytes: int = S
     zeros = torch.zeros(m.moe.n_routed_experts)
     shards: list[dict[str, tuple[Entry, int]]] = [{}]
     filled = total = 0
-    for entry in table(m):
+    for entry in table(m, family_of(m)):
         if entry.copy and m.tie_embeddings and entry.theirs == ("lm_head.weight",):
             continue
         size = _bytes_of_one(entry, stored) if entry.ours in stored else zeros.nbytes

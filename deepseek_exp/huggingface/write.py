@@ -13,6 +13,7 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -77,19 +78,22 @@ def write_config(m: ModelConfig, *, dtype: str, end_id: int) -> dict[str, Any]:
     if family.startswith("deepseek"):
         return config | _deepseek(m) | (_deepseek_v2(m) if family == "deepseek_v2" else _deepseek_v3(m))
     config["head_dim"] = m.head_dim
-    if family in ("llama", "qwen3"):
+    if family in ("llama", "qwen3", "qwen3_moe"):
         config["attention_bias"] = False
     if family == "llama":
         config["mlp_bias"] = False
     if family in ("mistral", "mixtral"):
         config["sliding_window"] = m.window or None
-    if family.startswith("qwen"):
+    if family in ("qwen2", "qwen3"):
         every = 0 if m.window else m.n_layers
         config |= {"use_sliding_window": bool(m.window), "sliding_window": m.window or None, "max_window_layers": every}
+    if m.moe.n_routed_experts:
+        config["router_aux_loss_coef"] = m.moe.aux_loss_weight if m.moe.balance is Balance.aux_loss else 0.0
+        config["num_experts_per_tok"] = m.moe.top_k
     if family == "mixtral":
-        aux_loss = m.moe.aux_loss_weight if m.moe.balance is Balance.aux_loss else 0.0
-        config |= {"num_local_experts": m.moe.n_routed_experts, "num_experts_per_tok": m.moe.top_k}
-        config |= {"intermediate_size": m.moe.d_expert, "router_aux_loss_coef": aux_loss}
+        config |= {"num_local_experts": m.moe.n_routed_experts, "intermediate_size": m.moe.d_expert}
+    if family == "qwen3_moe":
+        config |= _qwen3_moe(m)
     return config
 
 
@@ -98,7 +102,7 @@ def _nearest(m: ModelConfig) -> str:
         softmax = m.moe.n_routed_experts and m.moe.score is Score.softmax
         return "deepseek_v2" if softmax else "deepseek_v3"
     if m.moe.n_routed_experts:
-        return "mixtral"
+        return "qwen3_moe" if m.qk_norm else "mixtral"
     if m.qk_norm:
         return "qwen3"
     if m.qkv_bias:
@@ -117,20 +121,12 @@ def _wanted(m: ModelConfig, family: str) -> dict[str, tuple[Any, tuple[Any, ...]
     }
     if family != "deepseek_v3":
         wanted["model.n_mtp_layers"] = m.n_mtp_layers, (0,)
-    if family in ("qwen3", "mixtral"):
+    if family in ("qwen3", "qwen3_moe", "mixtral"):
         wanted["model.qkv_bias"] = m.qkv_bias, (False,)
-    if family in ("mixtral", "deepseek_v2"):
+    if family in ("mixtral", "qwen3_moe", "deepseek_v2"):
         wanted["model.moe.balance"] = moe.balance, (Balance.none, Balance.aux_loss)
-    if family == "mixtral":
-        wanted |= {
-            "model.qk_norm": (m.qk_norm, (False,)),
-            "model.moe.n_dense_layers": (moe.n_dense_layers, (0,)),
-            "model.moe.n_shared_experts": (moe.n_shared_experts, (0,)),
-            "model.moe.score": (moe.score, (Score.softmax,)),
-            "model.moe.norm_top_k": (moe.norm_top_k, (True,)),
-            "model.moe.route_scale": (moe.route_scale, (1.0,)),
-            "model.moe.n_groups": (moe.n_groups, (1,)),
-        }
+    if family in ("mixtral", "qwen3_moe"):
+        wanted |= _of_plain_experts(m, family)
     if family.startswith("deepseek"):
         wanted |= {"model.window": (m.window, (0,)), "model.norm_eps": (m.norm_eps, (MLA_EPS,))}
         if moe.n_groups > 1:
@@ -143,6 +139,33 @@ def _wanted(m: ModelConfig, family: str) -> dict[str, tuple[Any, tuple[Any, ...]
         if m.d_model % m.n_heads:
             wanted["model.n_heads"] = m.n_heads, (f"a divisor of model.d_model={m.d_model}",)
     return wanted
+
+
+def _of_plain_experts(m: ModelConfig, family: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Return the keys of experts without DeepSeek's parts: Mixtral's, and Qwen's with less restricted weights."""
+    moe = m.moe
+    wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "model.moe.n_shared_experts": (moe.n_shared_experts, (0,)),
+        "model.moe.score": (moe.score, (Score.softmax,)),
+        "model.moe.route_scale": (moe.route_scale, (1.0,)),
+        "model.moe.n_groups": (moe.n_groups, (1,)),
+    }
+    if family == "mixtral":
+        wanted["model.moe.n_dense_layers"] = moe.n_dense_layers, (0,)
+        wanted["model.moe.norm_top_k"] = moe.norm_top_k, (True,)
+    return wanted
+
+
+def _qwen3_moe(m: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_experts": m.moe.n_routed_experts,
+        "moe_intermediate_size": m.moe.d_expert,
+        "norm_topk_prob": m.moe.norm_top_k,
+        "mlp_only_layers": list(range(m.moe.n_dense_layers)),
+        "decoder_sparse_step": 1,
+        "use_sliding_window": bool(m.window),
+        "sliding_window": m.window or None,
+    }
 
 
 def _deepseek(m: ModelConfig) -> dict[str, Any]:

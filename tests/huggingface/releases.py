@@ -61,6 +61,9 @@ GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
 V2 = {**MLA, "topk_method": "greedy"}
 V3 = {**MLA, "n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 0}
 QWEN = {**SIZE, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}
+QWEN3_MOE = {
+    **SIZE, "head_dim": 24, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SIZE),
     "llama_tied_llama3": ("llama", {**SIZE, "tie_word_embeddings": True, "rope_parameters": LLAMA3}),
@@ -73,6 +76,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {**SIZE, "head_dim": 24}),
     "mixtral": ("mixtral", {**SIZE, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "mixtral_window": ("mixtral", {**SIZE, "num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 9}),
+    "qwen3_moe": ("qwen3_moe", {**QWEN3_MOE, "norm_topk_prob": True}),
+    "qwen3_moe_dense_window": (
+        "qwen3_moe",
+        {**QWEN3_MOE, "mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 9},
+    ),
     "deepseek_v2": ("deepseek_v2", V2),
     "deepseek_v2_no_q_lora": ("deepseek_v2", {**V2, "q_lora_rank": None}),
     "deepseek_v2_groups_yarn": (

@@ -40,6 +40,8 @@ FIELDS = [
         ["full_attention", "sliding_attention", "full_attention"],
         "with use_sliding_window=True gives layers different windows, and ours share one",
     ),
+    ("qwen3_moe", "decoder_sparse_step", 2, "is not 1: blocks with and without experts would take turns"),
+    ("qwen3_moe", "mlp_only_layers", [1], "are not the first blocks, the only ones that can be dense here"),
     ("deepseek_v2", "rms_norm_eps", 1e-05, "is not 1e-06, which the norms of the latents use whatever it says"),
     ("deepseek_v2", "norm_topk_prob", True, "is ignored by transformers, while the code of the release divides"),
     ("deepseek_v2", "topk_method", "noaux_tc", "is not one of greedy, group_limited_greedy"),
@@ -57,7 +59,7 @@ FIELDS = [
     ("llama", "num_hidden_layers", 10**12, "is not a whole number from 0 to 2147483647"),
     ("qwen3", "num_hidden_layers", 10**9, "is more than 10,000"),
     ("qwen2_window", "layer_types", [{}], "with use_sliding_window=True gives layers different windows"),
-    ("llama", "model_type", "gpt2", "is not one of llama, mistral, qwen2, qwen3, mixtral, deepseek_v2, deepseek_v3"),
+    ("llama", "model_type", "gpt2", "is not one of llama, mistral, qwen2, qwen3, qwen3_moe, mixtral, deepseek_v2"),
 ]
 SCALINGS = [
     ("rope_type", "longrope", "is not one of default, linear, llama3, yarn"),
@@ -333,7 +335,9 @@ def test_models_without_a_family(override):
         ("llama", {"n_mtp_layers": 1}, "model.n_mtp_layers"),
         ("llama", {"memory_len": 3}, "model.memory_len"),
         ("qwen3", {"qkv_bias": True}, "model.qkv_bias"),
-        ("mixtral", {"qk_norm": True}, "model.qk_norm"),
+        ("mixtral", {"qkv_bias": True}, "model.qkv_bias"),
+        ("qwen3_moe", {"moe": {"n_shared_experts": 1}}, "model.moe.n_shared_experts"),
+        ("qwen3_moe", {"moe": {"balance": "bias"}}, "model.moe.balance"),
         ("mixtral", {"moe": {"n_shared_experts": 1}}, "model.moe.n_shared_experts"),
         ("mixtral", {"moe": {"norm_top_k": False}}, "model.moe.norm_top_k"),
         ("mixtral", {"moe": {"route_scale": 2.0}}, "model.moe.route_scale"),

@@ -28,7 +28,7 @@ def some_tokens(batch=2, seq=48):
 def gradients_by_their_names(model, cfg, release) -> dict[str, torch.Tensor]:
     """Map our gradients through the table of names."""
     found, grads = {}, {name: p.grad for name, p in model.named_parameters()}
-    for entry in weights.table(cfg, interleaved=release.interleaved):
+    for entry in weights.table(cfg, release.family, interleaved=release.interleaved):
         grad = grads.get(entry.ours)
         if grad is not None and not entry.copy:
             for i, name in enumerate(entry.theirs):

@@ -31,7 +31,7 @@ class Ops:
     unpermute: Callable[[Tensor, Tensor, Tensor], Tensor]
     routed_experts: Callable[..., Tensor] | None  # None: dispatch, products and sums are separate operations
     local_global_attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, int, int, int], Tensor]
-    linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
 
 
 TORCH = Ops(

@@ -354,22 +354,27 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Multiply by the output head and return the cross-entropy of the logits.
 
-    Only the mean is differentiable; the nll of each token is for statistics. Every token then has the same incoming
-    gradient, so a faster implementation can compute both gradients while it holds the logits.
+    Only the mean, or with `token_weights` the weighted sum, is differentiable; the nll of each token is for statistics.
+    The incoming gradient of every token is then known up to one factor, so a faster implementation can compute both
+    gradients while it holds the logits.
 
     Args:
         h: (..., d_model).
         weight: (vocab_size, d_model), the type of h.
         targets: (...), int64, each from 0 to vocab_size - 1.
+        token_weights: (...), fp32, factor of each token's nll, without gradient; None: 1 / number of tokens.
 
     Returns:
-        The mean nll in nats, (), and the nll of each token, (...), without gradient; both fp32 (float64 for float64 h).
+        The mean nll in nats or the sum of token_weights * nll, (), and the nll of each token, (...), without gradient;
+        both fp32 (float64 for float64 h).
     """
     nll = cross_entropy(F.linear(h, weight), targets)
-    return nll.mean(), nll.detach()
+    return nll.mean() if token_weights is None else (nll * token_weights).sum(), nll.detach()
 
 
 def quantize_blocks(x: Tensor, *, is_signed: bool) -> tuple[Tensor, Tensor]:

@@ -51,9 +51,12 @@ class Head(nn.Module):
         """Return the logits (batch, seq, vocab_size) of (batch, seq, d_model)."""
         return nn.functional.linear(self.norm(x), self.weight)
 
-    def loss(self, h: Tensor, targets: Tensor) -> Loss:
-        """Return the loss of (batch, seq) targets from (batch, seq, d_model), which is already normalised."""
-        return self.ops.linear_cross_entropy(h, self.weight, targets)
+    def loss(self, h: Tensor, targets: Tensor, token_weights: Tensor | None = None) -> Loss:
+        """Return the loss of (batch, seq) targets from (batch, seq, d_model), which is already normalised.
+
+        With (batch, seq) `token_weights`, the first part is the weighted sum of the nll instead of its mean.
+        """
+        return self.ops.linear_cross_entropy(h, self.weight, targets, token_weights)
 
 
 class Transformer(nn.Module):

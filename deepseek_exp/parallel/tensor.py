@@ -149,9 +149,9 @@ class VocabParallelHead(nn.Module):
         super().__init__()
         self.ops, self.norm, self.weight, self.region = head.ops, head.norm, head.weight, region
 
-    def loss(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, h: Tensor, targets: Tensor, token_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute `Head.loss`."""
-        return self.ops.linear_cross_entropy(self.region.enter(h), self.weight, targets)
+        return self.ops.linear_cross_entropy(self.region.enter(h), self.weight, targets, token_weights)
 
 
 def parallel_ops(ops: Ops, kernels: KernelsConfig, group: Any, index: int) -> Ops:
@@ -164,17 +164,19 @@ def parallel_ops(ops: Ops, kernels: KernelsConfig, group: Any, index: int) -> Op
         index: this rank's index in it.
     """
 
-    def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def linear_cross_entropy(
+        h: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         nll = vocab_parallel_cross_entropy(F.linear(h, weight), targets, group, index)
-        return nll.mean(), nll.detach()
+        return nll.mean() if token_weights is None else (nll * token_weights).sum(), nll.detach()
 
-    def fused(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def fused(h: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         from deepseek_exp.kernels.triton.linear_cross_entropy import linear_cross_entropy
 
         def share(figures: Tensor) -> Tensor:
             return _all_gather(figures[None], 0, group)  # (ranks, tokens, 3)
 
-        return linear_cross_entropy(h, weight, targets - index * len(weight), share)
+        return linear_cross_entropy(h, weight, targets - index * len(weight), share, token_weights)
 
     return dataclasses.replace(
         ops,

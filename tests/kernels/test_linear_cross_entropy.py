@@ -53,6 +53,21 @@ def test_nll_of_each_token(shape, trained):
     torch.testing.assert_close(mean.double(), wanted_mean, rtol=BOUND, atol=BOUND)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [None, lambda own: own[None]])
+def test_weights_of_tokens(shape, share):
+    h, weight, targets = inputs(*shape)
+    weights = torch.randn(targets.shape)
+    weights.flatten()[0] = 0.0  # a token that does not count
+
+    def weighted(function, *share):
+        return lambda h, weight, targets: function(h, weight, targets, *share, token_weights=weights)[0]
+
+    assert_equals_definition(
+        weighted(linear_cross_entropy, share), weighted(reference.linear_cross_entropy), (h, weight, targets)
+    )
+
+
 def test_logits_far_apart():
     """Rows whose largest logit comes first, last and far above the others, and targets far below it."""
     weight = torch.linspace(-60, 60, 20)[:, None]
@@ -171,6 +186,7 @@ def test_compiles_without_a_break():
     compiled = torch.compile(both_used(linear_cross_entropy), backend="aot_eager", fullgraph=True)
     assert_equals_definition(compiled, both_used(reference.linear_cross_entropy), (h, weight, targets))
     op = torch.ops.deepseek_exp.linear_cross_entropy
+    torch.library.opcheck(op, (h, weight, targets, True, True, torch.rand(2, 5)))
     torch.library.opcheck(op, (h, weight, targets, True, True))
     torch.library.opcheck(op, (h, weight, targets, False, False))
     torch.library.opcheck(torch.ops.deepseek_exp.multiply_gradient, (torch.randn(9), torch.tensor(2.0)))

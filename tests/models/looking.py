@@ -23,7 +23,7 @@ def segment_logits(model: Transformer, tokens: Tensor, memory: Tensor) -> tuple[
 
 def _looking(model: Transformer, losses: Any, *args: Any) -> Any:
     ops, training = model.head.ops, model.training
-    model.head.ops = dataclasses.replace(ops, linear_cross_entropy=lambda h, weight, _: F.linear(h, weight))
+    model.head.ops = dataclasses.replace(ops, linear_cross_entropy=lambda h, weight, *_: F.linear(h, weight))
     model.train()  # only then something is looked at ahead
     try:
         return losses(*args)

@@ -1,19 +1,19 @@
 """The output head's product and the cross-entropy of its logits, without ever holding the logits of all tokens.
 
     l_nv = h_n . w_v,  nll_n = log(sum over v of exp(l_nv)) - l_n,target(n)
-    g_nv = (softmax(l_n)_v - [v = target(n)]) / N,  dh = g w,  dw = sum over n of g_n h_n^T
+    g_nv = a_n (softmax(l_n)_v - [v = target(n)]),  dh = g w,  dw = sum over n of g_n h_n^T
 
-Only the mean of the nll is differentiable, so each token's gradient is known before the backward pass up to one factor,
-and both dh and dw are computed in the forward pass: per chunk, in which a kernel overwrites the logits with g (Hsu et
-al. 2024, "Liger Kernel", section 3.2, fused linear cross-entropy). The backward pass multiplies by that factor, in
-place. The largest logit and the sum of exponentials come from one read (Milakov and Gimelshein 2018, "Online normalizer
-calculation for softmax", algorithm 3), the gradient from a second one that finds most of its row in the L2 cache.
-
-If the vocabulary is sharded over ranks, each token's largest logit, sum and target logit are exchanged (Shoeybi et al.
-2019, "Megatron-LM", section 3), all three at once.
+with a_n = 1 / N, or the given weight of the token. Only the (weighted) mean of the nll is differentiable, so each
+token's gradient is known before the backward pass up to one factor, and both dh and dw are computed in the forward
+pass: per chunk, in which a kernel overwrites the logits with g (Hsu et al. 2024, "Liger Kernel", section 3.2, fused
+linear cross-entropy). The backward pass multiplies by that factor, in place. The largest logit and the sum of
+exponentials come from one read (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3),
+the gradient from a second one that finds most of its row in the L2 cache. If the vocabulary is sharded over ranks, each
+token's largest logit, sum and target logit are exchanged (Shoeybi et al. 2019, "Megatron-LM", section 3), all three at
+once.
 
 Rounding: logits and g are rounded to the inputs' type where plain PyTorch rounds them; everything between is fp32.
-1 / N is in g, not applied at the end: a factor before the rounding of g costs nothing, since bf16 has the exponent
+a_n is in g, not applied at the end: a factor before the rounding of g costs nothing, since bf16 has the exponent
 range of fp32, and dh and dw are then final unless the loss is scaled. dw is accumulated in the weight's type, so in
 bf16 it is rounded once per chunk. Error (norm of the difference from float64, 16384 tokens, H200): 16 chunks 0.45%, 6
 chunks 0.34%, one rounding 0.17%; without bias. So there are at most 4 chunks. An fp32 sum would be as exact as one
@@ -51,7 +51,11 @@ WIDTH, WARPS = 8192, 16
 
 
 def linear_cross_entropy(
-    h: Tensor, weight: Tensor, targets: Tensor, share: Callable[[Tensor], Tensor] | None = None
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    share: Callable[[Tensor], Tensor] | None = None,
+    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `reference.linear_cross_entropy`; same results, in fp32 and bf16; h and weight have the same type.
 
@@ -64,23 +68,27 @@ def linear_cross_entropy(
         targets: (...), int64, counted from the first row of weight; with `share` some are below 0 or above the last.
         share: an all-gather: maps this rank's figures of some tokens, (tokens, 3) fp32, to those of all ranks, (ranks,
             tokens, 3), in the same order on all ranks. dh is then this rank's term of a sum over ranks.
+        token_weights: (...), factor of each token's nll; None: 1 / number of tokens.
 
     Returns:
-        The mean nll, (), and the nll of each token, (...), without gradient; fp32.
+        The mean nll or the weighted sum, (), and the nll of each token, (...), without gradient; fp32.
     """
     wanted = torch.is_grad_enabled()
     with_dh, with_dw = wanted and h.requires_grad, wanted and weight.requires_grad
     apply = _LinearCrossEntropy.apply
     if share is not None and torch.compiler.is_compiling():
         apply = torch.compiler.disable(apply)  # a compiled graph cannot contain the exchange
-    return apply(h, weight, targets, share, with_dh, with_dw)
+    return apply(h, weight, targets, share, with_dh, with_dw, token_weights)
 
 
 @triton.jit
 def _cross_entropy(
-    logits, targets, figures, n_cols, scale, MEASURE: tl.constexpr, WRITE: tl.constexpr, WIDTH: tl.constexpr
-):
+    logits, targets, figures, weights, n_cols, scale, MEASURE: tl.constexpr, WRITE: tl.constexpr,
+    WEIGHTED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if WEIGHTED:
+        scale = tl.load(weights + row)
     logits += row * n_cols
     figures += row * 3
     target = tl.load(targets + row)
@@ -156,9 +164,11 @@ def _compute(
     share: Callable[[Tensor], Tensor] | None,
     with_dh: bool,
     with_dw: bool,
+    token_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the mean nll, each token's nll and the gradients of the mean, empty if not needed."""
+    """Return the mean nll or the weighted sum, each token's nll and the gradients, empty if not needed."""
     h_ND, targets_N = h.reshape(-1, h.shape[-1]), targets.reshape(-1).contiguous()
+    weights_N = None if token_weights is None else token_weights.detach().reshape(-1).float().contiguous()
     figures_NF = h.new_empty(len(targets_N), 3, dtype=torch.float32)
     with_grad = with_dh or with_dw
 
@@ -167,9 +177,9 @@ def _compute(
 
         def launch(*, measure: bool, write: bool) -> None:
             _cross_entropy[(len(logits_TV),)](
-                logits_TV, targets_N[here], figures_TF, logits_TV.shape[1], 1 / len(targets_N),
-                MEASURE=measure, WRITE=write, WIDTH=min(WIDTH, triton.next_power_of_2(logits_TV.shape[1])),
-                num_warps=WARPS,
+                logits_TV, targets_N[here], figures_TF, figures_TF if weights_N is None else weights_N[here],
+                logits_TV.shape[1], 1 / len(targets_N), MEASURE=measure, WRITE=write, WEIGHTED=weights_N is not None,
+                WIDTH=min(WIDTH, triton.next_power_of_2(logits_TV.shape[1])), num_warps=WARPS,
             )  # fmt: skip
 
         launch(measure=True, write=with_grad and share is None)
@@ -182,7 +192,8 @@ def _compute(
     _through_chunks(h_ND, weight, dh.view(h_ND.shape) if with_dh else None, dw if with_dw else None, turn)
     largest_N, total_N, chosen_N = figures_NF.unbind(1)
     nll_N = total_N.log() - (chosen_N - largest_N)
-    return nll_N.mean(), nll_N.view(targets.shape), dh, dw
+    loss = nll_N.mean() if weights_N is None else (nll_N * weights_N).sum()
+    return loss, nll_N.view(targets.shape), dh, dw
 
 
 def _together(figures_RTF: Tensor) -> Tensor:
@@ -199,15 +210,15 @@ def _empty_gradients(h: Tensor, weight: Tensor, with_dh: bool, with_dw: bool) ->
 
 @torch.library.custom_op("deepseek_exp::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
-    h: Tensor, weight: Tensor, targets: Tensor, with_dh: bool, with_dw: bool
+    h: Tensor, weight: Tensor, targets: Tensor, with_dh: bool, with_dw: bool, token_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run `_compute` on one rank."""
-    return _compute(h, weight, targets, None, with_dh, with_dw)
+    return _compute(h, weight, targets, None, with_dh, with_dw, token_weights)
 
 
 @_linear_cross_entropy.register_fake
 def _(
-    h: Tensor, weight: Tensor, targets: Tensor, with_dh: bool, with_dw: bool
+    h: Tensor, weight: Tensor, targets: Tensor, with_dh: bool, with_dw: bool, token_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     nll = h.new_empty(targets.shape, dtype=torch.float32)
     return nll.new_empty(()), nll, *_empty_gradients(h, weight, with_dh, with_dw)
@@ -220,7 +231,7 @@ def _multiply_gradient(x: Tensor, by: Tensor) -> None:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Attach the gradients to the mean; `register_autograd` does not allow backward to modify results in place."""
+    """Attach the gradients to the loss; `register_autograd` does not allow backward to modify results in place."""
 
     @staticmethod
     def forward(
@@ -231,22 +242,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         share: Callable[[Tensor], Tensor] | None,
         with_dh: bool,
         with_dw: bool,
+        token_weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if share is None:
-            mean, nll, dh, dw = _linear_cross_entropy(h, weight, targets, with_dh, with_dw)
+            loss, nll, dh, dw = _linear_cross_entropy(h, weight, targets, with_dh, with_dw, token_weights)
         else:
-            mean, nll, dh, dw = _compute(h, weight, targets, share, with_dh, with_dw)
+            loss, nll, dh, dw = _compute(h, weight, targets, share, with_dh, with_dw, token_weights)
         ctx.save_for_backward(dh, dw)
         ctx.with_dh, ctx.with_dw = with_dh, with_dw
         ctx.mark_non_differentiable(nll)
-        return mean, nll
+        return loss, nll
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         dh, dw = ctx.saved_tensors
         dh = _multiplied(dh, grad) if ctx.with_dh else None
         dw = _multiplied(dw, grad) if ctx.with_dw else None
-        return dh, dw, None, None, None, None
+        return dh, dw, None, None, None, None, None
 
 
 def _multiplied(gradient: Tensor, by: Tensor) -> Tensor:

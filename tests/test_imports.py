@@ -25,7 +25,7 @@ APART = {1, 3, 5}
 # rooms that answer at once: they import neither torch nor MLflow, nor anything that does
 LIGHT = {
     *("errors", "redact", "disk", "console", "config", "planner", "experiment", "launch", "huggingface"),
-    *("checkpoint.manifest", "checkpoint.saved_config", "tracking.rundir", "tracking.uri"),
+    *("checkpoint.manifest", "checkpoint.migrations", "checkpoint.saved_config", "tracking.rundir", "tracking.uri"),
 }
 HEAVY = {"torch", "pytorch_lightning", "mlflow", "deepspeed", "transformers", "tokenizers", "numpy"}
 

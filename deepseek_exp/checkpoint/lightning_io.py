@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepseek_exp.checkpoint import manifest
-from deepseek_exp.checkpoint.manifest import MODEL, STATE, TREE
+from deepseek_exp.checkpoint.manifest import MODEL, STATE, TREE, Lineage
 from deepseek_exp.checkpoint.shards import SHARDED, WEIGHT, State, Whole, open_state, shard_name
 from deepseek_exp.checkpoint.tensors import NAMES, decode, encode, read_tree, readable, write_tensors
 
@@ -40,14 +40,15 @@ PREFIX = "model."
 class FolderCheckpointIO(CheckpointIO):
     """Lightning's interface to checkpoint folders."""
 
-    def __init__(self, texts: Mapping[str, str], run_id: str) -> None:
+    def __init__(self, texts: Mapping[str, str], run_id: str, lineage: Lineage | None = None) -> None:
         """Store what goes into every checkpoint in addition to Lightning's own state.
 
         Args:
             texts: file name -> content, such as the resolved configuration.
             run_id: the MLflow run that the checkpoints belong to.
+            lineage: where they come from; None if nothing is known.
         """
-        self.texts, self.run_id = dict(texts), run_id
+        self.texts, self.run_id, self.lineage = dict(texts), run_id, lineage
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the folder `path` atomically."""
@@ -94,7 +95,7 @@ class FolderCheckpointIO(CheckpointIO):
         for name, text in self.texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         step, val_loss = rest["global_step"], rest.get("val_loss")
-        said = {"val_loss": val_loss, "finite": rest.get("finite")}
+        said = {"val_loss": val_loss, "finite": rest.get("finite"), "lineage": self.lineage}
         manifest.seal(folder, target, step=step, run_id=self.run_id, digests=digests, **said)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

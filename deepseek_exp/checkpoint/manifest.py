@@ -10,21 +10,20 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import json
 import math
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from deepseek_exp.checkpoint import migrations
 from deepseek_exp.disk import fsync_path
 from deepseek_exp.errors import CheckpointError, Problem
 
-FORMAT = 3  # 1 had no shards, 2 had no digest of the manifest
 MANIFEST = "manifest.json"
 MODEL, STATE, TREE = "model.safetensors", "state.safetensors", "state.json"
 SHARDS = "shard-*.safetensors"
@@ -34,6 +33,42 @@ MOST_BYTES = 1 << 26  # of a manifest; one of 100,000 ranks has a fifth of it
 OTHER = "name another checkpoint, or resume=last for the newest whole one"
 FOLDER = "checkpoints"
 REPLACED = ".replaced"
+# What the weights of a checkpoint are.
+KINDS = ("full",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """What has to be the same for whoever uses the weights.
+
+    Attributes:
+        tokenizer: digest of the tokenizer.
+        template: digest of the chat template; None if the model has none.
+        max_seq_len: maximum sequence length, in tokens.
+    """
+
+    tokenizer: str
+    template: str | None
+    max_seq_len: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Lineage:
+    """Where a checkpoint comes from, and what it can be combined with.
+
+    Attributes:
+        inputs: role -> digest of the manifest of the checkpoint that the training used, such as `start`.
+        contract: what its users have to keep to; None if saved by a version that did not record it.
+        kind: what the weights are: one of `KINDS`.
+        coverage: share of the model's parameters that the training could change.
+        stage_key: identity of the stage of a chain that saved it; None outside of a chain.
+    """
+
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    contract: Contract | None = None
+    kind: str = "full"
+    coverage: float = 1.0
+    stage_key: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +83,7 @@ class Manifest:
         files: name -> {"bytes": size, "sha256": digest}.
         finite: all steps so far, the weights and the optimizer's state were finite; None if saved by a version that did
             not check.
-        format: version of this layout.
+        lineage: where it comes from.
     """
 
     step: int
@@ -57,13 +92,23 @@ class Manifest:
     val_loss: float | None
     files: dict[str, dict[str, Any]]
     finite: bool | None = None
-    format: int = FORMAT
+    lineage: Lineage = dataclasses.field(default_factory=Lineage)
 
     def text(self) -> str:
         """Return the content of manifest.json, which ends with its own digest."""
         fields = dataclasses.asdict(self)
-        digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
-        return json.dumps({**fields, "sha256": digest}, indent=1)
+        fields |= fields.pop("lineage")
+        return migrations.with_digest({**fields, "format": migrations.FORMAT, "minor": migrations.MINOR})
+
+    @classmethod
+    def of_text(cls, text: str) -> Manifest:
+        """Return what a manifest.json of any format says; raises as `migrations.read_fields` does."""
+        fields = migrations.read_fields(text)
+        of_lineage = {f.name: fields[f.name] for f in dataclasses.fields(Lineage)}
+        if of_lineage["contract"] is not None:
+            of_lineage["contract"] = Contract(**of_lineage["contract"])
+        own = {f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name != "lineage"}
+        return cls(**own, lineage=Lineage(**of_lineage))
 
 
 def checkpoint_name(step: int) -> str:
@@ -85,6 +130,7 @@ def seal(
     val_loss: float | None,
     digests: Mapping[str, dict[str, Any]],
     finite: bool | None = None,
+    lineage: Lineage | None = None,
 ) -> None:
     """Digest the files of `folder`, make them durable and move the folder to `target` in one step.
 
@@ -96,11 +142,12 @@ def seal(
         val_loss: validation loss at this step, or None.
         digests: name -> {"bytes": size, "sha256": digest} of files whose writer has already computed the digest.
         finite: everything in it was checked to be finite.
+        lineage: where it comes from; None if nothing is known.
     """
     files = {path.name: digests.get(path.name) or _digest(path) for path in sorted(folder.iterdir())}
     before = max((_saved_at(path) for path in list_checkpoints(target.parent.parent)), default=0.0)
     saved_at = max(time.time(), before + 1e-3)  # keeps the order of saving even if the clock was set back
-    manifest = Manifest(step, run_id, saved_at, val_loss, files, finite)
+    manifest = Manifest(step, run_id, saved_at, val_loss, files, finite, lineage or Lineage())
     (folder / MANIFEST).write_text(manifest.text(), encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
         fsync_path(path)
@@ -120,23 +167,30 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: it is missing, damaged, not of the form that this version writes, or of a newer format.
     """
     try:
-        text = _read_text(folder / MANIFEST)
-        fields = json.loads(text)
-        found = fields.get("format", 1) if isinstance(fields, dict) else None
-        if type(found) is int and found > FORMAT:
-            rule = f"has format {found}, and this version reads {FORMAT}"
-            raise CheckpointError(Problem("resume", str(folder), rule, "use the version that wrote it"))
-        wrong = _what_is_wrong(fields)
+        manifest = Manifest.of_text(_read_text(folder / MANIFEST))
+    except migrations.NewerFormatError as error:
+        rule = f"has format {error}, and this version reads {migrations.FORMAT}.{migrations.MINOR}"
+        raise CheckpointError(Problem("resume", str(folder), rule, "use the version that wrote it")) from error
+    except migrations.FormError as error:
+        rule = f"is damaged ({MANIFEST} is corrupted: {error})"
+        raise CheckpointError(Problem("resume", str(folder), rule, OTHER)) from error
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise CheckpointError(Problem("resume", str(folder), f"has no readable {MANIFEST} ({why})", OTHER)) from error
-    if wrong is None:
-        fields.pop("sha256", None)
-        manifest = Manifest(**fields)
-        if manifest.format < 3 or manifest.text() == text:
-            return manifest
-        wrong = "its SHA-256 is not the one recorded in it"
-    raise CheckpointError(Problem("resume", str(folder), f"is damaged ({MANIFEST} is corrupted: {wrong})", OTHER))
+    if manifest.lineage.kind not in KINDS:
+        rule = f"is of kind {manifest.lineage.kind!r}, and this version reads {', '.join(KINDS)}"
+        raise CheckpointError(Problem("resume", str(folder), rule, "use the version that wrote it"))
+    return manifest
+
+
+def digest(folder: Path) -> str:
+    """Return the digest by which others name a checkpoint: the SHA-256 of its manifest.json.
+
+    Raises:
+        CheckpointError: it has no readable manifest.
+    """
+    read_manifest(folder)
+    return _sha256(folder / MANIFEST)
 
 
 def _read_text(path: Path) -> str:
@@ -147,49 +201,6 @@ def _read_text(path: Path) -> str:
     if found.st_size > MOST_BYTES:
         raise OSError(errno.EFBIG, f"larger than {MOST_BYTES:,} bytes")
     return path.read_text(encoding="utf-8")
-
-
-def _what_is_wrong(fields: Any) -> str | None:
-    """Return what is wrong with the content of a manifest; None if nothing is."""
-    if not isinstance(fields, dict):
-        return "it is not a JSON object"
-    is_old = fields.get("format", 1) in (1, 2)
-    needed: dict[str, Callable[[Any], bool]] = {
-        "step": _is_count,
-        "run_id": lambda v: isinstance(v, str),
-        "saved_at": _is_number,
-        "val_loss": lambda v: v is None or isinstance(v, float) or _is_number(v),
-        "files": _are_files,
-        "format": lambda v: is_old or (type(v) is int and v == FORMAT),
-    }
-    if not is_old:
-        needed |= {"finite": lambda v: v is None or isinstance(v, bool), "sha256": lambda v: isinstance(v, str)}
-    optional = {"format"} if is_old else set()
-    for key in sorted(needed.keys() - optional - fields.keys()):
-        return f"it has no {key!r}"
-    for key in sorted(fields.keys() - needed.keys()):
-        return f"it has {key!r}, which no version writes"
-    return next((f"its {key!r} is not what a version writes" for key in fields if not needed[key](fields[key])), None)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _are_files(value: Any) -> bool:
-    """Return whether this maps plain file names to sizes and digests."""
-    return isinstance(value, dict) and all(
-        name == Path(name).name
-        and isinstance(record, dict)
-        and record.keys() == {"bytes", "sha256"}
-        and _is_count(record["bytes"])
-        and isinstance(record["sha256"], str)
-        for name, record in value.items()
-    )
 
 
 def verify(folder: Path) -> Manifest:

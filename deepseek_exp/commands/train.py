@@ -64,7 +64,19 @@ def _ready_to_train(job: Job, tracked: RunLog, run_id: str) -> tuple[Parts, tupl
     digests = json.dumps(parts.data.digests())
     texts = {saved_config.FILE: job.shown_yaml, COMMAND_FILE: job.command_json, DIGESTS: digests}
     texts |= {"tokenizer.json": parts.data.tokenizer.json}
-    return parts, build.build_trainer(job.cfg, parts, tracked, run_id, texts)
+    return parts, build.build_trainer(job.cfg, parts, tracked, run_id, texts, _lineage(job, parts))
+
+
+def _lineage(job: Job, parts: Parts) -> manifest.Lineage:
+    """Return where the checkpoints of a training come from; a resumed run keeps what its checkpoint says."""
+    contract = manifest.Contract(parts.data.tokenizer.digest, None, job.cfg.model.max_seq_len)
+    if job.checkpoint is not None:
+        before = manifest.read_manifest(job.checkpoint).lineage
+        key = before.stage_key if job.continues is None else None
+        return dataclasses.replace(before, contract=contract, stage_key=job.stage_key or key)
+    start = Path(job.cfg.init_from) if job.cfg.init_from is not None else None
+    inputs = {"start": manifest.digest(start)} if start is not None and manifest.is_checkpoint(start) else {}
+    return manifest.Lineage(inputs, contract, stage_key=job.stage_key)
 
 
 def log_inputs(parts: Parts, tracked: RunLog) -> None:

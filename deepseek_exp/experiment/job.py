@@ -79,6 +79,7 @@ class Job:
         continues: the run that this new run continues with changed parameters. None if it continues none, or itself.
         started_from: the run whose weights this one starts from; all other state starts from scratch.
         in_sweep: whether the job is part of a sweep.
+        stage_key: identity of the stage of a chain that the job is; None outside of a chain.
     """
 
     cfg: ExperimentConfig
@@ -92,6 +93,7 @@ class Job:
     continues: Origin | None
     started_from: Origin | None
     in_sweep: bool
+    stage_key: str | None = None
 
     @functools.cached_property
     def degrees(self) -> Degrees:

@@ -239,7 +239,12 @@ def _check_weights(wrong: str | None, folder: Path) -> None:
 
 
 def build_trainer(
-    cfg: ExperimentConfig, parts: Parts, run: RunLog, run_id: str, texts: dict[str, str]
+    cfg: ExperimentConfig,
+    parts: Parts,
+    run: RunLog,
+    run_id: str,
+    texts: dict[str, str],
+    lineage: manifest.Lineage | None = None,
 ) -> tuple[pl.Trainer, Checkpoints, Progress]:
     """Build the Lightning trainer.
 
@@ -249,6 +254,7 @@ def build_trainer(
         run: where metrics go; checkpoints go to its folder.
         run_id: its MLflow run.
         texts: file name -> content that goes into every checkpoint.
+        lineage: where its checkpoints come from.
 
     Returns:
         The trainer, and those of its callbacks that report how the run went.
@@ -258,7 +264,7 @@ def build_trainer(
     steps, metrics = FiniteSteps(cfg), Metrics(cfg)
     checkpoints = Checkpoints(cfg, run.run_dir, steps)
     progress = Progress(cfg, metrics)
-    folder_io, groups, strategy = FolderCheckpointIO(texts, run_id), parts.groups, "auto"
+    folder_io, groups, strategy = FolderCheckpointIO(texts, run_id, lineage), parts.groups, "auto"
     if groups is not None:
         stage = Stage(parts.shard, groups, parts.lit.objective)
         strategy = DeepSpeed3DStrategy(cfg, groups, parts.shard, stage, folder_io)

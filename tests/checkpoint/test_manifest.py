@@ -11,9 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from deepseek_exp.checkpoint import manifest
+from deepseek_exp.checkpoint import manifest, migrations
 from deepseek_exp.checkpoint.lightning_io import FolderCheckpointIO, in_one_file, load_weights
-from deepseek_exp.checkpoint.manifest import Manifest
 from deepseek_exp.checkpoint.shards import open_state
 from deepseek_exp.errors import CheckpointError
 from tests.fuzz.flips import SHAPES, save_sharded, save_single
@@ -35,22 +34,13 @@ def edit(folder: Path, **changes) -> None:
     """Change the manifest and renew its digest; a value of ... removes the key."""
     fields = json.loads((folder / manifest.MANIFEST).read_text())
     fields = {key: value for key, value in {**fields, **changes}.items() if value is not ... and key != "sha256"}
-    if fields.keys() == {f for f in Manifest.__dataclass_fields__}:
-        (folder / manifest.MANIFEST).write_text(Manifest(**fields).text())
-    else:
-        (folder / manifest.MANIFEST).write_text(json.dumps({**fields, "sha256": "0" * 64}))
+    (folder / manifest.MANIFEST).write_text(migrations.with_digest(fields))
 
 
 def renew(folder: Path) -> None:
     """Make the manifest agree with the files as they are."""
     edit(folder, files={p.name: manifest._digest(p) for p in folder.iterdir() if p.name != manifest.MANIFEST})
     manifest.verify(folder)
-
-
-def of_format_2(folder: Path) -> None:
-    fields = json.loads((folder / manifest.MANIFEST).read_text())
-    del fields["finite"], fields["sha256"]
-    (folder / manifest.MANIFEST).write_text(json.dumps({**fields, "format": 2}, indent=1))
 
 
 def pipe(path: Path) -> None:
@@ -106,6 +96,12 @@ def test_a_manifest_that_is_none_is_passed_over(newest, content):
         ({"files": {"x": {"bytes": 1}}}, "its 'files' is not what"),
         ({"files": {}}, "state.safetensors is missing"),
         ({"format": "2"}, "its 'format' is not what"),
+        ({"format": True}, "its 'format' is not what"),
+        ({"minor": -1}, "its 'format' is not what"),
+        ({"inputs": {"start": 7}}, "its 'inputs' is not what"),
+        ({"contract": {"tokenizer": "0"}}, "its 'contract' is not what"),
+        ({"coverage": 1.5}, "its 'coverage' is not what"),
+        ({"stage_key": 7}, "its 'stage_key' is not what"),
     ],
     ids=str,
 )
@@ -144,16 +140,6 @@ def test_a_file_that_is_read_has_to_be_named(newest, name):
 def test_a_note_of_the_user_beside_the_files_is_let_be(newest):
     (newest / "notes.txt").write_text("the good one")
     manifest.verify(newest)
-
-
-def test_format_2_is_read_as_before(newest):
-    of_format_2(newest)
-    said = manifest.verify(newest)
-    assert (said.format, said.finite, said.step) == (2, None, 7)
-    assert manifest.locate("last", newest.parents[3]) == (newest, [])
-    assert all(torch.equal(w, WEIGHTS[name]) for name, w in load_weights(newest).items())
-    manifest.prune(newest.parents[1], 1)
-    assert [path.name for path in manifest.list_checkpoints(newest.parents[1])] == ["step-00000003", "step-00000007"]
 
 
 def tree_is(text):

@@ -12,7 +12,6 @@ from deepseek_exp import planner
 from deepseek_exp.checkpoint import manifest, saved_config
 from deepseek_exp.commands.next_commands import resume_words
 from deepseek_exp.commands.train import check_data
-from deepseek_exp.config.enums import Do
 from deepseek_exp.config.schema import ROOT, ExperimentConfig
 from deepseek_exp.console import command, say
 from deepseek_exp.errors import Stopped, UserError
@@ -35,7 +34,7 @@ def record(job: Job, action: Action) -> float | None:
     """Run an action inside its MLflow run, which is started before the slow imports and always ended."""
     cfg = job.cfg
     check_data(job)
-    resumed = job.checkpoint if cfg.do is Do.train and job.continues is None else None
+    resumed = job.checkpoint if cfg.do.is_training and job.continues is None else None
     if job.continues is not None:
         copy_history(job.continues.run_dir, job.run_dir, job.continues.step)
     run_id = manifest.read_manifest(resumed).run_id if resumed is not None else None
@@ -66,7 +65,7 @@ def record(job: Job, action: Action) -> float | None:
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
             _end(tracked, "KILLED", str(stopped))
             saved = f"; the checkpoint is saved. Continue with: {command()} {resume_words(job, run_id)}"
-            kept = cfg.do is Do.train and cfg.trainer.keep_checkpoints
+            kept = cfg.do.is_training and cfg.trainer.keep_checkpoints
             say(f"{stopped}{saved if kept else ''}")
             raise SystemExit(128 + stopped.signum) from stopped
     except BaseException as error:
@@ -110,7 +109,7 @@ def _tags(job: Job) -> dict[str, str]:
         tags |= {"init_from.run_id": job.started_from.run_id, "init_from.step": str(job.started_from.step)}
     if job.checkpoint is None:
         return {"overrides": overrides, **tags}
-    which = "overrides_on_resume" if job.cfg.do is Do.train and job.continues is None else "overrides"
+    which = "overrides_on_resume" if job.cfg.do.is_training and job.continues is None else "overrides"
     return {which: overrides, "checkpoint": str(job.checkpoint), **tags}
 
 

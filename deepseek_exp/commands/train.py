@@ -114,7 +114,7 @@ def check_data(job: Job) -> None:
     from deepseek_exp.data import prepare
 
     saved = _saved_digests(job.checkpoint)
-    compared = saved if job.cfg.do is Do.train else ["tokenizer"]
+    compared = saved if job.cfg.do.is_training else ["tokenizer"]
     now = prepare(job.cfg.data).digests()
     changed = [name for name in compared if saved[name] != now.get(name)]
     changed = [name for name in changed if " tokens" not in name or name.replace(" tokens", "", 1) not in changed]

@@ -18,7 +18,12 @@ class Do(StrEnum):
     @property
     def trains(self) -> bool:
         """Whether the verb runs optimizer steps."""
-        return self in (Do.train, Do.verify)
+        return self.is_training or self is Do.verify
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the verb is a training: a run with checkpoints, which can be resumed."""
+        return self is Do.train
 
 
 class ExportFormat(StrEnum):

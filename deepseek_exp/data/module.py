@@ -29,11 +29,16 @@ class Batch(NamedTuple):
         tokens: (sequences, seq_len + 1) int64.
         part: (sequences,) int64, index of each sequence's part in the order of data.mixture; -1 without a mixture.
         n_counted: in validation, the number of sequences that count; those after them are padding.
+        loss_mask: (sequences, seq_len) bool, whether each target counts; None if all do.
+        document: (sequences, seq_len) int32, the document of each input, if those of a sequence do not see each other;
+            None if they do.
     """
 
     tokens: torch.Tensor
     part: torch.Tensor
     n_counted: int
+    loss_mask: torch.Tensor | None = None
+    document: torch.Tensor | None = None
 
 
 class TokenDataModule(LightningDataModule):

@@ -157,7 +157,8 @@ def takes_checkpoint(cfg: DictConfig) -> bool:
     """Return whether a composed tree is to be merged onto that of a checkpoint."""
     if cfg.get("do") == Do.verify:  # it starts from scratch
         return False
-    from_scratch = cfg.get("do") in (Do.train, Do.plan) or cfg.get("init_from") is not None
+    without = [do for do in Do if do.is_training or do is Do.plan]
+    from_scratch = cfg.get("do") in without or cfg.get("init_from") is not None
     return cfg.get("resume") is not None or not from_scratch
 
 

@@ -176,14 +176,14 @@ def make_job(
     elif exp is None and command_line.takes_checkpoint(composed):
         checkpoint = _located(composed.resume or "last", composed)
         composed, exp, before, saved_command = _on_top_of(checkpoint, composed, overrides, machine)
-        if composed.do is Do.train:
+        if composed.do.is_training:
             history, size = _history(saved_command, overrides), saved_command["size"] if saved_command else size
     sweep = json.loads((sweep_dir.parent / SWEEP_FILE).read_text(encoding="utf-8")) if sweep_dir is not None else None
     if sweep is not None:
         composed.tracking.parent_run_id, composed.tracking.run_name, exp = sweep["run_id"], None, None
     cfg = _laid_out(composed, exp, machine)
     continues = None
-    if cfg.do is Do.train and checkpoint is not None and before is not None:
+    if cfg.do.is_training and checkpoint is not None and before is not None:
         _check_steps_left(cfg, checkpoint)
         fixed = resume.resume_problems(before, cfg)  # parallel=auto has chosen the micro batch only now
         if fixed:
@@ -194,7 +194,7 @@ def make_job(
             _check_where_recorded(checkpoint, before, cfg, overrides)
     named_by = overrides if history is None else history
     name = redact(cfg.tracking.run_name or _name(cfg, named_by, size, checkpoint, sweep["keys"] if sweep else None))
-    if cfg.do is Do.train and checkpoint is not None and continues is None:
+    if cfg.do.is_training and checkpoint is not None and continues is None:
         run_dir = manifest.run_dir_of(checkpoint, "set tracking.new_run=true to record it as a new run")
     else:
         run_dir = sweep_dir or Path(cfg.output_dir) / "runs" / _folder_name(name)
@@ -249,7 +249,7 @@ def _laid_out(composed: DictConfig, exp: ExperimentConfig | None, machine: Machi
             OmegaConf.update(composed, key, value)
         say(sentence)
         cfg = compose.to_experiment(composed, machine)
-    problem = planner.misfit(cfg) if cfg.do in (Do.train, Do.eval, Do.verify) else None
+    problem = planner.misfit(cfg) if cfg.do.trains or cfg.do is Do.eval else None
     if problem is not None:
         raise ConfigError(problem)
     return cfg
@@ -281,7 +281,7 @@ def _on_top_of(
     merged = resume.merge_saved(saved, overrides, is_own=is_own)
     if _needs_saved_tokenizer(merged, overrides):
         merged.data.tokenizer = saved_config.literal(str(checkpoint / TOKENIZER))
-    if merged.do is not Do.train:  # recorded as a run separate from the training
+    if not merged.do.is_training:  # recorded as a run separate from the training
         named = [_key(o) for o in overrides]
         for key in ("parent_run_id", "run_name"):
             if f"tracking.{key}" not in named:
@@ -295,7 +295,7 @@ def _on_top_of(
 
 def _needs_saved_tokenizer(merged: DictConfig, overrides: Sequence[str]) -> bool:
     """Return whether to use the checkpoint's tokenizer instead of training one or reading one whose file is missing."""
-    if merged.do not in (Do.train, Do.eval):
+    if not (merged.do.is_training or merged.do is Do.eval):
         return False
     named = [_key(o) for o in overrides]
     if "data.tokenizer" in named:
@@ -399,7 +399,7 @@ def _name(
 
     A path is shortened to its last component, because lists of runs show only the beginning of a name.
     """
-    if checkpoint is not None and cfg.do is not Do.train:
+    if checkpoint is not None and not cfg.do.is_training:
         folder = checkpoint.resolve()
         return " ".join(filter(None, [cfg.do.value, cfg.model.version, folder.parent.parent.name, folder.name]))
     own = []

@@ -32,7 +32,7 @@ def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Prob
     the batch size if the lanes of the segment memory depend on it.
     """
     fixed: dict[str, tuple[Any, Any]] = {}
-    if now.do is Do.train:
+    if now.do.is_training:
         fixed["seed"] = saved.seed, now.seed
         fixed["optim.optimizer"] = saved.optim.optimizer, now.optim.optimizer
         batch = ("global_batch_seqs",) if now.data.order is Order.contiguous else ()
@@ -40,7 +40,7 @@ def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Prob
         for key in ("precision", *batch, *micro_batch):
             fixed[f"trainer.{key}"] = getattr(saved.trainer, key), getattr(now.trainer, key)
     fixed |= _leaves("model", saved.model, now.model)
-    if now.do is Do.train:
+    if now.do.is_training:
         fixed |= _leaves("data", _without_paths(saved.data), _without_paths(now.data), PLACES)
     fix = "leave {} out, or start a new run with resume=null"
     return [

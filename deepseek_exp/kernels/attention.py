@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_exp.config.limits import ATTENTION_PAD
-from deepseek_exp.kernels.reference import attention_mask
+from deepseek_exp.kernels.reference import attention_mask, document_mask
 
 
 def local_global_attention(
@@ -31,18 +31,22 @@ def local_global_attention(
     n_memory: int,
     window: int,
     n_global_tokens: int,
+    document: Tensor | None = None,
 ) -> Tensor:
     """Compute `reference.local_global_attention`; same arguments and result."""
     (n_queries, width), v_width = q.shape[2:], v.shape[-1]
-    causal = not window and n_queries == k.shape[2]
+    causal = not window and n_queries == k.shape[2] and document is None
     numbers = n_queries, k.shape[2], n_memory, window, n_global_tokens, q.device
-    visible, is_global = (None, None) if causal and gate is None else attention_mask(*numbers)
+    if document is not None:
+        visible, is_global = (t[:, None] for t in document_mask(document, window, n_global_tokens))
+    else:
+        visible, is_global = (None, None) if causal and gate is None else attention_mask(*numbers)
     grouped = causal and gate is None and takes_grouped_heads(q)
     if not grouped:
         n_rep = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(n_rep, dim=1) for t in (k, v))  # (batch, heads, keys, ...)
     if gate is not None:
-        bias = -gate[:, None].to(k.dtype) * is_global.to(k.dtype)  # (heads, keys)
+        bias = -gate[:, None].to(k.dtype) * is_global.to(k.dtype)  # (..., heads, keys)
         q, k = (F.pad(t, (0, ATTENTION_PAD)) for t in (q, k))  # (batch, heads, ..., head_dim + ATTENTION_PAD)
         q[..., width] = 1 / scale
         k[..., width] = bias

@@ -30,7 +30,7 @@ class Ops:
     permute: Callable[[Tensor, Tensor, Tensor], Tensor]
     unpermute: Callable[[Tensor, Tensor, Tensor], Tensor]
     routed_experts: Callable[..., Tensor] | None  # None: dispatch, products and sums are separate operations
-    local_global_attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, int, int, int], Tensor]
+    local_global_attention: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -113,10 +113,20 @@ def _in_fp8(cfg: KernelsConfig) -> dict[str, Callable[..., Any]]:
 
 
 def _windowed(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, scale: float, n_memory: int, window: int, n_global_tokens: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    n_memory: int,
+    window: int,
+    n_global_tokens: int,
+    document: Tensor | None = None,
 ) -> Tensor:
     """Skip keys outside the window; without a window there is nothing to skip, and PyTorch's kernels are faster."""
+    if not window:
+        return attention.local_global_attention(q, k, v, gate, scale, n_memory, window, n_global_tokens, document)
     from deepseek_exp.kernels.local_global_attention import local_global_attention
 
-    attend = local_global_attention if window else attention.local_global_attention
-    return attend(q, k, v, gate, scale, n_memory, window, n_global_tokens)
+    assert document is None, "the kernel sees no documents, as the rules of the configuration say"
+    return local_global_attention(q, k, v, gate, scale, n_memory, window, n_global_tokens)

@@ -150,6 +150,39 @@ def attention_mask(
         return (j <= i) & (local | is_global), is_global
 
 
+def document_mask(document: Tensor, window: int, n_global_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return which keys each query sees if documents share a row: those of `attention_mask` within its own document.
+
+    Each document has its own global tokens.
+
+    Args:
+        document: (B, S), the document of each token; equal numbers of a row are adjacent.
+        window: as for `attention_mask`.
+        n_global_tokens: number of global tokens of each document.
+
+    Returns:
+        visible (B, S, S), queries by keys, and is_global (B, S), both bool.
+    """
+    j = torch.arange(document.shape[1], device=document.device)
+    i = j[:, None]
+    is_global = positions_in_documents(document) < n_global_tokens  # (batch, keys)
+    same = document[:, :, None] == document[:, None, :]  # (batch, queries, keys)
+    local = i - j < window if window else torch.ones_like(i - j, dtype=torch.bool)
+    return same & (j <= i) & (local | is_global[:, None, :]), is_global
+
+
+def positions_in_documents(document: Tensor) -> Tensor:
+    """Return each token's position within its document: (B, S) int64.
+
+    Args:
+        document: (B, S), the document of each token; equal numbers of a row are adjacent.
+    """
+    j = torch.arange(document.shape[1], device=document.device)
+    begins = torch.ones_like(document, dtype=torch.bool)
+    begins[:, 1:] = document[:, 1:] != document[:, :-1]
+    return j - torch.where(begins, j, 0).cummax(1).values
+
+
 def route(
     logits_TE: Tensor,
     bias_E: Tensor | None,
@@ -305,6 +338,7 @@ def local_global_attention(
     n_memory: int,
     window: int,
     n_global_tokens: int,
+    document: Tensor | None = None,
 ) -> Tensor:
     """Compute softmax attention over a local window and global keys, balanced by one gate per head.
 
@@ -324,18 +358,24 @@ def local_global_attention(
         n_memory: number of keys of the previous segment, as for attention_mask, which defines what a query sees.
         window: number of keys that a query sees locally; 0 means all before it.
         n_global_tokens: number of keys after the memory that every later query sees.
+        document: (B, S), the document of each token, as for document_mask, which then defines what a query sees; there
+            is one key per query and no memory. None if a row is one document.
 
     Returns:
         (B, H, S, V).
     """
-    visible, is_global = attention_mask(q.shape[2], k.shape[2], n_memory, window, n_global_tokens, q.device)
+    if document is None:
+        visible, is_global = attention_mask(q.shape[2], k.shape[2], n_memory, window, n_global_tokens, q.device)
+    else:
+        visible, is_global = document_mask(document, window, n_global_tokens)
+        visible, is_global = visible[:, None], is_global[:, None]  # (batch, 1, ..., keys)
     n_rep = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(n_rep, dim=1) for t in (k, v))  # (batch, heads, keys, head_dim)
     scores = q @ k.transpose(-1, -2) * scale  # (batch, heads, queries, keys)
     if gate is not None:
         log_local, log_global = F.logsigmoid(gate), F.logsigmoid(-gate)  # (heads,)
-        bias = torch.where(is_global, log_global[:, None], log_local[:, None])  # (heads, keys)
-        scores = scores + bias[:, None, :]
+        bias = torch.where(is_global, log_global[:, None], log_local[:, None])  # (..., heads, keys)
+        scores = scores + bias[..., None, :]
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     return weights @ v  # (batch, heads, queries, v_head_dim)
 

@@ -12,7 +12,7 @@ from deepseek_exp.config import ModelConfig
 from deepseek_exp.kernels import Ops
 from deepseek_exp.models.cache import KVCache
 from deepseek_exp.models.norm import RMSNorm
-from deepseek_exp.models.rope import rope_table
+from deepseek_exp.models.rope import rope_table, rotate_documents
 
 
 class Attention(nn.Module):
@@ -34,13 +34,21 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, ops) if cfg.qk_norm else None
         self.gate = new_gate(cfg)
 
-    def forward(self, x: Tensor, memory: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        cache: KVCache | None = None,
+        document: Tensor | None = None,
+    ) -> Tensor:
         """Compute attention.
 
         Args:
             x: (batch, seq, d_model), normalised.
             memory: (batch, n_memory, d_model), normalised hidden states of the tokens just before x.
             cache: keys and values of the tokens before x; extended in place.
+            document: (batch, seq), the document of each token, if several share a row, without memory and cache:
+                attention and positions are then within documents. None if a row is one document.
 
         Returns:
             (batch, seq, d_model).
@@ -57,13 +65,16 @@ class Attention(nn.Module):
         k = k.view(batch, n_memory + seq, -1, self.head_dim).transpose(1, 2)
         v = v.view(batch, n_memory + seq, -1, self.head_dim).transpose(1, 2)
         q_norm, k_norm = (norm.weight if norm is not None else None for norm in (self.q_norm, self.k_norm))
-        q = self.ops.rope(q, cos[n_cached + n_memory :], sin[n_cached + n_memory :], q_norm, self.cfg.norm_eps)
-        k = self.ops.rope(k, cos[n_cached:], sin[n_cached:], k_norm, self.cfg.norm_eps)
+        if document is None:
+            q = self.ops.rope(q, cos[n_cached + n_memory :], sin[n_cached + n_memory :], q_norm, self.cfg.norm_eps)
+            k = self.ops.rope(k, cos[n_cached:], sin[n_cached:], k_norm, self.cfg.norm_eps)
+        else:
+            q = rotate_documents(self.ops, q, cos, sin, document, q_norm, self.cfg.norm_eps)
+            k = rotate_documents(self.ops, k, cos, sin, document, k_norm, self.cfg.norm_eps)
         if cache is not None:
             k, v = cache.append(k, v)  # (batch, n_kv_heads, keys, head_dim)
-        out = self.ops.local_global_attention(
-            q, k, v, self.gate, self.head_dim**-0.5, n_memory, self.cfg.window, self.cfg.n_global_tokens
-        )  # (batch, heads, seq, head_dim)
+        numbers = self.head_dim**-0.5, n_memory, self.cfg.window, self.cfg.n_global_tokens
+        out = self.ops.local_global_attention(q, k, v, self.gate, *numbers, document)  # (batch, heads, seq, head_dim)
         return self.ops.linears(out.transpose(1, 2).reshape(batch, seq, -1), (self.wo,))[0]  # (batch, seq, d_model)
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> KVCache:

@@ -59,7 +59,12 @@ class Block(nn.Module):
         self.feed_forward = MoE(cfg, ops) if is_moe else FeedForward(cfg.d_model, cfg.d_ff, ops, cfg.d_ff_active)
 
     def forward(
-        self, x: Tensor, memory: Tensor | None = None, cache: KVCache | None = None, domain: Tensor | None = None
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        cache: KVCache | None = None,
+        domain: Tensor | None = None,
+        document: Tensor | None = None,
     ) -> Tensor:
         """Transform the residual stream.
 
@@ -68,26 +73,33 @@ class Block(nn.Module):
             memory: (batch, n_memory, d_model), this block's inputs for the tokens just before x, without gradient.
             cache: this block's keys and values for the tokens before x.
             domain: (batch,) int64, the domain of each sequence, -1 if unknown; None if all are unknown.
+            document: (batch, seq), as for attention.
 
         Returns:
             (batch, seq, d_model).
         """
         if self.checkpointing is not ActivationCheckpointing.none and torch.is_grad_enabled():
-            args = (x, memory, cache, domain)
+            args = (x, memory, cache, domain, document)
             selective = self.checkpointing is ActivationCheckpointing.selective
             kept = {"context_fn": _keeping_products} if selective else {}  # the compiler accepts no other function here
             x, counts = checkpoint(self._compute, *args, use_reentrant=False, preserve_rng_state=False, **kept)
         else:
-            x, counts = self._compute(x, memory, cache, domain)
+            x, counts = self._compute(x, memory, cache, domain, document)
         if counts is not None:
             self.feed_forward.record(counts)  # outside the checkpoint, since a recomputed pass must not count again
         return x
 
     def _compute(
-        self, x: Tensor, memory: Tensor | None, cache: KVCache | None, domain: Tensor | None
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        cache: KVCache | None,
+        domain: Tensor | None,
+        document: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         normed_memory = None if memory is None else self.attention_norm(memory)
-        x, normed = self.feed_forward_norm.after_adding(x, self.attention(self.attention_norm(x), normed_memory, cache))
+        attended = self.attention(self.attention_norm(x), normed_memory, cache, document)
+        x, normed = self.feed_forward_norm.after_adding(x, attended)
         if isinstance(self.feed_forward, MoE):
             y, counts = self.feed_forward(normed, domain)
             return x + y, counts

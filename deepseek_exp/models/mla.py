@@ -14,7 +14,7 @@ from deepseek_exp.kernels import Ops
 from deepseek_exp.models.attention import new_gate
 from deepseek_exp.models.cache import KVCache
 from deepseek_exp.models.norm import RMSNorm
-from deepseek_exp.models.rope import rope_table, softmax_scale
+from deepseek_exp.models.rope import rope_table, rotate_documents, softmax_scale
 
 
 class LatentAttention(nn.Module):
@@ -45,7 +45,13 @@ class LatentAttention(nn.Module):
         self.gate = new_gate(cfg)
         self.scale = softmax_scale(cfg, self.nope + self.rope)
 
-    def forward(self, x: Tensor, memory: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        cache: KVCache | None = None,
+        document: Tensor | None = None,
+    ) -> Tensor:
         """Compute attention; arguments and result are those of `Attention.forward`."""
         batch, seq, _ = x.shape
         context = x if memory is None else torch.cat([memory, x], dim=1)  # (batch, n_memory + seq, d_model)
@@ -53,14 +59,20 @@ class LatentAttention(nn.Module):
         cos, sin = rope_table(self.cfg, self.rope, n_cached + n_memory + seq, x.device)
         q, down = self._down(x, context)
         q = q.view(batch, seq, -1, self.nope + self.rope).transpose(1, 2)  # (batch, heads, seq, nope + rope)
-        q = self.ops.rope(q, cos[n_cached + n_memory :], sin[n_cached + n_memory :], None, 0.0)
+        if document is None:
+            q = self.ops.rope(q, cos[n_cached + n_memory :], sin[n_cached + n_memory :], None, 0.0)
+        else:
+            q = rotate_documents(self.ops, q, cos, sin, document, None, 0.0)
         latent, k_rope = down[:, None].split([self.cfg.kv_lora_rank, self.rope], dim=-1)
         latent = self.kv_norm(latent)  # (batch, 1, n_memory + seq, latent)
-        k_rope = self.ops.rope(k_rope, cos[n_cached:], sin[n_cached:], None, 0.0)  # (batch, 1, n_memory + seq, rope)
+        if document is None:
+            k_rope = self.ops.rope(k_rope, cos[n_cached:], sin[n_cached:], None, 0.0)  # (batch, 1, keys, rope)
+        else:
+            k_rope = rotate_documents(self.ops, k_rope, cos, sin, document, None, 0.0)
         if cache is not None:
             k_rope, latent = cache.append(k_rope, latent)  # (batch, 1, keys, ...)
         attend = self._absorbed if n_cached else self._expanded
-        out = attend(q, latent, k_rope, n_memory)  # (batch, heads, seq, v_head_dim)
+        out = attend(q, latent, k_rope, n_memory, document)  # (batch, heads, seq, v_head_dim)
         return self.ops.linears(out.transpose(1, 2).reshape(batch, seq, -1), (self.wo,))[0]  # (batch, seq, d_model)
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> KVCache:
@@ -77,20 +89,21 @@ class LatentAttention(nn.Module):
             q, down = *linears(x, (first,)), *linears(context, (self.wkv_a,))
         return linears(self.q_norm(q), (self.wq_b,))[0] if self.cfg.q_lora_rank else q, down
 
-    def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, n_memory: int) -> Tensor:
+    def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, n_memory: int, document: Tensor | None) -> Tensor:
         kv = self.wkv_b(latent.squeeze(1)).unflatten(-1, (-1, self.nope + self.v_dim)).transpose(1, 2)
         k_nope, v = kv.split([self.nope, self.v_dim], dim=-1)  # (batch, heads, keys, ...)
         k = torch.cat([k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)], dim=-1)
-        return self._attend(q, k, v, n_memory)  # (batch, heads, seq, v_head_dim)
+        return self._attend(q, k, v, n_memory, document)  # (batch, heads, seq, v_head_dim)
 
-    def _absorbed(self, q: Tensor, latent: Tensor, k_rope: Tensor, n_memory: int) -> Tensor:
+    def _absorbed(self, q: Tensor, latent: Tensor, k_rope: Tensor, n_memory: int, document: Tensor | None) -> Tensor:
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
         w = self.wkv_b.weight.view(-1, self.nope + self.v_dim, self.cfg.kv_lora_rank)  # (heads, nope + v, latent)
         w_k, w_v = w.split([self.nope, self.v_dim], dim=1)
         q = torch.cat([q_nope @ w_k, q_rope], dim=-1)  # (batch, heads, seq, latent + rope)
         k = torch.cat([latent, k_rope], dim=-1)  # (batch, 1, keys, latent + rope)
-        return self._attend(q, k, latent, n_memory) @ w_v.transpose(1, 2)  # (batch, heads, seq, v_head_dim)
+        attended = self._attend(q, k, latent, n_memory, document)
+        return attended @ w_v.transpose(1, 2)  # (batch, heads, seq, v_head_dim)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, n_memory: int) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, n_memory: int, document: Tensor | None) -> Tensor:
         window, n_global = self.cfg.window, self.cfg.n_global_tokens
-        return self.ops.local_global_attention(q, k, v, self.gate, self.scale, n_memory, window, n_global)
+        return self.ops.local_global_attention(q, k, v, self.gate, self.scale, n_memory, window, n_global, document)

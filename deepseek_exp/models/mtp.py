@@ -31,16 +31,20 @@ class MTPModule(nn.Module):
         self.block = Block(cfg, ops, cfg.n_layers, checkpointing)
         self.head_norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops)
 
-    def forward(self, h: Tensor, next_embedded: Tensor, domain: Tensor | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, next_embedded: Tensor, domain: Tensor | None = None, document: Tensor | None = None
+    ) -> Tensor:
         """Return the hidden states that predict one token further ahead.
 
         Args:
             h: (batch, seq, d_model), normalised, from the previous depth or the main model.
             next_embedded: (batch, seq, d_model), the embedding of the token after the last one that h has seen.
             domain: (batch,), as for a block.
+            document: (batch, seq), as for a block.
 
         Returns:
             (batch, seq, d_model), normalised: the input of the output head and of the next depth.
         """
         both = torch.cat([self.embedding_norm(next_embedded), self.hidden_norm(h)], dim=-1)
-        return self.head_norm(self.block(self.ops.linears(both, (self.projection,))[0], domain=domain))
+        projected = self.ops.linears(both, (self.projection,))[0]
+        return self.head_norm(self.block(projected, domain=domain, document=document))

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deepseek_exp.models.transformer import Loss, Transformer
+from deepseek_exp.models.transformer import Counted, Loss, Transformer
 
 
 class MicroBatch(NamedTuple):
@@ -23,18 +23,32 @@ class MicroBatch(NamedTuple):
         tokens: (batch, seq + 1) int64, the inputs and the last target.
         domain: (batch,) int64, index of each sequence's domain in moe.domains, -1 if it is unknown. None if the model
             has no domains.
+        loss_mask: (batch, seq) bool, whether each target, tokens[:, 1:], counts. None if all do.
+        document: (batch, seq) int32, the document of each input, tokens[:, :-1], if several share a sequence and do not
+            see each other; those of a document are adjacent. The first token of a document is no target that counts.
+            None if a sequence is one document.
+        mean_targets: mean number of targets that count per micro-batch of the step, over all ranks, a scalar. None
+            without a mask, and outside training.
     """
 
     tokens: Tensor
     domain: Tensor | None
+    loss_mask: Tensor | None = None
+    document: Tensor | None = None
+    mean_targets: Tensor | None = None
+
+    @property
+    def counted(self) -> Counted | None:
+        """The targets that count; None if all do."""
+        return None if self.loss_mask is None else Counted(self.loss_mask, self.mean_targets)
 
 
 class Losses(NamedTuple):
     """The losses of a micro-batch.
 
     Attributes:
-        loss: the training loss, a scalar to differentiate.
-        nll: (batch, seq), nats of each next token, without gradient.
+        loss: the training loss, a scalar to differentiate. The loss of a step is its mean over all micro-batches.
+        nll: (batch, seq), nats of each next token, without gradient; 0 if it does not count.
         mtp_loss: mean multi-token prediction loss, a scalar without gradient. 0 without such modules and in validation.
         memory: what the next segment of the same texts attends to, (n_layers, batch, n_memory, d_model). None if the
             model has no memory.
@@ -75,6 +89,9 @@ class NextTokenObjective:
 
     loss = mean nll of the next tokens + mtp_loss_weight * mean loss over the depths of multi-token prediction. Source:
     DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", section 2.2.
+
+    With a loss mask the mean is over the targets of the whole step that count, so that it does not depend on how rows
+    are split into micro-batches and ranks. That is supervised fine-tuning, if the mask chooses the responses.
     """
 
     def __init__(self, mtp_loss_weight: float) -> None:
@@ -84,7 +101,7 @@ class NextTokenObjective:
     def from_tokens(self, model: Transformer, batch: MicroBatch, memory: Tensor | None = None) -> Losses:
         """Return the losses of a micro-batch that goes through the whole model; see `Objective`."""
         if not model.cfg.memory_len:
-            (mean, nll), ahead = model.losses(batch.tokens, batch.domain)
+            (mean, nll), ahead = model.losses(batch.tokens, batch.domain, batch.counted, batch.document)
         else:
             memory = model.empty_memory(len(batch.tokens)) if memory is None else memory
             (mean, nll), ahead, memory = model.segment_losses(batch.tokens, memory, batch.domain)
@@ -92,7 +109,7 @@ class NextTokenObjective:
 
     def from_hidden(self, model: Transformer, h: Tensor, batch: MicroBatch) -> Losses:
         """Return the losses of a micro-batch that has gone through all blocks; see `Objective`."""
-        (mean, nll), ahead = model.losses_of(h, batch.tokens, batch.domain)
+        (mean, nll), ahead = model.losses_of(h, batch.tokens, batch.domain, batch.counted, batch.document)
         return Losses(*self.weigh(mean, nll, ahead))
 
     def weigh(self, mean: Tensor, nll: Tensor, ahead: list[Loss]) -> tuple[Tensor, Tensor, Tensor]:

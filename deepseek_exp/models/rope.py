@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from deepseek_exp.config import ModelConfig, RopeScalingConfig, RopeScalingKind
+from deepseek_exp.kernels import Ops
+from deepseek_exp.kernels.reference import positions_in_documents
 
 SCALING = tuple(f.name for f in dataclasses.fields(RopeScalingConfig))
 
@@ -32,6 +34,29 @@ def softmax_scale(cfg: ModelConfig, dim: int) -> float:
     s = cfg.rope_scaling
     stretched = s.kind is not RopeScalingKind.none and s.mscale_all_dim
     return dim**-0.5 * (_mscale(s.factor, s.mscale_all_dim) ** 2 if stretched else 1.0)
+
+
+def rotate_documents(
+    ops: Ops, x: Tensor, cos: Tensor, sin: Tensor, document: Tensor, norm_weight: Tensor | None, eps: float
+) -> Tensor:
+    """Rotate heads by their positions within their documents, by `reference.rope` of all rows in one.
+
+    Args:
+        ops: provides the rotation.
+        x: (batch, heads, seq, head_dim), a transposed (batch, seq, heads, head_dim).
+        cos: (seq, R / 2).
+        sin: (seq, R / 2).
+        document: (batch, seq), the document of each token.
+        norm_weight: as for `reference.rope`, as is the next.
+        eps: of that norm.
+
+    Returns:
+        (batch, heads, seq, head_dim).
+    """
+    position = positions_in_documents(document).flatten()  # (batch * seq,)
+    rows = x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]  # (1, heads, batch * seq, head_dim)
+    rotated = ops.rope(rows, cos[position], sin[position], norm_weight, eps)
+    return rotated.unflatten(2, document.shape)[0].transpose(0, 1)  # (batch, heads, seq, head_dim)
 
 
 @functools.lru_cache(maxsize=64)

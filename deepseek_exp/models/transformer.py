@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,19 @@ from deepseek_exp.models.norm import RMSNorm
 Loss = tuple[Tensor, Tensor]
 # Matrices that write into the residual stream.
 RESIDUAL = ("wo.weight", "w_down.weight", "experts.w_down")
+
+
+class Counted(NamedTuple):
+    """The targets that count, and what their sum is divided by.
+
+    Attributes:
+        mask: (batch, seq) bool, whether each target counts.
+        mean_targets: mean number of targets that count per micro-batch of the optimizer step, a scalar. The mean over
+            micro-batches of the losses is then that over all targets that count. None: their number in this one.
+    """
+
+    mask: Tensor
+    mean_targets: Tensor | None
 
 
 class Embedding(nn.Module):
@@ -97,18 +111,27 @@ class Transformer(nn.Module):
         """
         return self.head(self._hidden(tokens, caches, domain))
 
-    def losses(self, tokens: Tensor, domain: Tensor | None = None) -> tuple[Loss, list[Loss]]:
+    def losses(
+        self,
+        tokens: Tensor,
+        domain: Tensor | None = None,
+        counted: Counted | None = None,
+        document: Tensor | None = None,
+    ) -> tuple[Loss, list[Loss]]:
         """Return the loss of every next token and, in training, of those further ahead.
 
         Args:
             tokens: (batch, seq + 1), int64: the inputs and the last target.
             domain: as in `forward`.
+            counted: the targets that count; None means all.
+            document: (batch, seq), the document of each input, if several share a row: they do not see each other.
 
         Returns:
             The differentiable mean nll of the next tokens, and each token's nll, (batch, seq); and for depth
-            k = 1 .. n_mtp_layers the same of the token k + 1 ahead, (batch, seq - k).
+            k = 1 .. n_mtp_layers the same of the token k + 1 ahead, (batch, seq - k). With `counted`, all means are
+            divided by its `mean_targets`, as in DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", equation 24.
         """
-        return self.losses_of(self._hidden(tokens[:, :-1], None, domain), tokens, domain)
+        return self.losses_of(self._hidden(tokens[:, :-1], None, domain, document), tokens, domain, counted, document)
 
     def segment_losses(
         self, tokens: Tensor, memory: Tensor, domain: Tensor | None = None
@@ -135,18 +158,34 @@ class Transformer(nn.Module):
             x = block(x, memory[i], None, domain)
         return *self.losses_of(x, tokens, domain), torch.stack(kept)
 
-    def losses_of(self, x: Tensor, tokens: Tensor, domain: Tensor | None) -> tuple[Loss, list[Loss]]:
+    def losses_of(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        domain: Tensor | None,
+        counted: Counted | None = None,
+        document: Tensor | None = None,
+    ) -> tuple[Loss, list[Loss]]:
         """Return the result of `losses` from the last block's output, (batch, seq, d_model)."""
-        main, ahead = self.head.loss(self.head.norm(x), tokens[:, 1:]), []
+        main, ahead = self._loss(self.head.norm(x), tokens[:, 1:], counted), []
         modules = self.mtp if self.training else []
         h = self.head.norm(x) if modules else x  # normed twice: gradients add up before the norm, not behind it
         for k, module in enumerate(modules, start=1):
             # h has seen tokens up to its own position + k - 1; this depth gets the next one.
-            h = module(
-                h[:, : tokens.shape[1] - 1 - k], self.embedding(tokens[:, k:-1]), domain
-            )  # (batch, seq - k, ...)
-            ahead.append(self.head.loss(h, tokens[:, k + 1 :]))
+            n = tokens.shape[1] - 1 - k
+            within = None if document is None else document[:, :n]
+            h = module(h[:, :n], self.embedding(tokens[:, k:-1]), domain, within)  # (batch, seq - k, ...)
+            ahead.append(self._loss(h, tokens[:, k + 1 :], _ahead(counted, document, k)))
         return main, ahead
+
+    def _loss(self, h: Tensor, targets: Tensor, counted: Counted | None) -> Loss:
+        if counted is None:
+            return self.head.loss(h, targets)
+        mask = counted.mask
+        n_targets = mask.sum().clamp(min=1) if counted.mean_targets is None else counted.mean_targets
+        token_weights = (mask / n_targets).to(h.dtype if h.dtype == torch.float64 else torch.float32)
+        mean, nll = self.head.loss(h, targets, token_weights)
+        return mean, nll.masked_fill(~mask, 0)
 
     def routed_layers(self) -> list[MoE]:
         """List the MoE layers of the blocks."""
@@ -160,11 +199,27 @@ class Transformer(nn.Module):
         """Return empty caches for `max_len` tokens, one per block."""
         return [block.attention.new_cache(batch, max_len, self.embedding.weight) for block in self.blocks]
 
-    def _hidden(self, tokens: Tensor, caches: Sequence[KVCache] | None, domain: Tensor | None) -> Tensor:
+    def _hidden(
+        self,
+        tokens: Tensor,
+        caches: Sequence[KVCache] | None,
+        domain: Tensor | None,
+        document: Tensor | None = None,
+    ) -> Tensor:
         x = self.embedding(tokens)  # (batch, seq, d_model)
         for i, block in enumerate(self.blocks):
-            x = block(x, None, caches[i] if caches is not None else None, domain)
+            x = block(x, None, caches[i] if caches is not None else None, domain, document)
         return x
+
+
+def _ahead(counted: Counted | None, document: Tensor | None, k: int) -> Counted | None:
+    """Return which targets k tokens further ahead count: those that do, and are of the document of the state."""
+    if counted is None:
+        return None
+    mask = counted.mask[:, k:]  # (batch, seq - k)
+    if document is not None:
+        mask = mask & (document[:, k:] == document[:, :-k])
+    return Counted(mask, counted.mean_targets)
 
 
 def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:

@@ -104,7 +104,7 @@ class Stage:
         """
         x = self.model.embedding(x) if self.is_first else x  # (batch, seq, d_model)
         for i in self.blocks:
-            x = self.model.blocks[i](x, None, None, batch.domain)
+            x = self.model.blocks[i](x, None, None, batch.domain, batch.document)
         return self.objective.from_hidden(self.model, x, batch) if self.is_last else x
 
 

@@ -24,7 +24,7 @@ from deepseek_exp.errors import CheckpointError, DeviceError, Problem
 from deepseek_exp.inference import load_release
 from deepseek_exp.kernels import TORCH, Ops, resolve
 from deepseek_exp.kernels.grouped import empty_groups_are_zero
-from deepseek_exp.models import NextTokenObjective, Transformer, init_weights
+from deepseek_exp.models import NextTokenObjective, Objective, Transformer, init_weights
 from deepseek_exp.models.transformer import initial_weight
 from deepseek_exp.parallel.groups import Groups, connect, local_rank
 from deepseek_exp.parallel.partition import ModelShard, Stage, copy_weights, set_weights, shard_model
@@ -137,7 +137,7 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
     set_up_torch(cfg)
     data = prepare(cfg.data)
     model = build_model(cfg, device, weights)
-    objective = NextTokenObjective(cfg.model.mtp_loss_weight)
+    objective = build_objective(cfg, data)
     engine, tables = LocalEngine(cfg, model, objective), (data.tokenizer.token_bytes, data.unigram_bits)
     lit = LanguageModel(cfg, model, engine, objective, OneRank(), *tables).to(device)
     return Parts(device, data, _build_datamodule(cfg, data, device, None), lit)
@@ -167,7 +167,7 @@ def _build_rank(cfg: ExperimentConfig, layout: Degrees, device: torch.device, we
         set_weights(shard, lambda name, shape: initial_weight(name, shape, cfg.model, cfg.seed))
     for p in shard.model.parameters():
         p.data = p.data.to(getattr(torch, cfg.trainer.precision.dtype_name))
-    objective, ranks = NextTokenObjective(cfg.model.mtp_loss_weight), ManyRanks(cfg, groups, shard)
+    objective, ranks = build_objective(cfg, data), ManyRanks(cfg, groups, shard)
     lit = LanguageModel(cfg, shard.model, None, objective, ranks, data.tokenizer.token_bytes, data.unigram_bits)
     return Parts(device, data, _build_datamodule(cfg, data, device, groups), lit, groups, shard)
 
@@ -181,6 +181,16 @@ def _load_shard_from(shard: ModelShard, cfg: ExperimentConfig) -> None:
     release = Transformer(cfg.model, TORCH)
     load_release(release, cfg.model, source)
     copy_weights(shard, release)
+
+
+def build_objective(cfg: ExperimentConfig, data: PreparedData) -> Objective:
+    """Return what the model is trained on, as chosen by `do`.
+
+    Args:
+        cfg: the experiment.
+        data: its prepared data.
+    """
+    return NextTokenObjective(cfg.model.mtp_loss_weight)
 
 
 def _build_datamodule(

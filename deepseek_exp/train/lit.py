@@ -106,9 +106,10 @@ class LanguageModel(pl.LightningModule):
         self.val_loss = None
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         lr = float(optimizer.param_groups[0]["lr"])
-        n_bytes = self.token_bytes[batch.tokens[:, 1:]].sum()
+        n_bytes = self._counted(self.token_bytes[batch.tokens[:, 1:]], batch).sum()
         self.reset_counts()
-        result = self.engine.train(self._micro_batches(batch))
+        n_targets = self._n_targets(batch)
+        result = self.engine.train(self._micro_batches(batch, n_targets))
         values, counts = self.ranks.sum([result.nats, result.mtp_loss, n_bytes], self._counts())
         nats, mtp_loss, n_bytes = values
         if result.applied:
@@ -117,25 +118,43 @@ class LanguageModel(pl.LightningModule):
             self.skipped_steps += 1
             check_skipped(self.skipped_steps, self.trainer.global_step, self.cfg)
         schedule.step()
-        n_seqs, seq_len = self.cfg.trainer.global_batch_seqs, batch.tokens.shape[1] - 1
+        n_seqs = self.cfg.trainer.global_batch_seqs
         # here, since callbacks save before the module's own batch end
         self.trainer.datamodule.advance(n_seqs)
         extra_metrics = {"train/mtp_loss": mtp_loss} if self.cfg.model.n_mtp_layers else {}
-        loss = nats / (n_seqs * seq_len)
+        loss = nats / n_targets
         values = {"loss": loss, "nats": nats, "bytes": n_bytes, "grad_norm": result.grad_norm}
         values |= {"extra_metrics": extra_metrics, "expert_counts": self._of_blocks(counts)}
         return {**values, "lr": lr, "applied": result.applied}
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """Return what the model is given of sequences and their parts of the data."""
-        return MicroBatch(batch.tokens, None if self.domain_of_part is None else self.domain_of_part[batch.part])
+        domain = None if self.domain_of_part is None else self.domain_of_part[batch.part]
+        return MicroBatch(batch.tokens, domain, batch.loss_mask, batch.document)
 
-    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        """Split a step's sequences into micro-batches."""
-        rows, (tokens, domain) = self.cfg.trainer.micro_batch_seqs, self.micro_batch(batch)
-        split = tokens.split(rows)
-        domains = [None] * len(split) if domain is None else domain.split(rows)
-        return [MicroBatch(*both) for both in zip(split, domains, strict=True)]
+    def _micro_batches(self, batch: Batch, n_targets: Tensor | int) -> list[MicroBatch]:
+        """Split a step's sequences into micro-batches.
+
+        Args:
+            batch: this rank's sequences.
+            n_targets: from `_n_targets`.
+        """
+        t, whole = self.cfg.trainer, self.micro_batch(batch)
+        mean_targets = n_targets * t.micro_batch_seqs / t.global_batch_seqs if batch.loss_mask is not None else None
+        n = len(batch.tokens) // t.micro_batch_seqs
+        split = [[None] * n if field is None else field.split(t.micro_batch_seqs) for field in whole[:4]]
+        return [MicroBatch(*fields, mean_targets) for fields in zip(*split, strict=True)]
+
+    def _n_targets(self, batch: Batch) -> Tensor | int:
+        """Return how many targets of the whole step count, over all ranks."""
+        if batch.loss_mask is None:
+            return self.cfg.trainer.global_batch_seqs * (batch.tokens.shape[1] - 1)
+        (n_targets,), _ = self.ranks.sum([batch.loss_mask.sum()], [])
+        return n_targets.clamp(min=1)
+
+    def _counted(self, values: Tensor, batch: Batch) -> Tensor:
+        """Return values of the targets, (sequences, seq), with 0 for those that do not count."""
+        return values if batch.loss_mask is None else values.masked_fill(~batch.loss_mask, 0)
 
     def _counts(self) -> list[Tensor]:
         """Return the counts of each MoE layer of this rank since the last reset, each (experts + COUNTS,)."""
@@ -217,19 +236,20 @@ class LanguageModel(pl.LightningModule):
 
         There is no memory: it needs data.order=contiguous, and a mixture data.order=shuffled.
         """
-        unlabelled = MicroBatch(batch.tokens, torch.full_like(batch.part, -1))
+        unlabelled = self.micro_batch(batch)._replace(domain=torch.full_like(batch.part, -1))
         nll = self._evaluate(unlabelled, None, count_routing=False).nll
         if nll is not None:
             self.val_unlabelled_nats += nll[: batch.n_counted].sum(dtype=torch.float64).cpu()
 
     def _add(self, nll: Tensor, batch: Batch) -> None:
         nll, targets = nll[: batch.n_counted], batch.tokens[: batch.n_counted, 1:]
+        counts = torch.ones_like(targets) if batch.loss_mask is None else batch.loss_mask[: batch.n_counted].long()
         nats = nll.sum(dtype=torch.float64)
-        unigram, n_bytes = self.unigram_bits[targets].sum(), self.token_bytes[targets].sum()
-        self.val_sums += torch.stack([nats, unigram, torch.ones_like(targets).sum(), n_bytes]).cpu()
+        unigram, n_bytes = (self.unigram_bits[targets] * counts).sum(), (self.token_bytes[targets] * counts).sum()
+        self.val_sums += torch.stack([nats, unigram, counts.sum(), n_bytes]).cpu()
         if self.cfg.data.mixture:
             by_sequence = nll.sum(1, dtype=torch.float64)  # (sequences,)
-            sums = torch.stack([by_sequence, torch.full_like(by_sequence, targets.shape[1])], 1)  # (sequences, 2)
+            sums = torch.stack([by_sequence, counts.sum(1)], 1)  # (sequences, 2)
             self.val_part_sums.index_add_(0, batch.part[: batch.n_counted].cpu(), sums.cpu())
 
     def on_validation_epoch_end(self) -> None:

@@ -21,7 +21,8 @@ def step_seconds(cfg: ExperimentConfig, parts: Parts) -> float:
         Seconds per optimizer step.
     """
     lit, batch = parts.lit, next(iter(parts.datamodule.val_dataloader()))
-    micro_batch = lit.micro_batch(Batch(batch.tokens.to(parts.device), batch.part.to(parts.device), batch.n_counted))
+    moved = (field.to(parts.device) if isinstance(field, torch.Tensor) else field for field in batch)
+    micro_batch = lit.micro_batch(Batch(*moved))
     memory, tries = None, []
     for _ in range(3):  # the first one warms up, and provides the others with a memory
         _wait(parts.device)

@@ -158,7 +158,7 @@ class TestSegmentMemory:
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
 
     @staticmethod
-    def _naive(q, k, v, gate, scale, n_memory, window, n_global_tokens):
+    def _naive(q, k, v, gate, scale, n_memory, window, n_global_tokens, document):
         """All 22 positions as queries; the global tokens are the segment's first, at 10 and 11."""
         assert (q.shape[2], n_memory, window, n_global_tokens) == (22, 0, 6, 2)
         return reference.local_global_attention(q, k, v, gate, scale, 10, 6, 2)

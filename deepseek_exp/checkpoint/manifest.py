@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 MODEL, STATE, TREE = "model.safetensors", "state.safetensors", "state.json"
 SHARDS = "shard-*.safetensors"
 # Files that a reader may open; if one exists, the manifest has to list it.
-READ = (MODEL, STATE, TREE, SHARDS, "config.yaml", "tokenizer.json", "data.json")
+READ = (MODEL, STATE, TREE, SHARDS, "config.yaml", "tokenizer.json", "tokenizer_config.json", "data.json")
 MOST_BYTES = 1 << 26  # of a manifest; one of 100,000 ranks has a fifth of it
 OTHER = "name another checkpoint, or resume=last for the newest whole one"
 FOLDER = "checkpoints"

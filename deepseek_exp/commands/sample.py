@@ -28,7 +28,7 @@ def sample(job: Job) -> None:
         tokenizer = Tokenizer.named(job.cfg.data.tokenizer, job.cfg.data.vocab_size)
     asked = any(o.startswith("sample.max_new_tokens=") for o in job.overrides)
     cfg = with_prompt(job.cfg, "")
-    _check_prompt(cfg, len(tokenizer.encode(cfg.sample.prompt)), every_token=asked)
+    _check_prompt(cfg, len(tokenizer.prompt(cfg.sample.prompt)), every_token=asked)
     device = build.pick_device(job.cfg.device)
     build.check_memory(job.cfg, device)
     runtime.set_up_torch(job.cfg)
@@ -67,7 +67,7 @@ def sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer)
     from deepseek_exp.inference import generate
 
     s, longest = cfg.sample, cfg.model.max_seq_len
-    text, prompt = s.prompt, tokenizer.encode(s.prompt)
+    text, prompt = s.prompt, tokenizer.prompt(s.prompt)
     if len(prompt) >= longest:
         prompt = prompt[-(longest // 2) :]
         text = tokenizer.decode(prompt)

@@ -63,7 +63,7 @@ def _ready_to_train(job: Job, tracked: RunLog, run_id: str) -> tuple[Parts, tupl
     log_inputs(parts, tracked)
     digests = json.dumps(parts.data.digests())
     texts = {saved_config.FILE: job.shown_yaml, COMMAND_FILE: job.command_json, DIGESTS: digests}
-    texts |= {"tokenizer.json": parts.data.tokenizer.json}
+    texts |= parts.data.tokenizer.files()
     return parts, build.build_trainer(job.cfg, parts, tracked, run_id, texts, _lineage(job, parts))
 
 

@@ -187,7 +187,8 @@ class DataConfig:
         le=10**15,
     )
     tokenizer: str | None = key(
-        "tokenizer.json (Hugging Face's tokenizers library) of a BPE, byte-level or with byte fallback; null: train one"
+        "tokenizer.json (Hugging Face's tokenizers library) or SentencePiece .model, on bytes or with byte fallback; "
+        "null: train one"
     )
     vocab_size: int = key(
         "vocabulary size to train the tokenizer to; an existing tokenizer may not exceed it", ge=258, le=10**7

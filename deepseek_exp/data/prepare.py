@@ -85,6 +85,19 @@ class PreparedData:
         """Number of validation tokens of all parts."""
         return sum(part.valid.n_tokens for part in self.parts)
 
+    @property
+    def token_bytes(self) -> Tensor:
+        """Bytes of text that each token stands for, (vocab_size,) int64; what bits per byte are counted in.
+
+        If the tokenizer changes text, it is float64: the bytes of the changed text times a factor, so that the tokens
+        of the validation text add up to the bytes that it had before.
+        """
+        table = self.tokenizer.token_bytes
+        shards = [part.valid for part in self.parts]
+        kept = sum(shard.n_bytes if shard.n_token_bytes is None else shard.n_token_bytes for shard in shards)
+        factor = sum(shard.n_bytes for shard in shards) / kept
+        return table if factor == 1 else table.double() * factor  # (vocab_size,)
+
     def first_words(self) -> str:
         """Return the beginning of the first validation line as a prompt, at most 5 words or 40 characters."""
         shard = self.parts[0].valid
@@ -135,6 +148,8 @@ def prepare(cfg: DataConfig) -> PreparedData:
     if skipped:
         by_file = ", ".join(f"{path}: {count}" for path, count in skipped.items())
         log.warning("skipped %d rows that could not be read (%s)", sum(skipped.values()), by_file)
+    for corpus, p in zip(plan.corpora, packed, strict=True):
+        _report_changes(corpus, p)
     weights = [part.weight for part in cfg.mixture.values()] or [1.0]
     parts = tuple(
         Part(corpus.name, weight, p.train, p.valid)
@@ -146,13 +161,25 @@ def prepare(cfg: DataConfig) -> PreparedData:
     return PreparedData(tokenizer, parts, _unigram_bits(weights, packed), skipped, inputs)
 
 
+def _report_changes(corpus: Corpus, packed: Shards) -> None:
+    """Log how much of a text the tokenizer's normalizer changes, which no token can restore."""
+    for split in SPLITS:
+        shard = getattr(packed, split)
+        if shard.n_changed:
+            log.warning(
+                "the tokenizer changes %d of %d %s documents of %s (its normalizer): their tokens stand for %d of %d "
+                "bytes, and a model trained on them writes text in that form. Bits per byte count the original bytes",
+                shard.n_changed, shard.n_documents, split, corpus.source(split), shard.n_token_bytes, shard.n_bytes,
+            )  # fmt: skip
+
+
 def _find_or_build(cfg: DataConfig) -> tuple[_Plan, tuple[Tokenizer, list[Shards]]]:
     plan = _Plan.of(cfg)
     if plan.given is not None:  # it may be a checkpoint's, trained on the same text, whose tokens are already packed
         trained = plan.keyed(None)
         found = _cached(trained)
         if found is not None and found[0].digest == plan.given.digest:
-            return trained, found
+            return trained, (plan.given, found[1])
     found = _cached(plan)
     if found is None:
         with _alone(plan.lock):
@@ -217,7 +244,7 @@ def _cached(plan: _Plan, *, warn: bool = False) -> tuple[Tokenizer, list[Shards]
     if any(p is None for p in packed) or len({(p.tokenizer, p.tokenizer_file) for p in packed}) > 1:
         return None
     try:
-        tokenizer = Tokenizer.load(_tokenizers(plan.cfg) / packed[0].tokenizer_file)
+        tokenizer = plan.given or Tokenizer.load(_tokenizers(plan.cfg) / packed[0].tokenizer_file)
     except (FileNotFoundError, ValueError):
         return None
     return (tokenizer, packed) if tokenizer.digest == packed[0].tokenizer else None

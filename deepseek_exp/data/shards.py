@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -46,11 +46,14 @@ class Shard:
     Attributes:
         path: file of token ids.
         dtype: numpy type of an id.
-        n_tokens: number of ids in the file, including ends of documents.
+        n_tokens: number of ids in the file, including beginnings and ends of documents.
         n_documents: number of documents.
         n_bytes: size of the text in UTF-8, in bytes.
         digest: sha256 of the text, in hexadecimal.
         tokens_digest: sha256 of the file of token ids.
+        n_token_bytes: the bytes that the tokens stand for, which are fewer or more if the tokenizer changes text; None
+            if packed by a version that did not count them.
+        n_changed: number of documents that the tokenizer changes.
     """
 
     path: Path
@@ -60,6 +63,8 @@ class Shard:
     n_bytes: int
     digest: str
     tokens_digest: str
+    n_token_bytes: int | None = None
+    n_changed: int = 0
 
     def open(self) -> np.memmap:
         """Return a read-only memory map of the ids, shape (n_tokens,)."""
@@ -223,7 +228,7 @@ def build(corpus: Corpus, found: Survey, tokenizer: Tokenizer, tokenizer_file: s
 def _fill(part: Path, corpus: Corpus, found: Survey, tokenizer: Tokenizer, tokenizer_file: str) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     documents = reported(corpus.documents(Counter()), "packing tokens", sum(found.n_bytes.values()))
-    counts, digests = _write_tokens(documents, tokenizer, dtype, part)
+    counts, digests, changes = _write_tokens(documents, tokenizer, dtype, part)
     meta: dict[str, Any] = {
         split: {
             "dtype": dtype.name,
@@ -232,6 +237,7 @@ def _fill(part: Path, corpus: Corpus, found: Survey, tokenizer: Tokenizer, token
             "n_bytes": found.n_bytes[split],
             "digest": found.digests[split],
             "tokens_digest": digests[split],
+            **changes[split],
         }
         for split in SPLITS
     }
@@ -288,17 +294,24 @@ def reported(documents: Iterable[Document], what: str, total_bytes: int) -> Iter
 
 def _write_tokens(
     documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, folder: Path
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Write the <split>.bin files. Return the counts of ids by split, each (vocab_size,), and the sha256 by split."""
+) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, dict[str, int]]]:
+    """Write the <split>.bin files.
+
+    Returns:
+        By split: the counts of ids, each (vocab_size,), the sha256 of the file, and n_token_bytes and n_changed.
+    """
+    changed: Counter[str] = Counter()
+    documents = _counting_changes(documents, tokenizer, changed)
     counts = {split: np.zeros(tokenizer.vocab_size, dtype=np.int64) for split in SPLITS}
     hashes = {split: hashlib.sha256() for split in SPLITS}
     with (folder / "train.bin").open("wb") as train, (folder / "valid.bin").open("wb") as valid:
         files = {"train": train, "valid": valid}
         for batch in _batches(documents, tokenizer):
-            encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
+            encoded = tokenizer.encode_batch([piece.text for piece in batch])
             ids: dict[str, list[int]] = {split: [] for split in SPLITS}
-            for (split, _, ends), tokens in zip(batch, encoded, strict=True):
-                ids[split] += [*tokens, tokenizer.end_id] if ends else tokens
+            for piece, tokens in zip(batch, encoded, strict=True):
+                start, end = tokenizer.start if piece.begins else [], [tokenizer.end_id] if piece.ends else []
+                ids[piece.split] += [*start, *tokens, *end]
             for split in SPLITS:
                 array = np.array(ids[split], dtype=dtype)
                 files[split].write(array.tobytes())
@@ -306,16 +319,34 @@ def _write_tokens(
                 counts[split] += np.bincount(array, minlength=tokenizer.vocab_size)
         for file in files.values():
             _sync(file)
-    return counts, {split: h.hexdigest() for split, h in hashes.items()}
+    n_bytes = {split: int((counts[split] * tokenizer.token_bytes.numpy()).sum()) for split in SPLITS}
+    changes = {split: {"n_token_bytes": n_bytes[split], "n_changed": changed[split]} for split in SPLITS}
+    return counts, {split: h.hexdigest() for split, h in hashes.items()}, changes
 
 
-def _batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[list[tuple[str, str, bool]]]:
-    """Yield batches of about a megabyte of (split, piece of a document, whether it is the last piece)."""
+class _Piece(NamedTuple):
+    """A part of a document, and whether it is the first and the last one."""
+
+    split: str
+    text: str
+    begins: bool
+    ends: bool
+
+
+def _counting_changes(documents: Iterable[Document], tokenizer: Tokenizer, changed: Counter[str]) -> Iterator[Document]:
+    """Yield the documents, counting by split those that the tokenizer's tokens do not restore."""
+    for split, text in documents:
+        changed[split] += tokenizer.changes_text and tokenizer.normalize(text) != text
+        yield split, text
+
+
+def _batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[list[_Piece]]:
+    """Yield batches of about a megabyte of pieces of documents."""
     batch, size = [], 0
     for split, text in documents:
         todo = list(tokenizer.pieces(text))
         for number, piece in enumerate(todo, start=1):
-            batch.append((split, piece, number == len(todo)))
+            batch.append(_Piece(split, piece, number == 1, number == len(todo)))
             size += len(piece)
             if size >= BATCH_CHARS:
                 yield batch

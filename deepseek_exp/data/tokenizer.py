@@ -1,26 +1,30 @@
-"""BPE tokenizers (Sennrich et al. 2016): a byte-level one trained offline on the text, or an existing one."""
+"""Tokenizers: a byte-level BPE (Sennrich et al. 2016) trained offline on the text, or an existing one of any kind."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from deepseek_exp.data.token_form import Form
+from deepseek_exp.data.sentencepiece_model import read_model
+from deepseek_exp.data.token_form import Form, keep_names_out_of_text
+from deepseek_exp.data.tokenizer_config import TokenizerConfig
 from deepseek_exp.disk import expand
 from deepseek_exp.errors import DataError, Problem
 
 END = "<|endoftext|>"
 # End-of-document tokens of existing tokenizers. The first one that is a special token is used.
-ENDS = (END, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")
-# Probe texts that reveal a tokenizer whose changes to text differ from `Form.normalize`.
+ENDS = (END, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+# Texts that reveal a tokenizer whose changes to text differ from `Form.normalize`.
 PROBES = [
     "A b  c\t\r\n\n\x00 don't 1234 é e\u0301 ﬁ Ⅳ 大家。\u3000🙂 x",
     "",
@@ -31,46 +35,63 @@ PROBES = [
     "\n",
     "▁a ▁",
     "<0x41>",
+    "##! ##a",
     "éé\ufffd",
+    "a" * 300,
 ]
 PIECE_CHARS = 1 << 16
+# Lies in every checkpoint of ours.
+OURS = "manifest.json"
 
 
 class Tokenizer:
     """Converts text to token ids and back.
 
-    All 256 bytes are in the vocabulary, so any text can be encoded. A tokenizer that is trained here restores it
-    unchanged. An existing one may normalize text to a Unicode normal form; one with the SentencePiece form also treats
-    U+2581 as a space and prepends a space to a document (see token_form.py). The end of a document is a special token,
-    the first one of `ENDS` in the vocabulary. No text encodes to it, not even the literal `<|endoftext|>`.
+    Every text can be encoded. A tokenizer that is trained here restores it unchanged, and so do most existing ones. The
+    rest return a text as their normalizer leaves it: in a Unicode normal form, without a space in front, or with U+2581
+    as a space (see token_form.py). The end of a document is a special token, the first one of `ENDS` in the vocabulary.
+    No text encodes to a special token, not even the literal `<|endoftext|>`.
 
     Attributes:
         vocab_size: the largest id + 1, which exceeds the number of entries if ids are skipped.
         end_id: id of the end of a document.
+        special_tokens: id of each special token by name, such as `<|endoftext|>`.
+        start: ids that a document and a prompt begin with: the beginning-of-text token if the tokenizer adds one, else
+            nothing.
         json: the tokenizer in the tokenizers library's own format.
-        digest: sha256 of `json`, in hexadecimal.
+        config: what its tokenizer_config.json says.
+        digest: sha256 of `json` and of the beginning-of-text token, if one is added, in hexadecimal.
     """
 
-    def __init__(self, json_text: str) -> None:
+    def __init__(self, json_text: str, config: TokenizerConfig | None = None) -> None:
         """Create the tokenizer from its JSON.
+
+        Args:
+            json_text: the tokenizer in the tokenizers library's own format.
+            config: what its tokenizer_config.json says. None: nothing.
 
         Raises:
             ValueError: it is no supported tokenizer; the message continues a sentence that starts with the file name.
         """
-        self.json = json_text
-        self._bpe = _parse(json_text)
-        self._form = Form(self._bpe)
-        special = {t.content: i for i, t in self._bpe.get_added_tokens_decoder().items() if t.special}
-        self._special = frozenset(special.values())
-        found = [special[name] for name in ENDS if name in special]
-        if not found:
+        self.json, self.config = json_text, TokenizerConfig() if config is None else config
+        self._inner = _parse(json_text)
+        special = {t.content: i for i, t in self._inner.get_added_tokens_decoder().items() if t.special}
+        self.special_tokens, self._special = special, frozenset(special.values())
+        end = _end(special, self.config)
+        if end is None:
             raise ValueError(f"has no special token {' or '.join(ENDS)}")
-        self.end_id = found[0]
-        self._bpe.encode_special_tokens = True  # encode their literals as plain text; the JSON does not store this
-        self._bpe.no_truncation()
-        self._bpe.no_padding()
-        self.vocab_size = 1 + max(self._bpe.get_vocab().values())
-        self.digest = hashlib.sha256(json_text.encode()).hexdigest()
+        self.end_id = special[end]
+        begin = self.config.roles.get("bos_token") if self.config.add_bos_token else None
+        if self.config.add_bos_token and begin not in special:
+            raise ValueError(f"says add_bos_token, and its bos_token {begin!r} is no special token")
+        self.start = [] if begin is None else [special[begin]]
+        self._inner.encode_special_tokens = True  # encode their literals as plain text; the JSON does not store this
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        self._form = Form(self._inner, json.loads(json_text))
+        self.vocab_size = 1 + max(self._inner.get_vocab().values())
+        rule = "" if begin is None else f"\nadd_bos_token {begin}"
+        self.digest = hashlib.sha256((json_text + rule).encode()).hexdigest()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -96,23 +117,30 @@ class Tokenizer:
 
     @classmethod
     def given(cls, path: Path) -> Tokenizer:
-        """Load an existing tokenizer. If its file has none of `ENDS`, `END` is added as the last entry.
+        """Load an existing tokenizer: a tokenizer.json, or a SentencePiece model if the name ends in .model.
+
+        Its tokenizer_config.json is read too. If it has none of `ENDS` and names no eos_token, `END` is added as the
+        last entry. The tokenizer in a checkpoint of ours is loaded as it is.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not a byte-level BPE or one with byte fallback, or it changes text in an unsupported way.
+            ValueError: it cannot encode every text, or changes text in an unsupported way.
         """
-        bpe = _parse(_read(path, errors="replace"))
-        if not isinstance(bpe.model, models.BPE) or bpe.model.dropout:
-            raise ValueError("is not a BPE that always encodes a text in the same way")
-        Form(bpe).check()
-        special = {token.content for token in bpe.get_added_tokens_decoder().values() if token.special}
-        if special.isdisjoint(ENDS):
-            bpe.add_special_tokens([END])
-        ids = list(bpe.get_vocab().values())
+        if path.with_name(OURS).is_file():
+            return cls.load(path)
+        _check_regular(path)
+        text = read_model(path) if path.suffix == ".model" else path.read_text(encoding="utf-8", errors="replace")
+        inner, config = _parse(text), TokenizerConfig.next_to(path)
+        Form(inner, json.loads(text)).check()
+        special = {token.content for token in inner.get_added_tokens_decoder().values() if token.special}
+        if _end(special, config) is None:
+            inner.add_special_tokens([END])
+        ids = list(inner.get_vocab().values())
         if len(set(ids)) < len(ids):  # the library uses the number of entries as the id of an added token
             raise ValueError(f"leaves ids out, so that {END} cannot be added, and has no other end of a document")
-        tokenizer = cls(bpe.to_str())
+        keep_names_out_of_text(inner)
+        config = _with_start(inner, config)
+        tokenizer = cls(inner.to_str(), config)
         tokenizer._probe()
         return tokenizer
 
@@ -127,10 +155,8 @@ class Tokenizer:
         Raises:
             DataError: the file does not exist, is not a supported tokenizer, or has more entries.
         """
-        fix = (
-            "use the tokenizer.json of a BPE on bytes or with byte fallback; data.tokenizer=null trains one on the text"
-        )
-        fix += ", except with init_from, where it takes the checkpoint's"
+        fix = "use a tokenizer.json or SentencePiece .model that encodes every text (on bytes or with byte fallback); "
+        fix += "data.tokenizer=null trains one on the text, except with init_from, where it takes the checkpoint's"
         try:
             tokenizer = cls.given(expand(name))
         except OSError as error:
@@ -147,12 +173,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Load a tokenizer that `save` wrote.
+        """Load a tokenizer of ours: one that `save` wrote, or the one in a checkpoint.
 
         Raises:
             ValueError: the file is damaged or is not a supported tokenizer.
         """
-        return cls(_read(path))
+        _check_regular(path)
+        return cls(path.read_text(encoding="utf-8"), TokenizerConfig.next_to(path))
 
     def save(self, path: Path) -> None:
         """Write one JSON file in the format of the tokenizers library, atomically."""
@@ -164,17 +191,37 @@ class Tokenizer:
             os.fsync(file.fileno())
         part.replace(path)
 
+    def files(self) -> dict[str, str]:
+        """Return the files of a checkpoint that `load` reads: name -> content."""
+        config = self.config.to_json()
+        return {"tokenizer.json": self.json} | ({"tokenizer_config.json": config} if config else {})
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that turns messages into text, if the tokenizer has one."""
+        return self.config.chat_template
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether `normalize` may return another text; False: every text comes back as it was."""
+        return self._form.changes_text
+
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text."""
-        return self._bpe.encode(text, add_special_tokens=False).ids
+        """Return the token ids of a text, without `start`."""
+        return self._inner.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of many texts, using all cores."""
-        return [encoding.ids for encoding in self._bpe.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def prompt(self, text: str) -> list[int]:
+        """Return the token ids of the beginning of a document: `start`, then the text."""
+        return [*self.start, *self.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids. Invalid UTF-8 becomes U+FFFD; the end of a document is omitted."""
-        return self._bpe.decode(ids)
+        """Return the text of token ids. Invalid UTF-8 becomes U+FFFD; special tokens are omitted."""
+        text = self._inner.decode(ids)
+        return text.removeprefix(" ") if self._form.puts_space and not self._form.strips_space else text
 
     def continuation(self, before: Sequence[int], new: Sequence[int]) -> str:
         """Return the text of ids that follow others.
@@ -199,15 +246,16 @@ class Tokenizer:
     def token_bytes(self) -> torch.Tensor:
         """Number of bytes of normalized text that each id represents; 0 for special tokens, which text never contains.
 
-        The tokens of a text add up to the bytes of `normalize(text)`; with the SentencePiece form to one more, for the
-        prepended space. So bits per byte are bits per byte of normalized text.
+        The tokens of a document and its end add up to the bytes of `normalize(text)`. So the end of a document is -1
+        if the tokenizer prepends a space, which belongs to the first token and not to the text.
 
         Returns:
             int64 tensor (vocab_size,).
         """
-        sizes = [self._form.n_bytes(self._bpe.id_to_token(i) or "") for i in range(self.vocab_size)]
-        for i, token in self._bpe.get_added_tokens_decoder().items():  # their entries are plain text
+        sizes = [self._form.n_bytes(self._inner.id_to_token(i) or "") for i in range(self.vocab_size)]
+        for i, token in self._inner.get_added_tokens_decoder().items():  # their entries are plain text
             sizes[i] = 0 if token.special else len(token.content.encode())
+        sizes[self.end_id] = -1 if self._form.puts_space else 0
         return torch.tensor(sizes)  # (vocab_size,)
 
     def _probe(self) -> None:
@@ -216,18 +264,23 @@ class Tokenizer:
         Raises:
             ValueError: one does not.
         """
-        added = self._bpe.get_added_tokens_decoder().values()
+        added = self._inner.get_added_tokens_decoder().values()
         for text in [*PROBES, *(f"a{token.content}b" for token in added)]:
             ids, wanted = self.encode(text), self.normalize(text)
-            if self.decode(ids) != wanted or any(token_id in self._special for token_id in ids):
-                raise ValueError(f"does not return text as it was, beyond what its normalizer says: {text!r}")
-            in_front = 1 if ids and self._form.sentencepiece else 0
+            shown = text if len(text) < 60 else f"{text[:9]}... of {len(text)} characters"
+            if any(token_id in self._special for token_id in ids):
+                name = self._inner.id_to_token(next(i for i in ids if i in self._special))
+                raise ValueError(f"encodes a part of {shown!r} as its special token {name}")
+            if self.decode(ids) != wanted:
+                rule = "does not return text as it was, beyond what its normalizer says"
+                raise ValueError(f"{rule}: {shown!r} becomes {self.decode(ids)[:80]!r}")
+            in_front = 1 if ids and self._form.puts_space else 0
             if int(self.token_bytes[ids].sum()) != len(wanted.encode()) + in_front:
-                raise ValueError(f"has tokens that stand for other bytes than their entries say: {text!r}")
+                raise ValueError(f"has tokens that stand for other bytes than their entries say: {shown!r}")
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str]]:
-        """Pickle as JSON."""
-        return Tokenizer, (self.json,)
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, TokenizerConfig]]:
+        """Pickle as JSON and the configuration."""
+        return Tokenizer, (self.json, self.config)
 
 
 def _parse(json_text: str) -> tokenizers.Tokenizer:
@@ -237,10 +290,39 @@ def _parse(json_text: str) -> tokenizers.Tokenizer:
         raise ValueError(f"is not the JSON of a tokenizer ({error})") from error
 
 
-def _read(path: Path, errors: str = "strict") -> str:
+def _end(special: Collection[str], config: TokenizerConfig) -> str | None:
+    """Return the special token that ends a document, or None."""
+    return next((name for name in [*ENDS, config.roles.get("eos_token")] if name in special), None)
+
+
+def _check_regular(path: Path) -> None:
+    """Raise an error if the path exists but is not a regular file; opening a pipe would block."""
     if path.exists() and not path.is_file():
         raise ValueError("is no regular file")
-    return path.read_text(encoding="utf-8", errors=errors)
+
+
+def _with_start(inner: tokenizers.Tokenizer, config: TokenizerConfig) -> TokenizerConfig:
+    """Return the configuration with the beginning-of-text token that transformers would add, and make it do so.
+
+    tokenizer_config.json decides if it has add_bos_token, and otherwise the post-processor of tokenizer.json.
+    """
+    by_id = {i: token.content for i, token in inner.get_added_tokens_decoder().items() if token.special}
+    bare = _parse(inner.to_str()) if inner.padding or inner.truncation else inner
+    bare.no_padding()
+    bare.no_truncation()
+    added = bare.encode("a").ids[: -len(bare.encode("a", add_special_tokens=False).ids)]
+    first = by_id.get(added[0]) if added else None
+    begins = first is not None if config.add_bos_token is None else config.add_bos_token
+    begin = config.roles.get("bos_token", first)
+    if begins and begin is not None and begin != first:
+        single, pair = f"{begin} $A", f"{begin} $A {begin}:1 $B:1"
+        token_id = inner.token_to_id(begin)
+        if token_id is not None:
+            inner.post_processor = processors.TemplateProcessing(single, pair, [(begin, token_id)])
+    elif not begins and first is not None:
+        inner.post_processor = None
+    roles = {**config.roles, **({"bos_token": begin} if begin is not None else {})}
+    return replace(config, add_bos_token=begins, roles=roles)
 
 
 def _in_background(work: Callable[[], None]) -> None:

@@ -26,7 +26,7 @@ from deepseek_exp.config.keys import SECTION_OF
 from deepseek_exp.disk import expand
 from deepseek_exp.errors import Problem, UserError
 from deepseek_exp.experiment.resume import saved_experiment
-from deepseek_exp.huggingface.files import CONFIG, TOKENIZER
+from deepseek_exp.huggingface.files import CONFIG, TOKENIZER, tokenizer_file
 
 
 def is_release(path: str) -> bool:
@@ -68,10 +68,11 @@ def start_from(
         model = huggingface.read_release(folder).model if checkpoint is None else _saved_model(folder)
     except UserError as error:
         problems += error.problems
-    if cfg.data.tokenizer is None and not (folder / TOKENIZER).is_file() and is_release(cfg.init_from):
+    own = tokenizer_file(folder)
+    if cfg.data.tokenizer is None and not own.is_file() and is_release(cfg.init_from):
         fix = "put the model's own there (AutoTokenizer's save_pretrained writes one), or name one by data.tokenizer"
         problems.append(Problem("init_from", cfg.init_from, f"has no {TOKENIZER}", fix))
-    other = huggingface.other_tokenizer(folder / TOKENIZER, cfg.data.tokenizer) if cfg.data.tokenizer else None
+    other = huggingface.other_tokenizer(own, cfg.data.tokenizer) if cfg.data.tokenizer else None
     if other is not None:
         problems.append(other)
     if problems:
@@ -83,7 +84,7 @@ def start_from(
         if path not in asked:
             OmegaConf.update(cfg, path, literal(value), merge=False)
     if cfg.data.tokenizer is None:
-        cfg.data.tokenizer = literal(str(folder / TOKENIZER))
+        cfg.data.tokenizer = literal(str(own))
     return cfg, []
 
 

@@ -39,7 +39,7 @@ def export_hf(m: ModelConfig, checkpoint: Path, target: Path, *, shard_bytes: in
         raise ConfigError(Problem("export.path", str(target), rule, fix))
     tokenizer = Tokenizer.load(checkpoint / TOKENIZER)
     dtype = DTYPES[stored_weights(checkpoint, "resume")[weights.EMBEDDING].dtype]
-    config = write_config(m, dtype=dtype, end_id=tokenizer.end_id)
+    config = write_config(m, dtype=dtype, start_id=next(iter(tokenizer.start), None), end_id=tokenizer.end_id)
     part = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -68,11 +68,15 @@ def export_hf(m: ModelConfig, checkpoint: Path, target: Path, *, shard_bytes: in
 
 
 def _tokenizer_config(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, object]:
+    """Return tokenizer_config.json; whether a text begins with bos_token is in tokenizer.json's post-processor."""
     added = json.loads(tokenizer.json)["added_tokens"]
     end = next(token["content"] for token in added if token["id"] == tokenizer.end_id)
+    template = {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end,
+        **tokenizer.config.roles,
+        **template,
         "model_max_length": max_seq_len,
         "clean_up_tokenization_spaces": False,
     }

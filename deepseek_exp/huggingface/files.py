@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, NoReturn
 from deepseek_exp.errors import CheckpointError, ConfigError, Problem
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+# Files that hold a tokenizer, in the order in which they are looked for. The others are SentencePiece models.
+TOKENIZERS = (TOKENIZER, "tokenizer.model", "spiece.model")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Bytes per element. Elements of other types have a fractional number of bytes or are unknown here.
 ITEM_BYTES = {
@@ -39,6 +41,12 @@ class Stored(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """Return the tokenizer's file in a folder; the path of tokenizer.json if there is none."""
+    found = (folder / name for name in TOKENIZERS if (folder / name).is_file())
+    return next(found, folder / TOKENIZER)
 
 
 def read_json(path: Path, key: str) -> dict[str, Any]:

@@ -31,12 +31,15 @@ def other_tokenizer(own: Path, named: str) -> Problem | None:
 
 
 def _entries(path: Path) -> dict[str, int]:
-    """Return the ids of all entries; empty if the file is not the tokenizer.json of a BPE."""
+    """Return the ids of all entries; empty if the file is no tokenizer.json."""
     try:
         if not path.is_file():
             return {}
         tree = json.loads(path.read_text(encoding="utf-8"))
         added = {token["content"]: token["id"] for token in tree["added_tokens"]}
-        return {**tree["model"]["vocab"], **added}
+        vocab = tree["model"]["vocab"]
+        if isinstance(vocab, list):  # Unigram's entries, with their scores
+            vocab = {entry[0]: i for i, entry in enumerate(vocab)}
+        return {**vocab, **added}
     except (OSError, ValueError, LookupError, TypeError, RecursionError, RuntimeError):
         return {}

@@ -39,7 +39,7 @@ def family_of(m: ModelConfig) -> str:
     return family
 
 
-def write_config(m: ModelConfig, *, dtype: str, end_id: int) -> dict[str, Any]:
+def write_config(m: ModelConfig, *, dtype: str, start_id: int | None, end_id: int) -> dict[str, Any]:
     """Return the config.json of a model for its Hugging Face family.
 
     Rotary scaling is written as rope_theta and rope_scaling, which all versions of transformers read.
@@ -47,6 +47,7 @@ def write_config(m: ModelConfig, *, dtype: str, end_id: int) -> dict[str, Any]:
     Args:
         m: the model.
         dtype: type of its weights, such as bfloat16.
+        start_id: the token that a document begins with, if there is one.
         end_id: the token that ends a document.
 
     Raises:
@@ -57,7 +58,7 @@ def write_config(m: ModelConfig, *, dtype: str, end_id: int) -> dict[str, Any]:
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
         "torch_dtype": dtype,
-        "bos_token_id": None,
+        "bos_token_id": start_id,
         "eos_token_id": end_id,
         "pad_token_id": None,
         "vocab_size": m.vocab_size,

@@ -18,7 +18,7 @@ from deepseek_exp.config import ModelConfig
 from deepseek_exp.data import Tokenizer
 from deepseek_exp.errors import CheckpointError, Problem
 from deepseek_exp.huggingface import read_release
-from deepseek_exp.huggingface.files import CONFIG, TOKENIZER
+from deepseek_exp.huggingface.files import CONFIG, TOKENIZER, tokenizer_file
 from deepseek_exp.huggingface.weights import layers_stored, load_release
 from deepseek_exp.inference.domain_packs import (
     domain_index,
@@ -80,7 +80,7 @@ class Pretrained:
             UserError: the model has no such domain, its pack is not loaded, or its logits are not finite.
         """
         index = None if domain is None else domain_index(self.model, domain)
-        before = self.tokenizer.encode(prompt)
+        before = self.tokenizer.prompt(prompt)
         tokens = generate(
             self.model,
             before,
@@ -122,15 +122,16 @@ def from_pretrained(
         model, tokenizer = _read_release(folder), Tokenizer.given
         for name in domains or ():
             domain_index(model, name)  # raises: a Hugging Face model has no domains
-    if not (folder / TOKENIZER).is_file():
+    file = tokenizer_file(folder)
+    if not file.is_file():
         raise CheckpointError(Problem("path", str(path), f"has no {TOKENIZER}", "put the model's own there"))
     for p in model.parameters():
         p.data = p.data.to(device, dtype)
     model.to(device)
     try:
-        return Pretrained(model.eval(), tokenizer(folder / TOKENIZER), folder)
+        return Pretrained(model.eval(), tokenizer(file), folder)
     except ValueError as error:
-        rule = f"has a {TOKENIZER} that {error}"
+        rule = f"has a {file.name} that {error}"
         raise CheckpointError(
             Problem("path", str(path), rule, "use serve.generate with token ids of your own")
         ) from error

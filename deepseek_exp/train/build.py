@@ -138,7 +138,7 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
     data = prepare(cfg.data)
     model = build_model(cfg, device, weights)
     objective = build_objective(cfg, data)
-    engine, tables = LocalEngine(cfg, model, objective), (data.tokenizer.token_bytes, data.unigram_bits)
+    engine, tables = LocalEngine(cfg, model, objective), (data.token_bytes, data.unigram_bits)
     lit = LanguageModel(cfg, model, engine, objective, OneRank(), *tables).to(device)
     return Parts(device, data, _build_datamodule(cfg, data, device, None), lit)
 
@@ -168,7 +168,7 @@ def _build_rank(cfg: ExperimentConfig, layout: Degrees, device: torch.device, we
     for p in shard.model.parameters():
         p.data = p.data.to(getattr(torch, cfg.trainer.precision.dtype_name))
     objective, ranks = build_objective(cfg, data), ManyRanks(cfg, groups, shard)
-    lit = LanguageModel(cfg, shard.model, None, objective, ranks, data.tokenizer.token_bytes, data.unigram_bits)
+    lit = LanguageModel(cfg, shard.model, None, objective, ranks, data.token_bytes, data.unigram_bits)
     return Parts(device, data, _build_datamodule(cfg, data, device, groups), lit, groups, shard)
 
 

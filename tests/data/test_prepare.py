@@ -118,6 +118,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, cfg, monkeypatch) -> None
     found = shards.survey(corpus)
     for size, dtype in ((1 << 16, "uint16"), ((1 << 16) + 1, "uint32")):
         tokenizer.vocab_size = size
+        tokenizer.__dict__.pop("token_bytes", None)  # of the size before
         packed = shards.build(corpus, found, tokenizer, "t.json", tmp_path / str(size))
         assert packed.train.dtype == dtype
         assert packed.train.open()[:3].tolist() == tokenizer.encode(next(corpus.documents(Counter()))[1])[:3]
@@ -430,9 +431,9 @@ def test_a_given_tokenizer(cfg, tmp_path) -> None:
         "or with init_from use the tokenizer that the checkpoint was trained with."
     )
     path.write_text("{")
-    with pytest.raises(DataError, match=r"data\.tokenizer='.*' is not the JSON of a tokenizer .* Fix: use the"):
+    with pytest.raises(DataError, match=r"data\.tokenizer='.*' is not the JSON of a tokenizer .* Fix: use a"):
         prepare(dataclasses.replace(cfg, tokenizer=str(path)))
-    with pytest.raises(DataError, match=r"cannot be read \(No such file or directory\)\. Fix: use the tokenizer.json"):
+    with pytest.raises(DataError, match=r"cannot be read \(No such file or directory\)\. Fix: use a tokenizer.json"):
         prepare(dataclasses.replace(cfg, tokenizer=f"{path}x"))
 
 

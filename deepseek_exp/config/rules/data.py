@@ -47,7 +47,7 @@ def data_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         elif value is not None:
             yield from _exists(f"data.{name}", value)
     if d.tokenizer is not None and not is_file(expand(d.tokenizer)):
-        fix = "name a tokenizer.json, or set data.tokenizer=null to train one"
+        fix = "name a tokenizer.json or SentencePiece .model, or set data.tokenizer=null to train one"
         yield Problem("data.tokenizer", d.tokenizer, f"is no file (looked in {Path.cwd()})", fix)
     if d.source is Source.synthetic and d.max_bytes is None:
         yield Problem("data.max_bytes", None, "is needed for data.source='synthetic'", "set data.max_bytes=300000")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from deepseek_exp.errors import DiskError, Problem
+from deepseek_exp.errors import ConfigError, DiskError, Problem
 
 FOLDER = "use a folder that this user may write"
 # errno -> fix. An OSError with any other errno is a bug in this program, not a disk problem.
@@ -46,6 +49,37 @@ def fsync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def new_folder(target: Path, key: str) -> Iterator[Path]:
+    """Yield a folder to write to, which becomes `target` when everything in it is on disk; it is complete or absent.
+
+    Args:
+        target: the folder to create. It may exist if it is empty.
+        key: the configuration key that names it, for the message.
+
+    Raises:
+        ConfigError: the target is not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        rule, fix = "is there already and not an empty folder", f"set {key} to another folder, or remove that one"
+        raise ConfigError(Problem(key, str(target), rule, fix))
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    mode = part.stat().st_mode & 0o666  # from the umask; safetensors creates files with mode 0600
+    try:
+        yield part
+        for path in part.iterdir():
+            path.chmod(mode)
+        for path in [*part.iterdir(), part]:
+            fsync_path(path)
+        if target.exists():
+            target.rmdir()
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def disk_error(error: BaseException, key: str, value: str) -> DiskError | None:

@@ -13,7 +13,7 @@ LAYER = {
     "errors": 0, "redact": 0, "disk": 0, "console": 0, "config": 0,
     "huggingface": 1, "kernels": 1, "planner": 1, "data": 1, "tracking": 1, "checkpoint": 1, "launch": 1,
     "experiment": 2, "models": 2,
-    "huggingface.weights": 3, "huggingface.export": 3,
+    "adapt": 3, "huggingface.weights": 3, "huggingface.export": 3, "huggingface.adapters": 3,
     "inference": 4,
     "parallel": 5, "finetune": 5,
     "train": 6,

@@ -27,6 +27,7 @@ from deepseek_exp.errors import CheckpointError, Problem
 
 Box = tuple[tuple[int, int], ...]
 SHARDED = "sharded"  # the key in state.json
+FROZEN = "frozen"  # the key in state.json of one process: names of the parameters that are not trained, if any
 WEIGHT = "weight"
 BUFFER = "buffer."
 
@@ -362,14 +363,16 @@ def _open_single(folder: Path, tree: dict[str, Any]) -> State:
         raise CheckpointError(Problem("resume", str(folder), rule, fix))
     aliases = dict(json.loads(model.metadata()["aliases"]))
     names = [name for group in groups for name in group["param_names"]]
+    frozen = decode(tree.pop(FROZEN, {"list": []}), {})
     weights = {name: model.get_slice(name) for name in model.keys()}  # noqa: SIM118 - not a dict
     masters = dict(zip(names, optimizer.get("masters", []), strict=False))
     dtype = DTYPES[weights[names[0]].get_dtype()]
     states = {name: inner["state"].get(i, {}) for i, name in enumerate(names)}
     state = State(folder, _rest(tree, extra), dtype, groups, aliases, _scalars(folder, states))
-    for name in names:
+    for name in [*names, *frozen]:
         state._shapes[name] = tuple(weights[name].get_shape())
-        rows = {WEIGHT: masters.get(name, weights[name])} | {k: v for k, v in states[name].items() if _is_tensor(v)}
+        moments = {k: v for k, v in states.get(name, {}).items() if _is_tensor(v)}
+        rows = {WEIGHT: masters.get(name, weights[name])} | moments
         box = box_of(state._shapes[name], ())
         state._stored[name] = {kind: [_Stored(file, box)] for kind, file in rows.items()}
     state._buffers = {name: file for name, file in weights.items() if name not in state._stored}

@@ -33,6 +33,7 @@ def plan_text(job: Job, parts: Parts, run_id: str) -> str:
     rows = {
         "run": f"{job.name}, {_recorded_as(cfg.tracking, run_id)}",
         "model": f"{m.version}, {n_params:,} parameters{meets}: {m.n_layers} layers, d_model {m.d_model}, {mask}",
+        **({"adapters": planner.coverage(cfg).sentence()} if cfg.lora.rank else {}),
         "data": f"{_source(parts)}, {data.n_train_tokens:,} tokens (valid {data.n_valid_tokens:,}), "
         f"vocabulary {data.tokenizer.vocab_size:,}",
         "training": f"{steps:,} steps x {t.global_batch_seqs} sequences x {cfg.data.seq_len} tokens = {tokens:,} "

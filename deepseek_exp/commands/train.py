@@ -34,6 +34,8 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
         tracked.skip_known_after(manifest.read_manifest(job.checkpoint).step)
     parts, (trainer, checkpoints, progress) = _ready_to_train(job, tracked, run_id)
     say(plan_text(job, parts, run_id))
+    if job.cfg.lora.rank:
+        tracked.log_text(planner.coverage(job.cfg).table(), "adapters.txt")
     if job.n_ranks > 1:
         for path, content in planner.plan_artifacts(job.cfg).items():
             tracked.log_text(content, path)
@@ -76,7 +78,8 @@ def _lineage(job: Job, parts: Parts) -> manifest.Lineage:
         return dataclasses.replace(before, contract=contract, stage_key=job.stage_key or key)
     start = Path(job.cfg.init_from) if job.cfg.init_from is not None else None
     inputs = {"start": manifest.digest(start)} if start is not None and manifest.is_checkpoint(start) else {}
-    return manifest.Lineage(inputs, contract, stage_key=job.stage_key)
+    share = planner.coverage(job.cfg).share if job.cfg.lora.rank else 1.0
+    return manifest.Lineage(inputs, contract, coverage=share, stage_key=job.stage_key)
 
 
 def log_inputs(parts: Parts, tracked: RunLog) -> None:

@@ -30,6 +30,8 @@ class ExportFormat(StrEnum):
     """Format of a checkpoint exported for other programs."""
 
     hf = "hf"
+    adapter = "adapter"
+    peft = "peft"
 
 
 class Launcher(StrEnum):
@@ -133,6 +135,13 @@ class Linears(StrEnum):
 
     torch = "torch"
     accumulated = "accumulated"
+
+
+class LoraInit(StrEnum):
+    """Distribution of an adapter's matrix A at the start."""
+
+    kaiming = "kaiming"
+    gaussian = "gaussian"
 
 
 class AttentionKind(StrEnum):

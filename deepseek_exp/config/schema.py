@@ -23,6 +23,7 @@ from deepseek_exp.config.enums import (
     Kernel,
     Launcher,
     Linears,
+    LoraInit,
     OnBadLine,
     OnNonfinite,
     Order,
@@ -289,6 +290,29 @@ class KernelsConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters: instead of a matrix W, W + alpha / rank * B A is used, and only A and B are trained."""
+
+    rank: int = key(
+        "rank of the adapters: A has this many rows and B as many columns; 0: none, W is trained", ge=0, le=65_536
+    )
+    alpha: float = key("scale of the adapters: their product is multiplied by alpha / rank", gt=0, le=1e6)
+    targets: list[str] = key(
+        "matrices that get an adapter: patterns of parameter names with the wildcards * ? [...], matched without a "
+        "final .weight; *.w* matches every matrix of attention, feed-forward networks and experts"
+    )
+    exclude: list[str] = key("patterns of those of lora.targets that get none")
+    init: LoraInit = key(
+        "A at the start: kaiming, uniform within +- 1 / sqrt(d_in), or gaussian with standard deviation 1 / rank; "
+        "B starts at 0, so that the first output is that of W alone"
+    )
+    path: str | None = key(
+        "folder of an adapter to start from: of do=export with export.format=adapter or peft, or of the peft library; "
+        "rank and alpha must be its own; null: as `init` says"
+    )
+
+
+@dataclass
 class ParallelConfig:
     """Parallel degrees, dp x tp x pp ranks. One of dp, tp and pp may be 0 to be derived from the other two."""
 
@@ -390,8 +414,11 @@ class SampleConfig:
 class ExportConfig:
     """Checkpoints for other programs."""
 
-    format: ExportFormat = key("hf: config.json, safetensors and tokenizer for Hugging Face's transformers")
-    path: str | None = key("folder to create; null: `hf` in the run's folder")
+    format: ExportFormat = key(
+        "hf: config.json, safetensors and tokenizer for Hugging Face's transformers, with any adapters added to the "
+        "weights; adapter: the adapters alone, for lora.path; peft: the same in the format of the peft library"
+    )
+    path: str | None = key("folder to create; null: a folder in the run's folder, named like the format")
 
 
 @dataclass
@@ -431,6 +458,7 @@ class ExperimentConfig:
     data: DataConfig = MISSING
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
+    lora: LoraConfig = MISSING
     kernels: KernelsConfig = MISSING
     parallel: ParallelConfig = MISSING
     cluster: ClusterConfig = MISSING

@@ -32,17 +32,29 @@ from deepseek_exp.tracking.uri import sqlite_path
 
 JOB_FILE = "job.json"
 # Sections whose overrides appear in the run's name.
-NAMED = ("model", "data", "optim")
+NAMED = ("model", "data", "optim", "lora")
 # Further keys whose overrides appear in the run's name.
 NAMED_KEYS = (
-    *("seed", "optim", "recipes", "parallel", "kernels", "trainer"),
+    *("seed", "optim", "lora", "recipes", "parallel", "kernels", "trainer"),
     *("trainer.max_steps", "trainer.global_batch_seqs", "trainer.precision"),
 )
 # A file in each checkpoint: the overrides and size that its configuration was composed from.
 COMMAND_FILE = "command.json"
 # Parameters that a resume may change within one MLflow run: locations, and what is done after training.
 NOT_TRAINING = (
-    *("do", "resume", "output_dir", "tracking", "launch", "cluster", "sample", "export", "verify", "init_from"),
+    *(
+        "do",
+        "resume",
+        "output_dir",
+        "tracking",
+        "launch",
+        "cluster",
+        "sample",
+        "export",
+        "verify",
+        "init_from",
+        "lora.path",
+    ),
     *(f"data.{name}" for name in resume.PLACES),
 )
 
@@ -279,6 +291,10 @@ def _on_top_of(
     if is_own:
         saved = _moved_along(saved, composed.output_dir, checkpoint.resolve().parent.parent)
     merged = resume.merge_saved(saved, overrides, is_own=is_own)
+    if "lora.path" in map(_key, overrides) and merged.lora.path is not None:
+        rule = f"cannot be combined with {checkpoint}, which has its own weights and adapters"
+        raise ConfigError(Problem("lora.path", merged.lora.path, rule, "start from weights with init_from instead"))
+    merged.lora.path = None  # the checkpoint holds what has become of it
     if _needs_saved_tokenizer(merged, overrides):
         merged.data.tokenizer = saved_config.literal(str(checkpoint / TOKENIZER))
     if not merged.do.is_training:  # recorded as a run separate from the training

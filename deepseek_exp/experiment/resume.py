@@ -27,9 +27,9 @@ PLACES = ("path", "valid_path", "tokenizer", "n_workers", "cache_dir")
 def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Problem]:
     """Return a problem for each key that differs from the checkpoint and may not.
 
-    The model may never differ. When training continues, these may not differ either: the seed, the data section except
-    for paths, the precision, the optimizer's class and arguments (learning rate, decay and clipping may change), and
-    the batch size if the lanes of the segment memory depend on it.
+    The model and its adapters may never differ. When training continues, these may not differ either: the seed, the
+    data section except for paths, the precision, the optimizer's class and arguments (learning rate, decay and clipping
+    may change), and the batch size if the lanes of the segment memory depend on it.
     """
     fixed: dict[str, tuple[Any, Any]] = {}
     if now.do.is_training:
@@ -40,6 +40,7 @@ def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Prob
         for key in ("precision", *batch, *micro_batch):
             fixed[f"trainer.{key}"] = getattr(saved.trainer, key), getattr(now.trainer, key)
     fixed |= _leaves("model", saved.model, now.model)
+    fixed |= _leaves("lora", saved.lora, now.lora, ("init", "path"))
     if now.do.is_training:
         fixed |= _leaves("data", _without_paths(saved.data), _without_paths(now.data), PLACES)
     fix = "leave {} out, or start a new run with resume=null"
@@ -96,8 +97,8 @@ def _plain(value: Any) -> Any:
 
 # The part of a checkpoint's configuration that these verbs use. The rest comes from the command line and the defaults.
 USED_BY = {
-    Do.sample: ("model", "seed", "sample", "trainer.precision"),
-    Do.export: ("model", "seed", "trainer.precision"),
+    Do.sample: ("model", "lora", "seed", "sample", "trainer.precision"),
+    Do.export: ("model", "lora", "seed", "trainer.precision"),
 }
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 from deepseek_exp.config import ModelConfig
 from deepseek_exp.data import Tokenizer
-from deepseek_exp.disk import fsync_path
-from deepseek_exp.errors import ConfigError, Problem
+from deepseek_exp.disk import new_folder
 from deepseek_exp.huggingface import stored_weights, weights, write_config
 from deepseek_exp.huggingface.files import CONFIG, TOKENIZER
 
@@ -34,18 +31,12 @@ def export_hf(m: ModelConfig, checkpoint: Path, target: Path, *, shard_bytes: in
     Raises:
         ConfigError: no Hugging Face family can express the model, or the target is not empty.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        rule, fix = "is there already and not an empty folder", "set export.path to another folder, or remove that one"
-        raise ConfigError(Problem("export.path", str(target), rule, fix))
-    tokenizer = Tokenizer.load(checkpoint / TOKENIZER)
-    dtype = DTYPES[stored_weights(checkpoint, "resume")[weights.EMBEDDING].dtype]
-    config = write_config(m, dtype=dtype, start_id=next(iter(tokenizer.start), None), end_id=tokenizer.end_id)
-    part = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with new_folder(target, "export.path") as part:
+        tokenizer = Tokenizer.load(checkpoint / TOKENIZER)
+        dtype = DTYPES[stored_weights(checkpoint, "resume")[weights.EMBEDDING].dtype]
+        start_id = next(iter(tokenizer.start), None)
         texts = {
-            CONFIG: config,
+            CONFIG: write_config(m, dtype=dtype, start_id=start_id, end_id=tokenizer.end_id),
             "generation_config.json": {"eos_token_id": tokenizer.end_id},
             "tokenizer_config.json": _tokenizer_config(tokenizer, m.max_seq_len),
         }
@@ -54,16 +45,6 @@ def export_hf(m: ModelConfig, checkpoint: Path, target: Path, *, shard_bytes: in
         (part / TOKENIZER).write_text(tokenizer.json, encoding="utf-8")
         weights.save(m, checkpoint, part, shard_bytes=shard_bytes)
         names = sorted(path.name for path in part.iterdir())
-        mode = (part / CONFIG).stat().st_mode & 0o777  # from the umask; safetensors creates files with mode 0600
-        for path in part.iterdir():
-            path.chmod(mode)
-        for path in [*part.iterdir(), part]:
-            fsync_path(path)
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return names
 
 

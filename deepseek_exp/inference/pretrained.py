@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch.nn.utils import parametrize
 
+from deepseek_exp.adapt import Adapters
 from deepseek_exp.checkpoint import manifest, saved_config
 from deepseek_exp.config import ModelConfig
 from deepseek_exp.data import Tokenizer
-from deepseek_exp.errors import CheckpointError, Problem
+from deepseek_exp.errors import CheckpointError, Problem, UserError
 from deepseek_exp.huggingface import read_release
 from deepseek_exp.huggingface.files import CONFIG, TOKENIZER, tokenizer_file
 from deepseek_exp.huggingface.weights import layers_stored, load_release
+from deepseek_exp.inference.adapters import read_adapter
 from deepseek_exp.inference.domain_packs import (
     domain_index,
     load_domain,
@@ -43,6 +46,32 @@ class Pretrained:
     model: Transformer
     tokenizer: Tokenizer
     folder: Path
+    adapters: Adapters
+
+    def load_adapter(self, source: str | Path, name: str) -> None:
+        """Load an adapter next to those that are loaded; the stored weights stay as they are.
+
+        Args:
+            source: a folder of do=export with export.format=adapter or peft, of the peft library, a checkpoint of a run
+                with adapters, or the folder of such a run.
+            name: to use it by.
+
+        Raises:
+            UserError: it is no adapter, or one of another model.
+        """
+        folder = Path(source)
+        if _is_ours(folder):
+            folder = _whole_checkpoint(folder)
+        found, rank, alpha = read_adapter(self.model.cfg, folder, "path", self.folder)
+        self.adapters.add(name, found, alpha / rank)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Use a loaded adapter from now on; None: the model itself.
+
+        Raises:
+            UserError: none of this name is loaded.
+        """
+        self.adapters.use(name)
 
     def save_module(self, domain: str, path: str | Path) -> None:
         """Write a domain's experts to a file; see `domain_packs.save_module`."""
@@ -50,12 +79,14 @@ class Pretrained:
 
     def unload_module(self, domain: str) -> None:
         """Remove a domain's experts from memory; see `domain_packs.unload_module`."""
+        self._check_no_adapters(domain)
         unload_module(self.model, domain)
 
     def load_module(
         self, source: str | Path, max_resident_bytes: int | None = None, *, check_model: bool = True
     ) -> str:
         """Load a domain's experts: from the checkpoint by name, or from a pack by path (`domain_packs.load_module`)."""
+        self._check_no_adapters(str(source))
         if source in self.model.cfg.moe.domains:
             weights = open_weights(self.folder)
             return load_domain(self.model, weights, self.folder, str(source), max_resident_bytes)
@@ -81,17 +112,24 @@ class Pretrained:
         """
         index = None if domain is None else domain_index(self.model, domain)
         before = self.tokenizer.prompt(prompt)
-        tokens = generate(
-            self.model,
-            before,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            end_id=self.tokenizer.end_id,
-            domain=index,
-        )
+        with parametrize.cached():  # an adapter is added to each weight once, not for each token
+            tokens = generate(
+                self.model,
+                before,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                end_id=self.tokenizer.end_id,
+                domain=index,
+            )
         return self.tokenizer.continuation(before, tokens)
+
+    def _check_no_adapters(self, domain: str) -> None:
+        """Raise if the stacks of experts have adapters, which are as long as the stacks were."""
+        if self.adapters.names:
+            rule = f"cannot change its place in memory while adapters are loaded ({', '.join(self.adapters.names)})"
+            raise UserError(Problem("domain", domain, rule, "load the model again, and its adapters last"))
 
 
 def from_pretrained(
@@ -129,7 +167,7 @@ def from_pretrained(
         p.data = p.data.to(device, dtype)
     model.to(device)
     try:
-        return Pretrained(model.eval(), tokenizer(file), folder)
+        return Pretrained(model.eval(), tokenizer(file), folder, Adapters(model))
     except ValueError as error:
         rule = f"has a {file.name} that {error}"
         raise CheckpointError(

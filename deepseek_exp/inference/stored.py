@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from deepseek_exp.adapt.lora import A, B, low_rank_sum
+from deepseek_exp.adapt.stored import is_adapter, saved_scale
 from deepseek_exp.checkpoint.shards import WEIGHT, Cut, State, open_state
 from deepseek_exp.checkpoint.tensors import MODEL, open_tensors
 
@@ -76,6 +78,29 @@ class Shards:
         return self.state.read(name, WEIGHT, cuts).to(self.state.dtype)
 
 
+class WithAdapters:
+    """A checkpoint of a run with adapters, which are added to the weights as they are read."""
+
+    def __init__(self, stored: StoredWeights, scale: float) -> None:
+        """Use an open checkpoint; `scale` is alpha / rank."""
+        self.stored, self.scale = stored, scale
+        self.names: Collection[str] = {name for name in stored.names if not is_adapter(name)}
+        self.aliases = {alias: name for alias, name in stored.aliases.items() if not is_adapter(alias)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a whole tensor."""
+        return self.stored.shape(name)
+
+    def read(self, name: str, ways: int = 1, index: int = 0) -> Tensor:
+        """Read one of `ways` equal parts."""
+        w = self.stored.read(name, ways, index)
+        if f"{name}.{A}" not in self.stored.names:
+            return w
+        part = (ways, index) if w.ndim == 3 else (1, 0)  # of a matrix, a part of its rows needs all of A
+        a, b = self.stored.read(f"{name}.{A}", *part), self.stored.read(f"{name}.{B}", ways, index)
+        return low_rank_sum(w, a, b, self.scale)
+
+
 def open_weights(checkpoint: Path) -> StoredWeights:
     """Open the weights of a checkpoint folder saved by any layout, reading only the headers of its tensors.
 
@@ -83,6 +108,9 @@ def open_weights(checkpoint: Path) -> StoredWeights:
         CheckpointError: a file is missing or damaged.
     """
     if not (checkpoint / MODEL).is_file():
-        return Shards(open_state(checkpoint))
-    file = open_tensors(checkpoint / MODEL)
-    return OneFile(file, json.loads((file.metadata() or {}).get("aliases", "{}")))
+        stored: StoredWeights = Shards(open_state(checkpoint))
+    else:
+        file = open_tensors(checkpoint / MODEL)
+        stored = OneFile(file, json.loads((file.metadata() or {}).get("aliases", "{}")))
+    scale = saved_scale(checkpoint)
+    return WithAdapters(stored, scale) if scale else stored

@@ -25,8 +25,12 @@ from deepseek_exp.kernels.operation import operation
 
 
 def linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
-    """Compute `reference.linears`; same arguments and results. A bias is added after the product has been rounded."""
-    if len(layers) == 1 or not torch.is_grad_enabled():
+    """Compute `reference.linears`; same arguments and results. A bias is added after the product has been rounded.
+
+    Frozen layers are left to autograd, which computes no gradient of their weights.
+    """
+    is_frozen = not any(layer.weight.requires_grad for layer in layers)
+    if len(layers) == 1 or is_frozen or not torch.is_grad_enabled():
         return reference.linears(x, layers)
     products = _linears(x.flatten(0, -2), [layer.weight for layer in layers])
     results = [y.unflatten(0, x.shape[:-1]) for y in products]  # (..., d_out)

@@ -19,6 +19,7 @@ from deepseek_exp.models.block import Block
 from deepseek_exp.models.cache import KVCache
 from deepseek_exp.models.moe import MoE
 from deepseek_exp.models.mtp import MTPModule
+from deepseek_exp.models.names import OwnNames
 from deepseek_exp.models.norm import RMSNorm
 
 # The mean nll in nats, and the nll of each token without gradient.
@@ -73,7 +74,7 @@ class Head(nn.Module):
         return self.ops.linear_cross_entropy(h, self.weight, targets, token_weights)
 
 
-class Transformer(nn.Module):
+class Transformer(OwnNames):
     """Decoder-only language model; `layers()` is the flat list that a pipeline splits into stages."""
 
     def __init__(
@@ -249,9 +250,10 @@ def initial_weight(name: str, shape: Sequence[int], cfg: ModelConfig, seed: int)
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
     std = cfg.init_std / (2 * cfg.n_layers) ** 0.5 if name.endswith(RESIDUAL) else cfg.init_std
-    return torch.randn(shape, generator=_generator(seed, name)).mul_(std)
+    return torch.randn(shape, generator=generator_for(seed, name)).mul_(std)
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """Return the random number generator that the initial values of one parameter are drawn from."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

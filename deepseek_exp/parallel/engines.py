@@ -288,7 +288,7 @@ class DataParallelEngine:
         self.exp, self.groups, self.stage, self.optimizer, self.memories = exp, groups, stage, optimizer, {}
         self.sums = gradient_sums(shard, groups)
         mark_counted(shard)
-        self.parameters = list(shard.model.parameters())
+        self.parameters = [p for p in shard.model.parameters() if p.requires_grad]
         masters = getattr(optimizer, "masters", None)
         self.holders = dict(zip(optimizer.params, masters, strict=True)) if masters else {}
 

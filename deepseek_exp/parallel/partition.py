@@ -59,7 +59,7 @@ class ModelShard:
         model: a Transformer without the layers of other stages.
         blocks: indices of the blocks that are here.
         params: one entry per parameter of `model`, in its order.
-        order: names and numbers of dimensions of all parameters of the whole model, in its order.
+        trained: names and numbers of dimensions of all trained parameters of the whole model, in its order.
         n_moe_layers: MoE layers of the whole model.
         first_moe_layer: how many of them are in earlier stages.
         counts_width: how many numbers each of them counts.
@@ -68,7 +68,7 @@ class ModelShard:
     model: Transformer
     blocks: range
     params: list[ParamShard]
-    order: list[tuple[str, int]]
+    trained: list[tuple[str, int]]
     n_moe_layers: int
     first_moe_layer: int
     counts_width: int
@@ -247,10 +247,11 @@ def _fresh(module: nn.Module, key: str, buffer: Tensor, device: torch.device) ->
 
 def gradient_sums(shard: ModelShard, groups: Groups) -> list[tuple[Any, list[nn.Parameter]]]:
     """List the groups over which gradients are summed, each with its parameters, in the same order on all ranks."""
-    parameters = dict(shard.model.named_parameters())
+    parameters = {name: p for name, p in shard.model.named_parameters() if p.requires_grad}
     found = []
     for key, group in groups.sums.items():
-        members = [parameters[param.name] for param in shard.params if key in param.sums]
+        names = [param.name for param in shard.params if key in param.sums]
+        members = [parameters[name] for name in names if name in parameters]
         if members:
             found.append((group, members))
     return found

@@ -19,7 +19,7 @@ from deepseek_exp.checkpoint.shards import WEIGHT, Piece, State, Whole
 from deepseek_exp.checkpoint.tensors import readable
 from deepseek_exp.errors import CheckpointError, Problem
 from deepseek_exp.parallel.groups import Groups
-from deepseek_exp.parallel.partition import ModelShard, ParamShard
+from deepseek_exp.parallel.partition import TABLE, ModelShard, ParamShard
 
 
 class Fragment(NamedTuple):
@@ -75,7 +75,7 @@ def load_optimizer(shard: ModelShard, optimizer: Any, state: State) -> None:
     base = getattr(optimizer, "optimizer", optimizer)
     with torch.no_grad():
         for param, p in _parameters(shard):
-            fragment = _fragment(p, optimizer)
+            fragment = _fragment(p, optimizer) if p.requires_grad else None
             if fragment is None:
                 continue
             for kind in state.kinds(param.name):
@@ -122,7 +122,7 @@ def pieces(shard: ModelShard, groups: Groups, optimizer: Any) -> Iterator[Piece]
         if groups.at.data and not _is_shared(p):
             continue  # each data-parallel rank has all of it
         n, owner = fragment.weight.numel(), fragment.owner
-        states = {kind: v for kind, v in base.state[owner].items() if isinstance(v, Tensor) and v.ndim}
+        states = {kind: v for kind, v in base.state.get(owner, {}).items() if isinstance(v, Tensor) and v.ndim}
         moments = {
             kind: value.flatten()[fragment.first : fragment.first + n]
             for kind, value in states.items()
@@ -152,7 +152,7 @@ def whole(shard: ModelShard, optimizer: Any, *, is_tied: bool) -> Whole:
         is_tied: the output head shares the embedding's table.
     """
     base = getattr(optimizer, "optimizer", optimizer)
-    names = {True: [n for n, ndim in shard.order if ndim >= 2], False: [n for n, ndim in shard.order if ndim < 2]}
+    names = {True: [n for n, ndim in shard.trained if ndim >= 2], False: [n for n, ndim in shard.trained if ndim < 2]}
     groups = []
     for group in base.param_groups:
         kept = {key: value for key, value in group.items() if key != "params"}
@@ -160,7 +160,8 @@ def whole(shard: ModelShard, optimizer: Any, *, is_tied: bool) -> Whole:
     state = next(iter(base.state.values()), {})
     scalars = {kind: float(v) for kind, v in state.items() if isinstance(v, Tensor) and not v.ndim}
     dtype = next(shard.model.parameters()).dtype
-    return Whole(dtype, groups, scalars, {"head.weight": "embedding.weight"} if is_tied else {})
+    tables = [TABLE, *(name for name, _ in shard.trained if name.startswith(f"{TABLE}."))] if is_tied else []
+    return Whole(dtype, groups, scalars, {name.replace(TABLE, "head.weight"): name for name in tables})
 
 
 def _parameters(shard: ModelShard) -> Iterator[tuple[ParamShard, nn.Parameter]]:
@@ -175,7 +176,11 @@ def _is_shared(p: nn.Parameter) -> bool:
 
 
 def _fragment(p: nn.Parameter, optimizer: Any) -> Fragment | None:
-    """Return what this rank's optimizer holds of a parameter; None if nothing."""
+    """Return what this rank's optimizer holds of a parameter, or of a frozen one this rank; None if nothing."""
+    if hasattr(p, "ds_tensor") and not p.requires_grad:
+        start = p.ds_tensor.ds_numel * dist.get_rank()
+        n = min(p.ds_tensor.ds_numel, p.ds_numel - start)
+        return Fragment(start, p.ds_tensor.data[:n], p, 0) if n > 0 else None
     if hasattr(p, "ds_tensor"):  # ZeRO 3
         group, first, size = optimizer.grad_position[optimizer.get_param_id(p)]
         owner, start = optimizer.fp32_partitioned_groups_flat[group], size * dist.get_rank()

@@ -136,9 +136,10 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up (batch, seq) tokens: (batch, seq, d_model)."""
-        own = tokens - self.index * len(self.weight)
-        here = (own >= 0) & (own < len(self.weight))
-        x = F.embedding(torch.where(here, own, 0), self.weight) * here[..., None].to(self.weight.dtype)
+        weight = self.weight  # read once: a transformed one is computed at each access
+        own = tokens - self.index * len(weight)
+        here = (own >= 0) & (own < len(weight))
+        x = F.embedding(torch.where(here, own, 0), weight) * here[..., None].to(weight.dtype)
         return self.region.leave(x)
 
 

@@ -1,5 +1,6 @@
 """The cost of a configuration before anything is built: parameters, FLOPs, memory, time, price, by arithmetic only."""
 
+from deepseek_exp.planner.adapters import coverage
 from deepseek_exp.planner.choice import choose, misfit
 from deepseek_exp.planner.cost import flops_per_token, parameters
 from deepseek_exp.planner.graph import plan_artifacts
@@ -11,6 +12,7 @@ from deepseek_exp.planner.speed import bubble_fraction
 __all__ = [
     "bubble_fraction",
     "choose",
+    "coverage",
     "flops_per_token",
     "misfit",
     "optimizer_bytes",

@@ -45,11 +45,18 @@ def choose(exp: ExperimentConfig) -> tuple[dict[str, Any], str]:
 
 
 def misfit(exp: ExperimentConfig) -> Problem | None:
-    """Return the problem of a layout of several ranks that needs more memory than a rank has; None if it fits."""
+    """Return the problem of a layout of several ranks that needs more memory than a rank has; None if it fits.
+
+    With adapters, a pipeline's stage that has none is a problem too: it would have nothing to train.
+    """
     layout = asked_layout(exp)
     if layout.degrees.world_size == 1:
         return None
-    plan = make_plan(exp, layout, layers_of(exp.model, exp.data.seq_len))
+    plan = make_plan(exp, layout, layers_of(exp.model, exp.data.seq_len, exp.lora))
+    idle = [i for i, stage in enumerate(plan.stages) if exp.lora.rank and not stage.adapters + stage.expert_adapters]
+    if idle and exp.do.trains:
+        rule = f"selects no matrix of stage {idle[0]} of parallel.pp={layout.degrees.pp}, which would train nothing"
+        return Problem("lora.targets", exp.lora.targets, rule, "select matrices of every block, or set parallel.pp=1")
     if plan.fits:
         return None
     needed = max(m.total for m in plan.memory)

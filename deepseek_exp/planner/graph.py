@@ -25,7 +25,7 @@ FAR = 0.1
 
 def plan_artifacts(exp: ExperimentConfig) -> dict[str, str]:
     """Return the plan's artifacts: path in the run's artifacts -> text."""
-    plan = make_plan(exp, asked_layout(exp), layers_of(exp.model, exp.data.seq_len))
+    plan = make_plan(exp, asked_layout(exp), layers_of(exp.model, exp.data.seq_len, exp.lora))
     return {"plan/memory.svg": graph(exp, plan), "plan/plan.txt": report(exp) + "\n"}
 
 

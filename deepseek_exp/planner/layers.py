@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from deepseek_exp.config import AttentionKind, ClusterConfig, ExperimentConfig, ModelConfig
+from deepseek_exp.config import AttentionKind, ClusterConfig, ExperimentConfig, LoraConfig, ModelConfig
+from deepseek_exp.config.matrices import adapted, adapter_size
 from deepseek_exp.planner import cost
 
 
@@ -31,6 +32,11 @@ class Layers:
         n_moe: number of blocks with experts, including those of MTP modules.
         n_mtp: number of MTP modules.
         n_heads_out: number of output heads: 1 on the last stage, 0 elsewhere.
+        adapters: parameters of adapters, except of those of routed experts.
+        expert_adapters: parameters of the adapters of routed experts.
+        sums: elements of weights that are computed from a stored weight and an adapter and kept for the backward pass:
+            of all adapted matrices except linear layers.
+        expert_sums: the same of routed experts.
     """
 
     split: int = 0
@@ -45,6 +51,10 @@ class Layers:
     n_moe: int = 0
     n_mtp: int = 0
     n_heads_out: int = 0
+    adapters: int = 0
+    expert_adapters: int = 0
+    sums: int = 0
+    expert_sums: int = 0
 
     def __add__(self, other: Layers) -> Layers:
         """Return the sum of two."""
@@ -52,7 +62,7 @@ class Layers:
 
     @property
     def parameters(self) -> int:
-        """Return the number of trainable parameters, each once."""
+        """Return the number of the model's parameters, each once, without adapters."""
         return self.split + self.kv + self.whole + self.experts
 
     def dense_on_rank(self, tp: int, n_kv_heads: int) -> float:
@@ -64,12 +74,20 @@ class Layers:
         same = 6 * self.whole
         return (self.flops - same) / tp + same
 
+    def adapters_on_rank(self, ep: int) -> float:
+        """Return the adapters' parameters on one rank; those that tensor parallelism shards are counted whole."""
+        return self.adapters + self.expert_adapters / ep
+
+    def sums_on_rank(self, tp: int, ep: int) -> float:
+        """Return the elements of summed weights on one rank."""
+        return self.sums / tp + self.expert_sums / (tp * ep)
+
     def experts_on_rank(self, tp: int, ep: int) -> float:
         """Return the experts' parameters on one rank."""
         return self.experts / (tp * ep)
 
 
-def layers_of(cfg: ModelConfig, seq_len: int) -> list[Layers]:
+def layers_of(cfg: ModelConfig, seq_len: int, lora: LoraConfig | None = None) -> list[Layers]:
     """List the units that a pipeline can split between: each block, the first with the embedding, then the head.
 
     The last entry holds the MTP modules, the last norm and the output head, which belong together since the modules use
@@ -78,6 +96,7 @@ def layers_of(cfg: ModelConfig, seq_len: int) -> list[Layers]:
     Args:
         cfg: the model.
         seq_len: length of a training sequence, tokens.
+        lora: its adapters; None: it has none.
 
     Returns:
         n_layers + 1 entries; together they have the parameters of `cost.parameters` and, except for MTP, the FLOPs of
@@ -96,7 +115,27 @@ def layers_of(cfg: ModelConfig, seq_len: int) -> list[Layers]:
         frame = Layers(whole=2 * d * d + 3 * d, flops=6 * (2 * d * d + 3 * d + table), n_mtp=1)
         frame += Layers(product_flops=12 * d * d)
         end += frame + _block(cfg, seq_len, is_moe=cfg.moe.n_routed_experts > 0)
-    return [*blocks, end]
+    layers = [*blocks, end]
+    return layers if lora is None else [x + y for x, y in zip(layers, _adapters(cfg, lora), strict=True)]
+
+
+def _adapters(cfg: ModelConfig, lora: LoraConfig) -> list[Layers]:
+    """Return the adapters of each entry of `layers_of`."""
+    found = [Layers() for _ in range(cfg.n_layers + 1)]
+    for name, shape in adapted(cfg, lora).items():
+        size, kept = adapter_size({name: shape}, lora.rank), math.prod(shape)
+        here = Layers(adapters=size, sums=0 if _is_linear(name) else kept)
+        if ".experts." in name:
+            here = Layers(expert_adapters=size, expert_sums=kept)
+        room, _, rest = name.partition(".")
+        index = {"embedding": 0, "blocks": int(rest.partition(".")[0]) if room == "blocks" else 0}.get(room, -1)
+        found[index] += here
+    return found
+
+
+def _is_linear(name: str) -> bool:
+    """Return whether a matrix is only read as a linear layer, so that an adapter is two narrow products more."""
+    return "." in name.removesuffix(".weight") and not any(part in name for part in (".wkv_b.", ".router."))
 
 
 def _block(cfg: ModelConfig, seq_len: int, *, is_moe: bool) -> Layers:

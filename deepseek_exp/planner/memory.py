@@ -93,6 +93,9 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     In a 1F1B pipeline stage i of p keeps the activations of min(p - i, m) of the m micro-batches (Narayanan et al.
     2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2).
 
+    With adapters only these are trained, and have gradients and an optimizer. Weights that are summed with an adapter
+    before they are read are kept for the backward pass of each micro-batch, with recomputation those of one block.
+
     do=eval has the weights, not sharded by ZeRO, and one block's activations at a time.
 
     Args:
@@ -103,6 +106,8 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     """
     d, m = layout.degrees, exp.model
     n = stage.dense_on_rank(d.tp, m.n_kv_heads) + stage.experts_on_rank(d.tp, d.ep)
+    n_adapters = stage.adapters_on_rank(d.ep)
+    n_trained = n_adapters if exp.lora.rank else n
     e, shards, zero = element_bytes(exp), d.n_data, layout.zero_stage
     state = optimizer_bytes(exp)
     tokens = layout.micro_batch_seqs * exp.data.seq_len
@@ -110,16 +115,24 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     kept, once = _activations(exp, stage, layout)
     loss = stage.n_heads_out * _loss_bytes(exp, tokens, d.tp)
     if exp.do is Do.eval:
-        return Memory(n * e, 0, 0, tokens * _largest_block(exp, stage, layout), loss)
+        return Memory((n + n_adapters) * e, 0, 0, tokens * _largest_block(exp, stage, layout), loss)
     at_work = experts_at_work_bytes(exp, layout, stage) + (loss if stage.n_mtp else 0)
     gathered = 2 * e * largest_gathered(m, exp.data.seq_len) if zero >= 3 and shards > 1 else 0
     return Memory(
-        weights=n * e / (shards if zero >= 3 else 1),
-        gradients=n * 4 / (shards if zero >= 2 else 1),
-        optimizer=n * state / (shards if zero >= 1 else 1),
-        activations=tokens * (n_kept * kept + once),
+        weights=(n + n_adapters) * e / (shards if zero >= 3 else 1),
+        gradients=n_trained * 4 / (shards if zero >= 2 else 1),
+        optimizer=n_trained * state / (shards if zero >= 1 else 1),
+        activations=tokens * (n_kept * kept + once) + _sum_bytes(exp, stage, layout, n_kept),
         buffers=gathered + max((1 + stage.n_mtp) * loss, at_work),
     )
+
+
+def _sum_bytes(exp: ExperimentConfig, stage: Layers, layout: Layout, n_kept: int) -> float:
+    """Return the bytes of weights that are kept as the sum of a stored weight and an adapter."""
+    n = stage.sums_on_rank(layout.degrees.tp, layout.degrees.ep) * element_bytes(exp)
+    if layout.checkpointing is ActivationCheckpointing.none:
+        return n_kept * n
+    return n / max(1, stage.n_dense + stage.n_moe)
 
 
 def _largest_block(exp: ExperimentConfig, stage: Layers, layout: Layout) -> float:

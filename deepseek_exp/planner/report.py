@@ -10,6 +10,7 @@ from typing import Any
 from deepseek_exp.config import ActivationCheckpointing, ExperimentConfig, Precision
 from deepseek_exp.config.topology import n_gpus
 from deepseek_exp.planner import cost
+from deepseek_exp.planner.adapters import coverage
 from deepseek_exp.planner.layers import Layers, layers_of
 from deepseek_exp.planner.memory import USABLE, Layout, Memory
 from deepseek_exp.planner.search import Plan, asked_layout, best_plans, make_plan
@@ -33,7 +34,7 @@ def report(exp: ExperimentConfig) -> str:
         Several lines of text.
     """
     layout = asked_layout(exp)
-    plan = make_plan(exp, layout, layers_of(exp.model, exp.data.seq_len))
+    plan = make_plan(exp, layout, layers_of(exp.model, exp.data.seq_len, exp.lora))
     best = best_plans(exp, TOP)
     lines = [*_head(exp, layout), "", *_memory(exp, plan), *_verdict(exp, plan, best), ""]
     lines += [*_traffic(exp, plan), "", *_time(exp, plan), "", *_best(exp, best)]
@@ -44,6 +45,8 @@ def _head(exp: ExperimentConfig, layout: Layout) -> Iterator[str]:
     m, t, c, d, p = exp.model, exp.trainer, exp.cluster, layout.degrees, cost.parameters(exp.model)
     mtp = f", and {_count(p.mtp)} for multi-token prediction" if p.mtp else ""
     yield f"model     {m.version}, {_count(p.total)} parameters, {_count(p.active)} active{mtp}"
+    if exp.lora.rank:
+        yield f"adapters  {coverage(exp).sentence()}"
     tokens = t.global_batch_seqs * exp.data.seq_len
     yield (
         f"step      {t.global_batch_seqs:,} sequences x {exp.data.seq_len:,} tokens = {tokens:,} tokens, "
@@ -169,6 +172,8 @@ def _assumptions(exp: ExperimentConfig) -> Iterator[str]:
     overlap = f"{share:.0%} of non-TP communication overlaps" if share else "no communication overlaps"
     yield f"Predicted, not measured. Assumes: {overlap} with compute; balanced experts;"
     yield f"{1 - USABLE:.0%} of GPU memory reserved for the driver, communication buffers and fragmentation."
+    if exp.lora.rank:
+        yield "Time is that of training every weight; that of adapters is shorter."
     yield "Hardware figures and their sources: conf/cluster. Not modelled: data loading, logging, validation,"
     yield "checkpoints, gradient clipping, and norm and loss time beyond the efficiency factors."
 

@@ -73,7 +73,7 @@ def best_plans(exp: ExperimentConfig, count: int) -> list[Plan]:
     Returns:
         Plans sorted by tokens per second, the most first; none if nothing fits.
     """
-    layers, world = layers_of(exp.model, exp.data.seq_len), n_gpus(exp.cluster)
+    layers, world = layers_of(exp.model, exp.data.seq_len, exp.lora), n_gpus(exp.cluster)
     while True:
         legal = list(_layouts(exp, world))
         if legal or world == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 from dataclasses import dataclass
@@ -13,19 +14,24 @@ import torch
 from hydra.utils import instantiate
 from lightning_fabric.plugins.environments import LightningEnvironment
 
+from deepseek_exp import adapt
 from deepseek_exp.checkpoint import manifest
-from deepseek_exp.checkpoint.lightning_io import FolderCheckpointIO, load_weights
+from deepseek_exp.checkpoint.lightning_io import FolderCheckpointIO
 from deepseek_exp.checkpoint.shards import open_state
 from deepseek_exp.checkpoint.tensors import readable
 from deepseek_exp.config import Device, ExperimentConfig
+from deepseek_exp.config.matrices import adapted, adapter_size
 from deepseek_exp.config.topology import Axis, Degrees, degrees
 from deepseek_exp.data import PreparedData, TokenDataModule, prepare
-from deepseek_exp.errors import CheckpointError, DeviceError, Problem
+from deepseek_exp.disk import expand
+from deepseek_exp.errors import CheckpointError, ConfigError, DeviceError, Problem
 from deepseek_exp.inference import load_release
+from deepseek_exp.inference.adapters import read_adapter
 from deepseek_exp.kernels import TORCH, Ops, resolve
 from deepseek_exp.kernels.grouped import empty_groups_are_zero
 from deepseek_exp.models import NextTokenObjective, Objective, Transformer, init_weights
 from deepseek_exp.models.transformer import initial_weight
+from deepseek_exp.parallel.adapters import attach_adapters
 from deepseek_exp.parallel.groups import Groups, connect, local_rank
 from deepseek_exp.parallel.partition import ModelShard, Stage, copy_weights, set_weights, shard_model
 from deepseek_exp.parallel.rank_state import load_shard
@@ -81,16 +87,17 @@ def pick_device(device: Device) -> torch.device:
 def check_memory(cfg: ExperimentConfig, device: torch.device) -> None:
     """Raise if the weights, in training with gradients and optimizer, do not fit the device's free memory.
 
-    Per parameter: its weight, and in training its gradient in fp32 and the optimizer's state: with AdamW 16 bytes in
-    total in fp32, 18 in bf16. Activations are not included.
+    Per parameter: its weight, and if it is trained its gradient in fp32 and the optimizer's state: with AdamW 16 bytes
+    in total in fp32, 18 in bf16. Activations are not included.
 
     Raises:
         DeviceError: states the required and the available memory.
     """
     counted = parameters(cfg.model)
     n_params = counted.total + counted.mtp
-    in_training = 4 + optimizer_bytes(cfg) if cfg.do.trains else 0
-    needed = n_params * (cfg.trainer.precision.weight_bytes + in_training)
+    n_adapters = adapter_size(adapted(cfg.model, cfg.lora), cfg.lora.rank) if cfg.do.trains else 0
+    n_trained = (n_adapters or n_params) if cfg.do.trains else 0
+    needed = (n_params + n_adapters) * cfg.trainer.precision.weight_bytes + n_trained * (4 + optimizer_bytes(cfg))
     free = free_memory(device)
     if needed > free:
         rule = f"needs {needed / 1e9:,.1f} GB for its {n_params:,} parameters"
@@ -158,13 +165,15 @@ def _build_rank(cfg: ExperimentConfig, layout: Degrees, device: torch.device, we
     with torch.device("meta"):
         whole = Transformer(cfg.model, ops, cfg.trainer.activation_checkpointing)
     shard = shard_model(cfg, whole, groups)
+    if weights is None and cfg.init_from is not None:
+        _load_shard_from(shard, cfg)
+    elif weights is None:
+        set_weights(shard, lambda name, shape: initial_weight(name, shape, cfg.model, cfg.seed))
+    if cfg.lora.rank:
+        shard = attach_adapters(cfg, shard, groups, first_adapters(cfg))
     if weights is not None:
         load_shard(shard, open_state(weights))
         _check_weights(first_nonfinite(shard.model.state_dict().items()), weights)
-    elif cfg.init_from is not None:
-        _load_shard_from(shard, cfg)
-    else:
-        set_weights(shard, lambda name, shape: initial_weight(name, shape, cfg.model, cfg.seed))
     for p in shard.model.parameters():
         p.data = p.data.to(getattr(torch, cfg.trainer.precision.dtype_name))
     objective, ranks = build_objective(cfg, data), ManyRanks(cfg, groups, shard)
@@ -175,12 +184,16 @@ def _build_rank(cfg: ExperimentConfig, layout: Degrees, device: torch.device, we
 def _load_shard_from(shard: ModelShard, cfg: ExperimentConfig) -> None:
     """Set a rank's weights from `init_from`: a checkpoint of a run, or the folder of a Hugging Face checkpoint."""
     source = Path(str(cfg.init_from))
-    if manifest.is_checkpoint(source):
+    if manifest.is_checkpoint(source) and not adapt.saved_scale(source):
         load_shard(shard, open_state(source))
         return
-    release = Transformer(cfg.model, TORCH)
-    load_release(release, cfg.model, source)
-    copy_weights(shard, release)
+    whole = Transformer(cfg.model, TORCH)
+    if manifest.is_checkpoint(source):
+        with readable(source):
+            whole.load_state_dict(adapt.load_merged(source))
+    else:
+        load_release(whole, cfg.model, source)
+    copy_weights(shard, whole)
 
 
 def build_objective(cfg: ExperimentConfig, data: PreparedData) -> Objective:
@@ -211,17 +224,22 @@ def _build_datamodule(
 
 
 def _ops(cfg: ExperimentConfig) -> Ops:
-    return resolve(cfg.kernels, fp8=cfg.do.trains and cfg.trainer.precision.computes_in_fp8)
+    ops = resolve(cfg.kernels, fp8=cfg.do.trains and cfg.trainer.precision.computes_in_fp8)
+    # ZeRO 3 gathers a weight for the module that it is in, and narrow products read it outside of that
+    if cfg.lora.rank and not (cfg.parallel.zero_stage == 3 and degrees(cfg).world_size > 1):
+        return dataclasses.replace(ops, linears=adapt.with_adapters(ops.linears))
+    return ops
 
 
 def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | None) -> Transformer:
     """Build the model on a device, with weights from a checkpoint, else from `init_from`, else from the seed."""
     model = Transformer(cfg.model, _ops(cfg), cfg.trainer.activation_checkpointing)
+    gets_adapters = weights is None and cfg.lora.rank > 0  # those of a checkpoint are in its weights
     if weights is None and cfg.init_from is not None and manifest.is_checkpoint(Path(cfg.init_from)):
         weights = Path(cfg.init_from)
     if weights is not None:
         with readable(weights):
-            model.load_state_dict(load_weights(weights))
+            model.load_state_dict(adapt.load_merged(weights))
         _check_weights(first_nonfinite(model.state_dict().items()), weights)
     elif cfg.init_from is not None:
         load_release(model, cfg.model, Path(cfg.init_from))
@@ -232,9 +250,44 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
         p.data = p.data.to(device, dtype)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)  # balance biases and counts keep their type
+    if gets_adapters:
+        _attach_adapters(model, cfg)
     if cfg.trainer.compile:
         model.losses = torch.compile(model.losses)  # type: ignore[method-assign]
     return model
+
+
+def _attach_adapters(model: Transformer, cfg: ExperimentConfig) -> None:
+    """Freeze a whole model, and add the adapters that are trained instead; without training they are merged."""
+    like = model.embedding.weight
+    adapters = {name: adapt.Adapter(a.to(like), b.to(like)) for name, (a, b) in first_adapters(cfg).items()}
+    adapt.attach(model, adapters, cfg.lora.alpha / cfg.lora.rank)
+    if not cfg.do.trains:
+        adapt.merge(model)
+
+
+def first_adapters(cfg: ExperimentConfig) -> dict[str, adapt.Adapter]:
+    """Return the adapters that a training starts with, whole, on the CPU: from `lora.path` or drawn.
+
+    Raises:
+        UserError: the files of lora.path cannot be read, or have other matrices than lora.targets selects.
+    """
+    shapes, lora = adapted(cfg.model, cfg.lora), cfg.lora
+    if lora.path is None:
+        return adapt.initial_adapters(shapes, lora, cfg.seed)
+    base = None if cfg.init_from is None else Path(cfg.init_from)
+    found, _, _ = read_adapter(cfg.model, expand(lora.path), "lora.path", base)
+    odd = sorted(found.keys() ^ shapes.keys())
+    if odd:
+        rule = f"has adapters of {len(found)} matrices and lora.targets selects {len(shapes)}; {odd[0]} is in one only"
+        fix = "set lora.targets and lora.exclude to the matrices that it has"
+        raise ConfigError(Problem("lora.path", lora.path, rule, fix))
+    for name, (a, b) in found.items():
+        there = (*b.shape[:-1], a.shape[-1])
+        if there != shapes[name] or {a.shape[-2], b.shape[-1]} != {lora.rank}:
+            rule = f"has an adapter of {name} for shape {list(there)}, and this model's is {list(shapes[name])}"
+            raise ConfigError(Problem("lora.path", lora.path, rule, "name an adapter of this model"))
+    return {name: found[name] for name in shapes}
 
 
 def _check_weights(wrong: str | None, folder: Path) -> None:

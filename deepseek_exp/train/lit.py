@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_exp.checkpoint.rng import rng_state, set_rng_state
+from deepseek_exp.checkpoint.shards import FROZEN
 from deepseek_exp.checkpoint.tensors import readable
 from deepseek_exp.config import ExperimentConfig, OnNonfinite
 from deepseek_exp.config.topology import degrees
@@ -314,6 +315,9 @@ class LanguageModel(pl.LightningModule):
         memories = {i: m for i, m in self.engine.memories.items() if m is not None}
         checkpoint |= {"rng": rng_state(), "memories": memories, "val_loss": self.val_loss}
         checkpoint |= {"skipped_steps": self.skipped_steps, "finite": True}
+        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+        if frozen and degrees(self.cfg).world_size == 1:  # several ranks save every weight as a parameter
+            checkpoint[FROZEN] = frozen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what `on_save_checkpoint` added."""

@@ -258,6 +258,15 @@ REFUSED = {
     "+size@_global_=tiny": "size@_global_ _option_problem",
     "~seed": "seed _value_problem",
     "~size": "size _option_problem",
+    "lora=default lora.targets=[*.wq_c,head.*]": "lora.targets _no_match, lora.targets _no_match",
+    "lora=default lora.targets=[]": "lora.targets lora_problems",
+    "lora=default lora.exclude=[router]": "lora.exclude _no_match",
+    "lora=default lora.exclude=[blocks.*]": "lora.exclude lora_problems",
+    "model.tie_embeddings=true lora=default lora.targets=[head]": "lora.targets _no_match",
+    "model=v3_moe size=tiny lora=default lora.rank=17": "lora.rank _rank",
+    "lora=default lora.path=nothing": "lora.path _file",
+    "do=plan lora=default lora.path=nothing": "lora.path _file",
+    "lora.rank=-1": "lora.rank range_problems",
 }
 
 

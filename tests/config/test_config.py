@@ -66,7 +66,7 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 
 def test_the_files_are_found():
-    assert len(FILES) == 46
+    assert len(FILES) == 48
     assert len(RECIPES) == 10
 
 

@@ -46,9 +46,7 @@ def test_modes_and_what_it_says_of_modules_that_look_ahead(cfg, checkpoint, tmp_
     assert f"reports its weights, {first}*, as UNEXPECTED" in said
 
 
-@pytest.mark.parametrize(
-    "where", ["deepseek_exp.huggingface.weights.save_file", "deepseek_exp.huggingface.export.fsync_path"]
-)
+@pytest.mark.parametrize("where", ["deepseek_exp.huggingface.weights.save_file", "deepseek_exp.disk.fsync_path"])
 def test_a_full_disk_leaves_nothing(where, cfg, checkpoint, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deepseek_exp.adapt import Adapters
 from deepseek_exp.errors import UserError
 from deepseek_exp.inference import from_pretrained, generate
 from deepseek_exp.inference.domain_packs import load_module, save_module, unload_module
@@ -198,7 +199,7 @@ def test_generation_of_a_domain(tmp_path):
         with torch.no_grad():
             best = model(tokens, domain=torch.tensor([domain]))[0].argmax(-1)
         assert best[2:-1].tolist() == text
-    lm = Pretrained(model, tokenizer=None, folder=tmp_path)
+    lm = Pretrained(model, tokenizer=None, folder=tmp_path, adapters=Adapters(model))
     lm.save_module("law", tmp_path / "law")
     lm.unload_module("law")
     with pytest.raises(UserError, match="domain='law' is not loaded"):

@@ -17,6 +17,7 @@ from deepseek_exp.config.rules.kernels import (
     weight_bits_problems,
 )
 from deepseek_exp.config.rules.launch import launch_problems
+from deepseek_exp.config.rules.lora import lora_problems
 from deepseek_exp.config.rules.model import model_problems
 from deepseek_exp.config.rules.parallel import layout_problems
 from deepseek_exp.config.rules.trainer import batch_problems, length_problems
@@ -38,6 +39,7 @@ def problems(exp: ExperimentConfig, machine: Machine) -> list[Problem]:
     return [
         *found,
         *model_problems(exp),
+        *lora_problems(exp),
         *sample_problems(exp),
         *temperature_problems(exp),
         *export_problems(exp),

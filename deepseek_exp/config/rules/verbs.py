@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from deepseek_exp.config.enums import Do, Launcher
+from deepseek_exp.config.enums import Do, ExportFormat, Launcher
 from deepseek_exp.config.rules.values import is_folder
 from deepseek_exp.config.schema import ExperimentConfig
 from deepseek_exp.errors import Problem
@@ -31,7 +31,10 @@ def temperature_problems(exp: ExperimentConfig) -> Iterator[Problem]:
 
 
 def export_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Yield a problem if the export folder cannot be created."""
+    """Yield a problem if the export folder cannot be created, or there are no adapters to export."""
+    if exp.do is Do.export and exp.export.format in (ExportFormat.adapter, ExportFormat.peft) and not exp.lora.rank:
+        rule, fix = "is for a run with adapters, and this one has lora.rank=0", "set export.format=hf"
+        yield Problem("export.format", exp.export.format.value, rule, fix)
     if exp.do is not Do.export or exp.export.path is None or not exp.export.path.strip():
         return
     path = Path(exp.export.path)

@@ -57,12 +57,14 @@ class MoE(nn.Module):
 
     Attributes:
         loss_scale: 1 / micro-batches per step.
+        updates_bias: whether `update_bias` changes the router's bias.
         counts: float64, loads of the experts, then COUNTS, accumulated since `reset_counts`.
     """
 
     def __init__(self, cfg: ModelConfig, ops: Ops, dispatcher: Dispatcher | None = None) -> None:
         super().__init__()
         self.cfg, self.ops, self.dispatcher, self.loss_scale = cfg.moe, ops, dispatcher or LocalDispatcher(), 1.0
+        self.updates_bias = cfg.moe.balance is Balance.bias
         self.router = Router(cfg, ops)
         self.experts = Experts(cfg, ops)
         n_shared = cfg.moe.n_shared_experts
@@ -100,9 +102,15 @@ class MoE(nn.Module):
         rest = torch.stack([_as_count(counted[n], x.device) for n in COUNTS])
         return y_TD.view_as(x), torch.cat([tokens_per_expert.double(), rest])
 
+    def _n_here(self) -> int:
+        """Return the number of experts on this rank; reading a stack for it would compute a transformed one."""
+        if self.slot_of_E is None:
+            return self.cfg.n_routed_experts // self.dispatcher.n_ranks
+        return len(self.experts.w_gate)
+
     def _through_experts(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Send tokens to their experts and back: their sums (tokens, d_model), each expert's load, and dropped rows."""
-        sent = self.dispatcher.dispatch(x_TD, slots_TK, len(self.experts.w_gate), self._capacity(slots_TK))
+        sent = self.dispatcher.dispatch(x_TD, slots_TK, self._n_here(), self._capacity(slots_TK))
         y_TD = self.dispatcher.combine(self.experts(sent.x_RD, sent.offsets_E), weights_TK, sent)
         dropped = 0 * sent.tokens_per_expert.sum() if sent.kept_R is None else (~sent.kept_R).sum()
         return y_TD, sent.tokens_per_expert, dropped
@@ -111,7 +119,7 @@ class MoE(nn.Module):
         self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Do `_through_experts` with one operation from tokens, or their exchanged rows, to their sums."""
-        n, capacity = len(self.experts.w_gate) * self.dispatcher.n_ranks, self._capacity(slots_TK)
+        n, capacity = self._n_here() * self.dispatcher.n_ranks, self._capacity(slots_TK)
         order_R, inverse_R, offsets_E = self.ops.sort_by_expert(slots_TK, n)
         tokens_per_expert = offsets_E.diff(prepend=offsets_E.new_zeros(1)).long()
         if capacity is not None:
@@ -138,8 +146,8 @@ class MoE(nn.Module):
         self.counts.zero_()
 
     def update_bias(self) -> None:
-        """Update the router's bias from the loads counted since the last reset, if balance=bias."""
-        if self.cfg.balance is Balance.bias:
+        """Update the router's bias from the loads counted since the last reset, unless it has none or is frozen."""
+        if self.updates_bias:
             self.router.update_bias(self.counts[: self.cfg.n_routed_experts])
 
     def domain_state(self, domain: int) -> dict[str, Tensor]:

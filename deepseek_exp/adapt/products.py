@@ -1,0 +1,58 @@
+"""Linear layers with adapters, as two narrow products in addition to the wide one, instead of a sum of weights.
+
+    x (W + s B A)^T = x W^T + s (x A^T) B^T
+
+The right side needs neither the sum of the weights nor its gradient: for T tokens and a frozen W, backward has one wide
+product instead of two, and nothing of the size of W is kept for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from deepseek_exp.adapt.lora import LowRank
+
+Linears = Callable[[Tensor, Sequence[nn.Module]], list[Tensor]]
+
+
+class Stored:
+    """A linear layer without the transforms of its weight, with what operations read of a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.weight, self.bias = layer.parametrizations.weight.original, layer.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map (..., d_in) to (..., d_out)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+def with_adapters(linears: Linears) -> Linears:
+    """Return `linears` for layers of which some have an adapter and no other transform of their weight.
+
+    Args:
+        linears: an implementation of `kernels.reference.linears`.
+    """
+
+    def adapted_linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+        adapters = [_adapter(layer) for layer in layers]
+        stored = [layer if a is None else Stored(layer) for layer, a in zip(layers, adapters, strict=True)]
+        results = linears(x, stored)  # type: ignore[arg-type]
+        return [y if a is None else y + _term(x, a) for y, a in zip(results, adapters, strict=True)]
+
+    return adapted_linears
+
+
+def _adapter(layer: nn.Module) -> LowRank | None:
+    """Return the adapter of a layer if it is the only transform of its weight."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    transforms = layer.parametrizations.weight
+    return transforms[0] if len(transforms) == 1 and isinstance(transforms[0], LowRank) else None
+
+
+def _term(x: Tensor, adapter: LowRank) -> Tensor:
+    return F.linear(F.linear(x, adapter.lora_a) * adapter.scale, adapter.lora_b)  # (..., d_out)

@@ -1,0 +1,165 @@
+"""Low-rank adapters on one GPU: ours, all weights trained, and peft on transformers' Llama, from the same weights.
+
+    python tests/bench/lora.py [--size 150m] [--rank 16] [--steps 30] [--only "NAME;NAME"] [--json FILE]
+
+Every row starts from the same Llama with the same adapters of all seven linear layers of a block, sees the same random
+tokens, and has bf16 weights, fp32 masters of what it trains, and fused AdamW without clipping. Each runs in a process
+of its own. Printed: the median of the steps' tokens/s after a fifth of them, the peak of memory, and the loss of the
+first and the last step, which are the same for all rows except the one that trains all weights. On a CPU, for a check:
+--size tiny --device cpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from deepseek_exp.adapt import initial_adapters
+from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.config.matrices import adapted
+from deepseek_exp.huggingface.adapters import Pair, write_peft
+from deepseek_exp.huggingface.read import read_release
+from deepseek_exp.inference.pretrained import model_config
+from deepseek_exp.train.build import build_model
+from deepseek_exp.train.optim import build_optimizer
+from tests.config.test_config import composed
+
+# Sizes: width, layers, heads, hidden units, vocabulary, sequences per step and their length.
+SIZES = {
+    "tiny": (64, 2, 4, 128, 512, 2, 64),
+    "150m": (768, 16, 12, 2048, 32768, 16, 1024),
+    "1b": (2048, 22, 16, 5632, 32768, 8, 2048),
+}
+FUSED = ("kernels=fused", "trainer.compile=true")
+ROWS: dict[str, tuple[str, ...]] = {
+    "ours, adapters, torch, eager": ("kernels=torch",),
+    "ours, adapters, fused, compiled": FUSED,
+    "ours, all weights, fused, compiled": (*FUSED, "lora.rank=0"),
+    "peft, eager": (),
+    "peft, compiled": ("trainer.compile=true",),
+}
+
+
+def save_base(folder: Path, size: str) -> None:
+    """Save transformers' Llama with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    d_model, n_layers, n_heads, d_ff, vocab, _, length = SIZES[size]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=d_model, intermediate_size=d_ff, num_hidden_layers=n_layers,
+        num_attention_heads=n_heads, num_key_value_heads=n_heads, max_position_embeddings=length,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def experiment(folder: Path, rank: int, words: tuple[str, ...]) -> ExperimentConfig:
+    """Compose the experiment of a row."""
+    lora = ("lora=default", f"lora.rank={rank}", f"lora.alpha={2 * rank}")
+    cfg = composed(*lora, "trainer.precision=bf16", "optim.lr=1e-3", *words)
+    model = model_config(read_release(folder).model)
+    return dataclasses.replace(cfg, model=model, init_from=str(folder))
+
+
+def ours(cfg: ExperimentConfig, device: torch.device) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Build our model; returns it with the function from tokens to the loss."""
+    model = build_model(cfg, device, None).train()
+    return model, lambda tokens: model.losses(tokens)[0][0]
+
+
+def peft(cfg: ExperimentConfig, device: torch.device) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Build peft's model with our adapters; as `ours`."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    pairs = {n: Pair(*pair) for n, pair in initial_adapters(adapted(cfg.model, cfg.lora), cfg.lora, cfg.seed).items()}
+    base = AutoModelForCausalLM.from_pretrained(cfg.init_from, dtype=torch.bfloat16, attn_implementation="sdpa")
+    with tempfile.TemporaryDirectory() as folder:
+        write_peft(cfg.model, pairs, cfg.lora.rank, cfg.lora.alpha, Path(folder), None)
+        # with fp32 adapters peft would compute their products in fp32
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
+    model = model.to(device, torch.bfloat16).train()
+    step = torch.compile(model) if cfg.trainer.compile else model
+    return model, lambda tokens: step(input_ids=tokens[:, :-1], labels=tokens[:, 1:], shift_labels=tokens[:, 1:]).loss
+
+
+def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Train one row."""
+    cfg, device = experiment(folder, args.rank, ROWS[name]), torch.device(args.device)
+    *_, n_seqs, length = SIZES[args.size]
+    model, loss_of = (peft if name.startswith("peft") else ours)(cfg, device)
+    optimizer = build_optimizer(cfg.optim, model, cfg.kernels.adamw)
+    draws, losses, seconds = torch.Generator().manual_seed(1), [], []
+    for _ in range(args.steps):
+        # a copy of half of each sequence, so that there is something to learn
+        half = torch.randint(0, cfg.model.vocab_size, (n_seqs, length // 2), generator=draws)
+        tokens = torch.cat([half, half, half[:, :1]], 1).to(device)
+        _wait(device)
+        started = time.perf_counter()
+        loss = loss_of(tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+        losses.append(loss.item())
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    speed = n_seqs * length / statistics.median(seconds[max(1, args.steps // 5) :])
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"tokens/s": speed, "peak GB": peak / 1e9, "trained": n_trained, "first": losses[0], "last": losses[-1]}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="150m")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default=";".join(ROWS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--base", type=Path, help="set for the process of one row")
+    args = parser.parse_args()
+    if args.base is not None:
+        sys.stdout.write(json.dumps(measure(args.only, args.base, args)) + "\n")
+        return
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_base(Path(folder), args.size)
+        for name in args.only.split(";"):
+            same = ["--size", args.size, "--rank", str(args.rank), "--steps", str(args.steps), "--device", args.device]
+            command = [sys.executable, __file__, *same, "--only", name, "--base", folder]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.stdout.write(f"{name:36} cannot run: {done.stderr.strip().splitlines()[-1]}\n")
+                continue
+            found[name] = row = json.loads(done.stdout.strip().splitlines()[-1])
+            sys.stdout.write(
+                f"{name:36} {row['tokens/s']:12,.0f} tokens/s {row['peak GB']:7.2f} GB {row['trained']:12,} trained  "
+                f"loss {row['first']:.4f} -> {row['last']:.4f}\n"
+            )
+            sys.stdout.flush()
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

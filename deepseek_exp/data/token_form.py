@@ -98,6 +98,10 @@ class Form:
             return len(token)
         return 1 if BYTE.fullmatch(token) else len(token.replace(SPACE, " ").encode())
 
+    def n_bytes_added(self, token: str) -> int:
+        """Return the number of bytes of normalized text that an added token represents, whose entry is plain text."""
+        return len((token if self.byte_level else token.replace(SPACE, " ")).encode())
+
     def _begins_word(self, text: str) -> bool:
         if self._tokenizer.pre_tokenizer is None:
             return False

@@ -253,8 +253,8 @@ class Tokenizer:
             int64 tensor (vocab_size,).
         """
         sizes = [self._form.n_bytes(self._inner.id_to_token(i) or "") for i in range(self.vocab_size)]
-        for i, token in self._inner.get_added_tokens_decoder().items():  # their entries are plain text
-            sizes[i] = 0 if token.special else len(token.content.encode())
+        for i, token in self._inner.get_added_tokens_decoder().items():
+            sizes[i] = 0 if token.special else self._form.n_bytes_added(token.content)
         sizes[self.end_id] = -1 if self._form.puts_space else 0
         return torch.tensor(sizes)  # (vocab_size,)
 
@@ -264,8 +264,8 @@ class Tokenizer:
         Raises:
             ValueError: one does not.
         """
-        added = self._inner.get_added_tokens_decoder().values()
-        for text in [*PROBES, *(f"a{token.content}b" for token in added)]:
+        added = [token.content for token in self._inner.get_added_tokens_decoder().values()]
+        for text in [*PROBES, *(text for name in added for text in (f"a{name}b", f"a {name} b"))]:
             ids, wanted = self.encode(text), self.normalize(text)
             shown = text if len(text) < 60 else f"{text[:9]}... of {len(text)} characters"
             if any(token_id in self._special for token_id in ids):

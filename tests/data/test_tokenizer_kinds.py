@@ -167,6 +167,13 @@ def short_words() -> tokenizers.Tokenizer:
     )
 
 
+def swallowing(name: str) -> tokenizers.Tokenizer:
+    """A tokenizer with an added token that takes the white space around it along."""
+    made = changed("BPE on bytes")
+    made.add_tokens([tokenizers.AddedToken(name, lstrip=True, rstrip=True, normalized=False)])
+    return made
+
+
 def lower(text: str) -> object:
     return normalizers.Sequence([normalizers.NFKC(), getattr(normalizers, text)()])
 
@@ -182,6 +189,7 @@ REFUSED = {
     "changes text by its normalizer StripAccents: 'é' becomes 'e'": lambda: changed(
         "Llama 2", normalizer=normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
     ),
+    "does not return text as it was, .*'a <x> b' becomes 'a<x>b'": lambda: swallowing("<x>"),
     "does not return text as it was, .*'##! ##a' becomes '! ##a'": lambda: tokenizer_kinds.word_piece("##"),
     r"does not return text as it was, .*'aaaaaaaaa... of 300 characters' becomes ": short_words,
     "does not return text as it was, .*: .A b  c": lambda: changed(

@@ -52,6 +52,7 @@ WORDS += [
     "def f(x):",
     "<|im_end|>",
 ]
+WORDS += ["\n\n", "▁▁▁", "<table>"]
 
 
 def wild(seed: int, n: int = 200) -> Iterator[str]:
@@ -145,6 +146,12 @@ def unigram_with_fallback() -> Any:
     return models.Unigram(scores, unk_id=0, byte_fallback=True)
 
 
+def with_added(made: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Add tokens that are text, as Gemma has for line breaks, runs of spaces and HTML."""
+    made.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in ("\n\n", "▁▁▁", "<table>")])
+    return made
+
+
 def same(text: str) -> str:
     return text
 
@@ -174,7 +181,7 @@ KINDS: dict[str, tuple[Callable[[], tokenizers.Tokenizer], Callable[[str], str]]
     "Unigram on bytes": (unigram_on_bytes, same),
     "WordPiece on bytes": (word_piece, same),
     "Llama 2": (lambda: fallback(bpe_with_fallback(), LLAMA, strip=True), with_spaces),
-    "Gemma": (lambda: fallback(bpe_with_fallback(), [SPACES], MERGED, strip=False), with_spaces),
+    "Gemma": (lambda: with_added(fallback(bpe_with_fallback(), [SPACES], MERGED, strip=False)), with_spaces),
     "BPE, Metaspace, NFC": (lambda: fallback(bpe_with_fallback(), [NFC], METASPACE, strip=True), in_form(NFC)),
     "Unigram with fallback": (lambda: fallback(unigram_with_fallback(), LLAMA, strip=True), with_spaces),
     "Unigram, Metaspace, NFKC": (

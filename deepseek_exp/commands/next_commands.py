@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deepseek_exp.config import ROOT, Tracker
+from deepseek_exp.config import ROOT, Do, Tracker
 from deepseek_exp.console import command, python
 from deepseek_exp.redact import redact
 from deepseek_exp.tracking.rundir import Progress
@@ -40,7 +40,10 @@ def next_commands(job: Job, run_id: str) -> Iterator[tuple[str, str]]:
         return
     start, resume = command(), resume_words(job, run_id)
     yield f"{start} do=sample {resume}", "generate more text"
-    yield f"{start} {resume} trainer.max_steps={2 * job.cfg.trainer.max_steps}", "continue training"
+    t, longer = job.cfg.trainer, f"trainer.max_steps={2 * job.cfg.trainer.max_steps}"
+    if t.max_epochs is not None:
+        longer = f"trainer.max_epochs={2 * t.max_epochs:g}"
+    yield f"{start} {training_words(job, run_id)} {longer}", "continue training"
     # init_from determines the model, and old checkpoints do not store their overrides.
     if job.history is not None and job.cfg.init_from is None:
         own = [o for o in job.history if not o.lstrip("+").startswith(("resume=", "optim.lr="))]
@@ -68,6 +71,12 @@ def resume_words(job: Job, run_id: str) -> str:
     """Return the overrides that select this run again."""
     where = job.cfg.output_dir
     return " ".join([f"resume={run_id[:12]}", *([override("output_dir", where)] if where != OUTPUTS else [])])
+
+
+def training_words(job: Job, run_id: str) -> str:
+    """Return the overrides that continue this training."""
+    verb = [] if job.cfg.do is Do.train else [f"do={job.cfg.do.value}"]
+    return " ".join([*verb, resume_words(job, run_id)])
 
 
 def override(key: str, value: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from deepseek_exp import planner
 from deepseek_exp.checkpoint import manifest, saved_config
-from deepseek_exp.commands.next_commands import resume_words
+from deepseek_exp.commands.next_commands import training_words
 from deepseek_exp.commands.train import check_data
 from deepseek_exp.config.schema import ROOT, ExperimentConfig
 from deepseek_exp.console import command, say
@@ -64,7 +64,7 @@ def record(job: Job, action: Action) -> float | None:
             if stopped.signum == signal.SIGHUP:  # the exiting shell may send a second one
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
             _end(tracked, "KILLED", str(stopped))
-            saved = f"; the checkpoint is saved. Continue with: {command()} {resume_words(job, run_id)}"
+            saved = f"; the checkpoint is saved. Continue with: {command()} {training_words(job, run_id)}"
             kept = cfg.do.is_training and cfg.trainer.keep_checkpoints
             say(f"{stopped}{saved if kept else ''}")
             raise SystemExit(128 + stopped.signum) from stopped

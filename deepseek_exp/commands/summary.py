@@ -36,6 +36,7 @@ def plan_text(job: Job, parts: Parts, run_id: str) -> str:
         **({"adapters": planner.coverage(cfg).sentence()} if cfg.lora.rank else {}),
         "data": f"{_source(parts)}, {data.n_train_tokens:,} tokens (valid {data.n_valid_tokens:,}), "
         f"vocabulary {data.tokenizer.vocab_size:,}",
+        **_supervised(parts),
         "training": f"{steps:,} steps x {t.global_batch_seqs} sequences x {cfg.data.seq_len} tokens = {tokens:,} "
         f"tokens ({tokens / data.n_train_tokens:.2f} epochs), {t.precision.value}",
         "device": _device_name(parts),
@@ -46,6 +47,20 @@ def plan_text(job: Job, parts: Parts, run_id: str) -> str:
     elif cfg.init_from is not None:
         rows["starts"] = f"from {cfg.init_from}"
     return "\n".join(f"{key:9} {value}" for key, value in rows.items())
+
+
+def _supervised(parts: Parts) -> dict[str, str]:
+    """Return how many tokens are supervised of instruction data."""
+    rows = {}
+    for split, s in parts.datamodule.supervision.items():
+        text = f"{s.n_supervised:,} tokens of {s.n_rows:,} rows (per row mean {s.mean:,.1f}, least {s.least})"
+        text += f" in {s.n_sequences:,} sequences, {s.fill:.1%} full"
+        long, cfg = parts.lit.cfg.data.on_long_row.value, parts.lit.cfg.data
+        what = "truncated to" if long == "truncate" else "dropped for"
+        text += f"; {s.n_long:,} rows {what} data.seq_len={cfg.seq_len}" * bool(s.n_long)
+        text += f"; {s.n_empty:,} rows dropped that have none" * bool(s.n_empty)
+        rows["supervised" if split == "train" else "validated"] = text
+    return rows
 
 
 def _recorded_as(tracking: TrackingConfig, run_id: str) -> str:

@@ -153,12 +153,15 @@ def _next_words(config: DictConfig, rows: list[tracking.SweepRow]) -> str:
     best = tracking.best_row(rows)
     if best is None or str(config.do) != "train" or not config.trainer.keep_checkpoints:
         return ""
-    steps = 2 * config.trainer.max_steps
+    epochs = config.trainer.get("max_epochs")
+    longer = (
+        f"trainer.max_steps={2 * config.trainer.max_steps}" if epochs is None else f"trainer.max_epochs={2 * epochs:g}"
+    )
     where = [] if config.output_dir == OUTPUTS else [override("output_dir", config.output_dir)]
     start = " ".join([command(), f"resume={best.run_id[:12]}", *where])
     commands = {
         f"{start} do=sample": "generate text from the best run",
-        f"{start} trainer.max_steps={steps}": "continue training it",
+        f"{start} {longer}": "continue training it",
     }
     return "\n".join(["\nnext:", *(f"  {line}  # {what}" for line, what in commands.items())])
 

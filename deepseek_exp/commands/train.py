@@ -14,7 +14,7 @@ from deepseek_exp.commands.sample import sample_text, with_prompt
 from deepseek_exp.commands.summary import plan_text, summary
 from deepseek_exp.config.enums import Do
 from deepseek_exp.console import say
-from deepseek_exp.errors import CheckpointError, DataError, Problem
+from deepseek_exp.errors import CheckpointError, ConfigError, DataError, Problem
 from deepseek_exp.experiment.job import COMMAND_FILE, Job
 from deepseek_exp.tracking.run import RunLog
 
@@ -30,6 +30,7 @@ DIGESTS = "data.json"
 def train(job: Job, tracked: RunLog, run_id: str) -> float:
     """Train, from scratch or from a checkpoint, print the results, and return the validation loss."""
     started = time.monotonic()
+    job = _with_steps(job)
     if job.checkpoint is not None and job.continues is None:
         tracked.skip_known_after(manifest.read_manifest(job.checkpoint).step)
     parts, (trainer, checkpoints, progress) = _ready_to_train(job, tracked, run_id)
@@ -51,9 +52,33 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
 
 def train_briefly(job: Job, tracked: RunLog, run_id: str) -> float:
     """Train one of the two runs that do=verify compares. Prints only the progress."""
+    job = _with_steps(job)
     parts, (trainer, _, _) = _ready_to_train(job, tracked, run_id)
     trainer.fit(parts.lit, datamodule=parts.datamodule)
     return float(trainer.callback_metrics["val/loss"])
+
+
+def _with_steps(job: Job) -> Job:
+    """Return the job with the number of steps that trainer.max_epochs stands for.
+
+    Raises:
+        ConfigError: the warm-up takes all of them, or the checkpoint has done them.
+    """
+    epochs = job.cfg.trainer.max_epochs
+    if epochs is None:
+        return job
+    from deepseek_exp.train.build import with_steps
+
+    cfg = with_steps(job.cfg)
+    steps, warmup = cfg.trainer.max_steps, cfg.optim.warmup_steps
+    if warmup >= steps:
+        rule = f"leaves no step of the {steps} of trainer.max_epochs={epochs:g} at full learning rate"
+        raise ConfigError(Problem("optim.warmup_steps", warmup, rule, f"set optim.warmup_steps={steps // 10}"))
+    done = 0 if job.checkpoint is None else manifest.read_manifest(job.checkpoint).step
+    if done >= steps:
+        rule, fix = f"is reached: {job.checkpoint} is at step {done} of {steps}", "set more epochs to continue"
+        raise ConfigError(Problem("trainer.max_epochs", epochs, rule, fix))
+    return dataclasses.replace(job, cfg=cfg)
 
 
 def _ready_to_train(job: Job, tracked: RunLog, run_id: str) -> tuple[Parts, tuple[Trainer, Checkpoints, Progress]]:
@@ -66,12 +91,15 @@ def _ready_to_train(job: Job, tracked: RunLog, run_id: str) -> tuple[Parts, tupl
     digests = json.dumps(parts.data.digests())
     texts = {saved_config.FILE: job.shown_yaml, COMMAND_FILE: job.command_json, DIGESTS: digests}
     texts |= parts.data.tokenizer.files()
+    if parts.data.template is not None:
+        texts |= {"chat_template.json": parts.data.template.json}
     return parts, build.build_trainer(job.cfg, parts, tracked, run_id, texts, _lineage(job, parts))
 
 
 def _lineage(job: Job, parts: Parts) -> manifest.Lineage:
     """Return where the checkpoints of a training come from; a resumed run keeps what its checkpoint says."""
-    contract = manifest.Contract(parts.data.tokenizer.digest, None, job.cfg.model.max_seq_len)
+    template = parts.data.template.digest if parts.data.template is not None else None
+    contract = manifest.Contract(parts.data.tokenizer.digest, template, job.cfg.model.max_seq_len)
     if job.checkpoint is not None:
         before = manifest.read_manifest(job.checkpoint).lineage
         key = before.stage_key if job.continues is None else None
@@ -87,6 +115,16 @@ def log_inputs(parts: Parts, tracked: RunLog) -> None:
     for entry in parts.data.inputs:
         profile = {k: v for k, v in entry.items() if k.startswith("n_")}
         tracked.log_dataset(entry["name"], entry["context"], entry["digest"], entry["source"], profile)
+    found = parts.datamodule.supervision.get("train")
+    if found is not None:
+        values = {
+            "supervised_tokens": found.n_supervised,
+            "supervised_tokens_per_row": found.mean,
+            "supervised_tokens_least": found.least,
+            "rows_without_supervised_tokens": found.n_empty,
+            "rows_longer_than_a_sequence": found.n_long,
+        }
+        tracked.log_metrics({f"data/{name}": float(value) for name, value in values.items()}, 0)
 
 
 def _saved_digests(checkpoint: Path) -> dict[str, str]:
@@ -116,9 +154,9 @@ def check_data(job: Job) -> None:
         return
     from deepseek_exp.data import prepare
 
-    saved = _saved_digests(job.checkpoint)
-    compared = saved if job.cfg.do.is_training else ["tokenizer"]
-    now = prepare(job.cfg.data).digests()
+    saved, now = _saved_digests(job.checkpoint), prepare(job.cfg.data).digests()
+    fixed = [name for name in ("tokenizer", "template") if name in saved and (name in now or name == "tokenizer")]
+    compared = saved if job.cfg.do.is_training else fixed
     changed = [name for name in compared if saved[name] != now.get(name)]
     changed = [name for name in changed if " tokens" not in name or name.replace(" tokens", "", 1) not in changed]
     if changed:

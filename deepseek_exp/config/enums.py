@@ -9,6 +9,7 @@ class Do(StrEnum):
     """What to do with the composed experiment."""
 
     train = "train"
+    sft = "sft"
     eval = "eval"
     sample = "sample"
     export = "export"
@@ -23,7 +24,7 @@ class Do(StrEnum):
     @property
     def is_training(self) -> bool:
         """Whether the verb is a training: a run with checkpoints, which can be resumed."""
-        return self is Do.train
+        return self in (Do.train, Do.sft)
 
 
 class ExportFormat(StrEnum):
@@ -64,6 +65,7 @@ class Source(StrEnum):
     text = "text"
     synthetic = "synthetic"
     mixture = "mixture"
+    chat = "chat"
 
 
 class OnBadLine(StrEnum):
@@ -71,6 +73,21 @@ class OnBadLine(StrEnum):
 
     stop = "stop"
     skip = "skip"
+
+
+class OnLongRow(StrEnum):
+    """What to do with a row of instruction data that is longer than a sequence."""
+
+    stop = "stop"
+    truncate = "truncate"
+    drop = "drop"
+
+
+class OnEmptyMask(StrEnum):
+    """What to do with a row of instruction data without a token to learn."""
+
+    stop = "stop"
+    drop = "drop"
 
 
 class OnNonfinite(StrEnum):

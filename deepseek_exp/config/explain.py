@@ -18,7 +18,7 @@ from deepseek_exp.errors import Problem, show
 # Other common names of our keys and values.
 KEY_SYNONYMS = {
     "steps": "trainer.max_steps",
-    "epochs": "trainer.max_steps",
+    "epochs": "trainer.max_epochs",
     "batch_size": "trainer.global_batch_seqs",
     "learning_rate": "optim.lr",
     "gpus": "cluster.gpus_per_node",

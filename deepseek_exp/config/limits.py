@@ -6,6 +6,8 @@ from __future__ import annotations
 FP8_MULTIPLE = 16
 # Attention kernels require head widths in multiples of eight, for q, k and v; a gate takes one more column.
 ATTENTION_PAD = 8
+# Names of our chat templates; their texts are in data/template.py.
+TEMPLATES = ("plain", "chatml", "raw")
 # The chunks of the fused cross entropy.
 # Minimum logits per chunk, 64 MiB in bf16: a vocabulary that is sharded over ranks, or small, gets longer chunks.
 CHUNK_LOGITS = 2**25

@@ -25,6 +25,8 @@ from deepseek_exp.config.enums import (
     Linears,
     LoraInit,
     OnBadLine,
+    OnEmptyMask,
+    OnLongRow,
     OnNonfinite,
     Order,
     Precision,
@@ -167,12 +169,12 @@ class DataConfig:
 
     source: Source = key(
         "stdlib: the running Python's standard library; text: your files; synthetic: generated text; "
-        "mixture: several texts, each with a share"
+        "mixture: several texts, each with a share; chat: instruction data, rows of .jsonl files"
     )
-    path: str | None = key("file, folder or glob of .txt .md .jsonl .jsonl.gz .parquet (source=text)")
+    path: str | None = key("file, folder or glob of .txt .md .jsonl .jsonl.gz .parquet (source=text or chat)")
     valid_path: str | None = key("the same for validation; null: a part of `path` is held out")
     mixture: dict[str, Any] = key(
-        "source=mixture: name -> path, valid_path (default: null) and weight (default: 1), as in "
+        "source=mixture or chat: name -> path, valid_path (default: null) and weight (default: 1), as in "
         "+data.mixture.law.path=texts/law +data.mixture.law.weight=2"
     )
     valid_fraction: float = key(
@@ -195,6 +197,19 @@ class DataConfig:
         "vocabulary size to train the tokenizer to; an existing tokenizer may not exceed it", ge=258, le=10**7
     )
     seq_len: int = key("tokens per training sequence", ge=2, le=10**8)
+    isolate_documents: bool = key(
+        "documents in one sequence do not see each other, and positions start over in each; false: they do"
+    )
+    prompt_key: str = key("source=chat: field of the prompt; a row may have `messages` instead")
+    response_key: str = key("source=chat: field of the response")
+    template: str = key(
+        "source=chat: chat template: plain (roles as headings), chatml, raw (contents only), a Jinja file, or auto: "
+        "the one that lies next to data.tokenizer, else plain"
+    )
+    train_on: list[str] = key("source=chat: roles whose messages are supervised, of system, user, assistant and tool")
+    packing: bool = key("source=chat: put several rows into one sequence; false: one row each, with padding")
+    on_long_row: OnLongRow = key("source=chat: if a row is longer than a sequence: stop, truncate it or drop it")
+    on_empty_mask: OnEmptyMask = key("source=chat: if a row has no supervised token: stop, or drop and count it")
     order: Order = key("shuffled: a random order per epoch; contiguous: each lane of a batch continues where it was")
     n_workers: int = key("data loader processes; 0: load in the training process", ge=0, le=256)
     cache_dir: str = key("folder for trained tokenizers and packed shards")
@@ -232,6 +247,9 @@ class TrainerConfig:
     """The training loop."""
 
     max_steps: int = key("total number of optimizer steps", ge=1, le=10**12)
+    max_epochs: float | None = key(
+        "total number of passes over the training sequences, instead of max_steps; null: max_steps", gt=0, le=1e9
+    )
     global_batch_seqs: int = key("sequences per optimizer step", ge=1, le=10**6)
     micro_batch_seqs: int = key("sequences per forward and backward pass; divides global_batch_seqs", ge=1, le=10**6)
     precision: Precision = key(
@@ -442,9 +460,9 @@ class ExperimentConfig:
     """The complete configuration of one experiment."""
 
     do: Do = key(
-        "train, eval (validation loss of a checkpoint), sample (text from a checkpoint), export (a checkpoint for "
-        "other programs), plan (legality, memory, speed and price, without running anything) or verify (check that the "
-        "layout computes the same as one process)"
+        "train, sft (train on the replies of instruction data), eval (validation loss of a checkpoint), sample (text "
+        "from a checkpoint), export (a checkpoint for other programs), plan (legality, memory, speed and price; it "
+        "runs nothing) or verify (check that the layout computes the same as one process)"
     )
     device: Device = key("auto: use a GPU if there is one")
     seed: int = key("seed of weights, data order and sampling", ge=0, lt=2**63)

@@ -8,6 +8,8 @@ hashes are valid: valid_fraction of them, at least one. Of a single document, th
 
 Limit: max_bytes is divided between the splits (valid gets valid_fraction of it). Each split takes documents in order
 until its share is full; the last document is cut at a character boundary.
+
+Conversations (source=chat) are documents that are never cut, neither to hold out their ends nor by the limit.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from pathlib import Path
 
 from deepseek_exp.config import DataConfig, OnBadLine, Source
 from deepseek_exp.config.text_files import find_files, shown, unreadable_error
+from deepseek_exp.data.chat import ChatReader
 from deepseek_exp.data.readers import Reader
+from deepseek_exp.data.template import Template
 from deepseek_exp.disk import expand
 from deepseek_exp.errors import DataError, Problem
 
@@ -91,9 +95,10 @@ class Corpus:
         Raises:
             DataError: see `of`.
         """
-        if cfg.source is not Source.mixture:
+        is_chat = cfg.source is Source.chat
+        if cfg.source is not Source.mixture and not (is_chat and cfg.mixture):
             return [cls.of(cfg)]
-        alone = dataclasses.replace(cfg, source=Source.text, mixture={})
+        alone = dataclasses.replace(cfg, source=Source.chat if is_chat else Source.text, mixture={})
         return [
             cls.of(dataclasses.replace(alone, path=part.path, valid_path=part.valid_path), name)
             for name, part in cfg.mixture.items()
@@ -123,7 +128,7 @@ class Corpus:
         path, valid_path = found.key("path"), found.key("valid_path")
         if cfg.path is None:
             fix = f"set {path} to a file, folder or glob"
-            raise DataError(Problem(path, None, "names no text for data.source=text", fix))
+            raise DataError(Problem(path, None, f"names no text for data.source={cfg.source.value}", fix))
         unreadable: list[str] | None = [] if cfg.on_bad_line is OnBadLine.skip else None
         files = find_files(path, cfg.path, unreadable)
         valid_files = find_files(valid_path, cfg.valid_path, unreadable) if cfg.valid_path is not None else []
@@ -151,14 +156,14 @@ class Corpus:
         if self.valid_files:
             train = (("train", text) for text in self._texts(self.key("path"), self.files, skipped))
             valid = (("valid", text) for text in self._texts(self.key("valid_path"), self.valid_files, skipped))
-            yield from _within(train, {"train": shares["train"]})
-            yield from _within(valid, {"valid": shares["valid"]})
+            yield from _within(train, {"train": shares["train"]}, whole=self.is_chat)
+            yield from _within(valid, {"valid": shares["valid"]}, whole=self.is_chat)
         else:
-            yield from _within(self._split(skipped), shares)
+            yield from _within(self._split(skipped), shares, whole=self.is_chat)
 
     def source(self, split: str) -> str:
         """Return where the text of a split comes from, for the tracker."""
-        if self.cfg.source is Source.text:
+        if self.cfg.source in (Source.text, Source.chat):
             return str(self.cfg.valid_path if split == "valid" and self.valid_files else self.cfg.path)
         return str(self.root) if self.root else "synthetic"
 
@@ -172,12 +177,25 @@ class Corpus:
         settings = [cfg.source.value, cfg.valid_fraction, cfg.max_bytes, cfg.vocab_size, FORMAT]
         if cfg.source is Source.text:
             settings += [cfg.text_key, cfg.on_bad_line.value]
+        if self.is_chat:
+            settings += [cfg.prompt_key, cfg.response_key, cfg.on_bad_line.value, cfg.on_empty_mask.value]
+            settings += [sorted(cfg.train_on), self.template.digest]
         keys = self.key("path"), self.key("valid_path")
         stats = [
             [self._stats(key, path) for path in files]
             for key, files in zip(keys, (self.files, self.valid_files), strict=True)
         ]
         return hashlib.sha256(json.dumps([settings, stats]).encode()).hexdigest()[:32]
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether documents are conversations, which are never cut."""
+        return self.cfg.source is Source.chat
+
+    @cached_property
+    def template(self) -> Template:
+        """The chat template, if documents are conversations."""
+        return Template.of(self.cfg)
 
     @property
     def hint(self) -> str | None:
@@ -212,7 +230,8 @@ class Corpus:
         return {"train": self.cfg.max_bytes - valid, "valid": valid}
 
     def _texts(self, key: str, files: list[Path], skipped: Counter[str]) -> Iterator[str]:
-        reader = Reader(key, self.cfg.text_key, self.cfg.on_bad_line, skipped)
+        document_of = ChatReader(self.cfg, self.template).document if self.is_chat else None
+        reader = Reader(key, self.cfg.text_key, self.cfg.on_bad_line, skipped, document_of)
         for path in files:
             yield from reader.documents(path)
 
@@ -233,12 +252,12 @@ class Corpus:
         """How documents are split: the first method that holds out anything, even of only one document."""
         fraction, texts = self.cfg.valid_fraction, partial(self._texts, self.key("path"), self.files)
         ways: list[Way] = [partial(_by_hash, fraction)]
-        if sum(1 for _ in itertools.islice(texts(Counter()), FEW)) < FEW:
+        if not self.is_chat and sum(1 for _ in itertools.islice(texts(Counter()), FEW)) < FEW:
             ways = [partial(_cut, border, MIN_TAIL_CHARS, fraction) for border in (_line_border, _word_border)]
         for way in ways:
             if any(split == "valid" for text in texts(Counter()) for split, _ in way(0, text)):
                 return way
-        return _lowest_hashes(texts(Counter()), fraction)
+        return _lowest_hashes(texts(Counter()), fraction, whole=self.is_chat)
 
 
 def _library(root: Path, files: list[Path], valid_fraction: float) -> Iterator[Document]:
@@ -296,8 +315,8 @@ def _word_border(text: str, place: int) -> int:
     return found.end() if found is not None and found.end() < len(text) else place
 
 
-def _lowest_hashes(texts: Iterator[str], valid_fraction: float) -> Way:
-    """Return the method that holds out complete documents, or the end of the only document."""
+def _lowest_hashes(texts: Iterator[str], valid_fraction: float, *, whole: bool) -> Way:
+    """Return the method that holds out complete documents, or the end of the only document unless it stays whole."""
     n = 0
 
     def hashes() -> Iterator[tuple[int, int]]:
@@ -306,19 +325,19 @@ def _lowest_hashes(texts: Iterator[str], valid_fraction: float) -> Way:
             yield _hash(text), n - 1
 
     lowest = heapq.nsmallest(FEW, hashes())
-    if n < 2:
+    if n < 2 and not whole:
         return partial(_cut, _word_border, 0, valid_fraction)
-    held_out = {number for _, number in lowest[: min(n - 1, max(1, round(n * valid_fraction)))]}
+    held_out = {number for _, number in lowest[: min(max(0, n - 1), max(1, round(n * valid_fraction)))]}
     return lambda number, text: [("valid" if number in held_out else "train", text)]
 
 
-def _within(documents: Iterator[Document], shares: dict[str, float]) -> Iterator[Document]:
-    """Yield documents until each split has reached its number of bytes."""
+def _within(documents: Iterator[Document], shares: dict[str, float], *, whole: bool) -> Iterator[Document]:
+    """Yield documents until each split has reached its number of bytes; the last is cut, or left out if it is whole."""
     left = dict(shares)
     for split, text in documents:
         size = len(text.encode())
         if size > left[split]:
-            text = text.encode()[: int(left[split])].decode(errors="ignore")
+            text = "" if whole else text.encode()[: int(left[split])].decode(errors="ignore")
         left[split] -= min(size, left[split])
         if text.strip():
             yield split, text

@@ -4,41 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from deepseek_exp.config import DataConfig, Order
 from deepseek_exp.data.order import Contiguous, Mixed, Shuffled
+from deepseek_exp.data.packing import Supervision, supervision
 from deepseek_exp.data.prepare import PreparedData
-from deepseek_exp.data.shards import Shard
+from deepseek_exp.data.sequences import FILLER, Batch, PackedSequences, Sequences, sequences_of
 from deepseek_exp.errors import DataError, Problem
-
-FILLER = -1  # sequence number of a padding row
-
-
-class Batch(NamedTuple):
-    """A batch of sequences with their origin.
-
-    Attributes:
-        tokens: (sequences, seq_len + 1) int64.
-        part: (sequences,) int64, index of each sequence's part in the order of data.mixture; -1 without a mixture.
-        n_counted: in validation, the number of sequences that count; those after them are padding.
-        loss_mask: (sequences, seq_len) bool, whether each target counts; None if all do.
-        document: (sequences, seq_len) int32, the document of each input, if those of a sequence do not see each other;
-            None if they do.
-    """
-
-    tokens: torch.Tensor
-    part: torch.Tensor
-    n_counted: int
-    loss_mask: torch.Tensor | None = None
-    document: torch.Tensor | None = None
 
 
 class TokenDataModule(LightningDataModule):
@@ -88,8 +66,7 @@ class TokenDataModule(LightningDataModule):
         """
         super().__init__()
         self.position = 0
-        self._train = _Sequences([part.train for part in data.parts], cfg.seq_len, labelled=bool(data.part_names))
-        self._valid = _Sequences([part.valid for part in data.parts], cfg.seq_len, labelled=bool(data.part_names))
+        self._train, self._valid = (sequences_of(data, cfg, split) for split in ("train", "valid"))
         self.n_train_sequences = self._train.n_sequences
         self._n_workers, self._pin_memory = cfg.n_workers, pin_memory
         self._global_batch_seqs, self._micro_batch_seqs = global_batch_seqs, micro_batch_seqs
@@ -169,6 +146,26 @@ class TokenDataModule(LightningDataModule):
             batches = [batch + [FILLER] * (self._micro_batch_seqs - len(batch)) for batch in batches]
         return batches[self._dp_rank :: self._dp]
 
+    def isolated_sample(self) -> Batch | None:
+        """Return a micro-batch of training sequences that hold documents that do not see each other, None if none does.
+
+        It is the same on all ranks. If there are too few such sequences, they are repeated.
+        """
+        found = self._train.isolated(self._micro_batch_seqs)
+        if not found:
+            return None
+        return self._train.__getitems__([found[i % len(found)] for i in range(self._micro_batch_seqs)])
+
+    @property
+    def supervision(self) -> dict[str, Supervision]:
+        """The supervised tokens of instruction data, by split; empty for text."""
+        both = {"train": self._train, "valid": self._valid}
+        return {
+            split: supervision(sequences.packed, sequences.seq_len)
+            for split, sequences in both.items()
+            if isinstance(sequences, PackedSequences)
+        }
+
     def advance(self, n: int) -> None:
         """Mark n more sequences as consumed."""
         self.position += n
@@ -181,7 +178,7 @@ class TokenDataModule(LightningDataModule):
         """Restore the position of a checkpoint."""
         self.position = state_dict["position"]
 
-    def _loader(self, sequences: _Sequences, batches: Iterable[list[int]], n_workers: int) -> DataLoader:
+    def _loader(self, sequences: Sequences, batches: Iterable[list[int]], n_workers: int) -> DataLoader:
         return DataLoader(
             sequences,
             batch_sampler=batches,
@@ -204,43 +201,6 @@ class _Steps(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for start in itertools.count(self._position() + self._first, self._rows):
             yield [self._order.sequence_at(index) for index in range(start, start + self._share)]
-
-
-class _Sequences(Dataset[Batch]):
-    """Rows of the shards of all parts, numbered consecutively. Each process memory-maps the files itself.
-
-    Row i of a part is tokens[i * seq_len : i * seq_len + seq_len + 1] of its shard.
-
-    Attributes:
-        sizes: number of sequences of each part.
-        starts: index of the first sequence of each part.
-        n_sequences: total number of sequences.
-    """
-
-    def __init__(self, shards: Sequence[Shard], seq_len: int, *, labelled: bool) -> None:
-        self._shards, self._seq_len, self._labelled = shards, seq_len, labelled
-        self._tokens: list[np.memmap] | None = None
-        self.sizes = [(shard.n_tokens - 1) // seq_len for shard in shards]
-        self.n_sequences = sum(self.sizes)
-        self.starts = [0, *itertools.accumulate(self.sizes)][:-1]
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        if self._tokens is None:
-            self._tokens = [shard.open() for shard in self._shards]
-        rows = np.zeros((len(indices), self._seq_len + 1), dtype=np.int64)
-        parts = np.full(len(indices), -1, dtype=np.int64)
-        counted = [index for index in indices if index != FILLER]
-        for i, index in enumerate(counted):
-            part = bisect_right(self.starts, index) - 1
-            start = (index - self.starts[part]) * self._seq_len
-            rows[i] = self._tokens[part][start : start + self._seq_len + 1]
-            if self._labelled:
-                parts[i] = part
-        return Batch(torch.from_numpy(rows), torch.from_numpy(parts), len(counted))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle without the memory maps, whose tokens would be copied."""
-        return {**self.__dict__, "_tokens": None}
 
 
 def _as_is(batch: Batch) -> Batch:

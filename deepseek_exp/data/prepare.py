@@ -22,8 +22,10 @@ from torch import Tensor
 
 from deepseek_exp.config import DataConfig, Source
 from deepseek_exp.data import shards
+from deepseek_exp.data.chat import contents
 from deepseek_exp.data.corpus import Corpus
 from deepseek_exp.data.shards import SPLITS, Shard, Shards, Survey
+from deepseek_exp.data.template import Template
 from deepseek_exp.data.tokenizer import Tokenizer
 from deepseek_exp.disk import FOLDER, REMEDIES, expand
 from deepseek_exp.errors import DataError, Problem
@@ -61,7 +63,8 @@ class PreparedData:
             text; the parts of a mixture are weighted.
         skipped: number of unreadable rows (data.on_bad_line=skip), by file.
         inputs: records for the experiment tracker, one per split of each part: name, context, digest, source,
-            n_documents, n_bytes, n_tokens.
+            n_documents, n_bytes, n_tokens, and of instruction data n_supervised, the targets that count.
+        template: the chat template of instruction data; None for text.
     """
 
     tokenizer: Tokenizer
@@ -69,6 +72,7 @@ class PreparedData:
     unigram_bits: Tensor
     skipped: dict[str, int]
     inputs: list[dict[str, Any]]
+    template: Template | None = None
 
     @property
     def part_names(self) -> list[str]:
@@ -120,6 +124,10 @@ class PreparedData:
             for split in SPLITS:
                 shard = getattr(part, split)
                 found |= {f"{split}{of}": shard.digest, f"{split} tokens{of}": shard.tokens_digest}
+                if shard.rows is not None:
+                    found[f"{split} supervised tokens{of}"] = shard.rows.mask_digest
+        if self.template is not None:
+            found["template"] = self.template.digest
         return found
 
 
@@ -158,7 +166,8 @@ def prepare(cfg: DataConfig) -> PreparedData:
     inputs = [
         _input(c, split, getattr(p, split)) for c, p in zip(plan.corpora, packed, strict=True) for split in SPLITS
     ]
-    return PreparedData(tokenizer, parts, _unigram_bits(weights, packed), skipped, inputs)
+    template = plan.corpora[0].template if plan.corpora[0].is_chat else None
+    return PreparedData(tokenizer, parts, _unigram_bits(weights, packed), skipped, inputs, template)
 
 
 def _report_changes(corpus: Corpus, packed: Shards) -> None:
@@ -300,7 +309,8 @@ def _tokenizer(plan: _Plan, surveys: list[Survey]) -> tuple[Tokenizer, str]:
         log.info("training a tokenizer of %d entries on %.1f MB", vocab_size, n_train / 1e6)
         documents = itertools.chain.from_iterable(corpus.documents(Counter()) for corpus in plan.corpora)
         documents = shards.reported(documents, "reading for the tokenizer", n_all)
-        tokenizer = Tokenizer.train((text for split, text in documents if split == "train"), vocab_size)
+        texts = (text for split, text in documents if split == "train")
+        tokenizer = Tokenizer.train(map(contents, texts) if plan.corpora[0].is_chat else texts, vocab_size)
         tokenizer.save(path)
         return tokenizer, path.name
 
@@ -334,7 +344,7 @@ def _check_text(corpus: Corpus, found: Survey) -> None:
     """Raise an error if a corpus has no training or no validation text, before anything is trained."""
     cfg, path, valid_path = corpus.cfg, corpus.key("path"), corpus.key("valid_path")
     if not found.n_bytes["train"]:
-        if cfg.source is Source.text:
+        if cfg.source in (Source.text, Source.chat):
             raise DataError(Problem(path, cfg.path, "holds no text to train on", "point it at files with text"))
         raise DataError(Problem("data.max_bytes", cfg.max_bytes, "leaves no text to train on", "raise data.max_bytes"))
     if not found.n_bytes["valid"]:
@@ -350,6 +360,8 @@ def _check_text(corpus: Corpus, found: Survey) -> None:
 def _check_lengths(plan: _Plan, packed: list[Shards]) -> None:
     seq_len = plan.cfg.seq_len
     least, problems = seq_len + 1, []
+    if plan.corpora[0].is_chat:  # rows are padded
+        return
     for corpus, p in zip(plan.corpora, packed, strict=True):
         for split, shard in (("train", p.train), ("valid", p.valid)):
             if shard.n_tokens < least:
@@ -364,7 +376,8 @@ def _check_lengths(plan: _Plan, packed: list[Shards]) -> None:
 
 def _input(corpus: Corpus, split: str, shard: Shard) -> dict[str, Any]:
     source = corpus.source(split)
-    file = Path(source).name if corpus.cfg.source is Source.text else corpus.cfg.source.value
+    file = Path(source).name if corpus.cfg.source in (Source.text, Source.chat) else corpus.cfg.source.value
+    supervised = {} if shard.rows is None else {"n_supervised": shard.rows.n_supervised}
     return {
         "name": corpus.name or file,
         "context": split,
@@ -373,4 +386,5 @@ def _input(corpus: Corpus, split: str, shard: Shard) -> dict[str, Any]:
         "n_documents": shard.n_documents,
         "n_bytes": shard.n_bytes,
         "n_tokens": shard.n_tokens,
+        **supervised,
     }

@@ -23,12 +23,20 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 REPLACE = "replace the file, or leave it out"
 
 
-class _BadRow(Exception):
-    """A row cannot be read. Holds the broken rule, the fix, and the number of lines of the row before the fault."""
+class BadRow(Exception):
+    """A row cannot be read, or not used.
 
-    def __init__(self, rule: str, fix: str = FIX_ROW, lines_before: int = 0) -> None:
+    Attributes:
+        rule: the rule that it breaks.
+        fix: what to do.
+        lines_before: number of lines of the row before the fault.
+        may_skip: whether data.on_bad_line=skip skips it.
+    """
+
+    def __init__(self, rule: str, fix: str = FIX_ROW, lines_before: int = 0, *, may_skip: bool = True) -> None:
+        """Describe the fault."""
         super().__init__(rule)
-        self.rule, self.fix, self.lines_before = rule, fix, lines_before
+        self.rule, self.fix, self.lines_before, self.may_skip = rule, fix, lines_before, may_skip
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,15 @@ class Reader:
         text_key: field of a .jsonl row or column of a .parquet file that holds the text.
         on_bad_line: stop with a DataError, or skip and count.
         skipped: number of skipped rows by file; updated in place.
+        document_of: returns the document of a .jsonl row, which is an object; None means its field `text_key`. Other
+            files are then refused.
     """
 
     key: str
     text_key: str
     on_bad_line: OnBadLine
     skipped: Counter[str]
+    document_of: Callable[[dict[str, Any]], str] | None = None
 
     def documents(self, path: Path) -> Iterator[str]:
         """Yield the documents of one file.
@@ -61,8 +72,8 @@ class Reader:
         for line, row in self._guarded(path, rows):
             try:
                 text = parse(row)
-            except _BadRow as bad:
-                if self.on_bad_line is OnBadLine.stop:
+            except BadRow as bad:
+                if self.on_bad_line is OnBadLine.stop or not bad.may_skip:
                     where = f"{shown(path)}:{line + bad.lines_before}"
                     raise DataError(Problem(self.key, where, bad.rule, bad.fix)) from bad
                 self.skipped[shown(path)] += 1
@@ -73,6 +84,9 @@ class Reader:
     def _open(self, path: Path) -> tuple[Iterator[tuple[int, Any]], Callable[[Any], str]]:
         """Return an iterator over the file's (number from 1, raw row), and the function that decodes a raw row."""
         name = path.name.lower()
+        if self.document_of is not None and not name.endswith((".jsonl", ".jsonl.gz")):
+            rule, fix = "is not .jsonl, and only such files hold rows of messages", "leave it out, or convert it"
+            raise DataError(Problem(self.key, shown(path), rule, fix))
         if name.endswith((".txt", ".md")):
             return _whole(path), _file_text
         if name.endswith(".parquet"):
@@ -97,17 +111,19 @@ class Reader:
         try:
             row = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
-            raise _BadRow(f"is not valid JSON (column {error.colno}: {error.msg})") from error
+            raise BadRow(f"is not valid JSON (column {error.colno}: {error.msg})") from error
         except (ValueError, RecursionError) as error:
-            raise _BadRow("is JSON with too long a number or nested too deeply") from error
+            raise BadRow("is JSON with too long a number or nested too deeply") from error
         if not isinstance(row, dict):
-            raise _BadRow(f"holds {_kind(row)}, not an object with keys")
+            raise BadRow(f"holds {kind(row)}, not an object with keys")
+        if self.document_of is not None:
+            return self.document_of(row)
         if self.text_key not in row:
-            raise _BadRow(f"has no key '{self.text_key}'; its keys are {_listed(row)}", OTHER_KEY)
+            raise BadRow(f"has no key '{self.text_key}'; its keys are {listed(row)}", OTHER_KEY)
         text = row[self.text_key]
         if not isinstance(text, str):
-            raise _BadRow(f"holds {_kind(text)} under '{self.text_key}', not a string", OTHER_KEY)
-        return _encodable(text)
+            raise BadRow(f"holds {kind(text)} under '{self.text_key}', not a string", OTHER_KEY)
+        return encodable(text)
 
     def _cells(self, path: Path) -> Iterator[tuple[int, Any]]:
         import pyarrow
@@ -120,7 +136,7 @@ class Reader:
                     rule, fix = f"has {n_columns} columns '{self.text_key}'", "rename all of them but one"
                     raise DataError(Problem(self.key, shown(path), rule, fix))
                 if not n_columns:
-                    rule = f"has no column '{self.text_key}'; its columns are {_listed(table.schema_arrow.names)}"
+                    rule = f"has no column '{self.text_key}'; its columns are {listed(table.schema_arrow.names)}"
                     raise DataError(Problem(self.key, shown(path), rule, "set data.text_key to one of them"))
                 batches = table.iter_batches(batch_size=1024, columns=[self.text_key])
                 cells = (cell for batch in batches for cell in batch.column(0))
@@ -145,50 +161,52 @@ def _decode(raw: bytes) -> str:
     except UnicodeDecodeError as error:
         before = error.object[: error.start]
         rule = f"is not valid UTF-8 (byte 0x{error.object[error.start]:02x})"
-        raise _BadRow(rule, lines_before=before.count(b"\n")) from error
+        raise BadRow(rule, lines_before=before.count(b"\n")) from error
 
 
 def _file_text(raw: bytes) -> str:
     """Decode an entire file, whose encoding cannot be judged by a single row."""
     try:
         return _decode(raw)
-    except _BadRow as bad:
+    except BadRow as bad:
         raise _not_utf_8(raw, bad.rule, bad.lines_before) from bad
 
 
-def _not_utf_8(raw: bytes, rule: str, lines_before: int) -> _BadRow:
+def _not_utf_8(raw: bytes, rule: str, lines_before: int) -> BadRow:
     """Return the error for a file that breaks `rule` because it is not UTF-8, with a guess at its encoding."""
     if raw.startswith(UTF_16):
-        return _BadRow("is UTF-16, not UTF-8", CONVERT.format("iconv -f utf-16 -t utf-8"), lines_before)
+        return BadRow("is UTF-16, not UTF-8", CONVERT.format("iconv -f utf-16 -t utf-8"), lines_before)
     if b"\0" in raw:
         fix = "leave it out, or set data.on_bad_line=skip"
-        return _BadRow("is not text but binary data (it has bytes of zero, and is not valid UTF-8)", fix, lines_before)
-    return _BadRow(rule, CONVERT.format("if it is Latin-1: iconv -f latin1 -t utf-8"), lines_before)
+        return BadRow("is not text but binary data (it has bytes of zero, and is not valid UTF-8)", fix, lines_before)
+    return BadRow(rule, CONVERT.format("if it is Latin-1: iconv -f latin1 -t utf-8"), lines_before)
 
 
 def _cell_text(cell: Any) -> str:
     try:
         text = cell.as_py()
     except UnicodeDecodeError as error:
-        raise _BadRow("is not valid UTF-8") from error
+        raise BadRow("is not valid UTF-8") from error
     if not isinstance(text, str):
-        raise _BadRow(f"holds {_kind(text)}, not a string")
+        raise BadRow(f"holds {kind(text)}, not a string")
     return text
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     r"""Return the text; raise an error for a lone surrogate, which JSON can express (as \ud83d) and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _BadRow(f"holds half a character (surrogate U+{ord(text[error.start]):04X})") from error
+        raise BadRow(f"holds half a character (surrogate U+{ord(text[error.start]):04X})") from error
     return text
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """Return what kind of JSON value this is, for messages."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else kinds.get(type(value), type(value).__name__)
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Return names as a list in quotes, for messages."""
     return ", ".join(f"'{name}'" for name in names) or "none"

@@ -1,7 +1,8 @@
 """Tokens of a corpus, packed once into one memory-mapped file per split.
 
 A folder `<fingerprint>` holds train.bin and valid.bin (flat token ids, <|endoftext|> after each document),
-unigram_bits.npy and meta.json. It is built in an adjacent folder, synced and renamed, so it is complete or absent.
+unigram_bits.npy and meta.json; of instruction data also the files of chat.py. It is built in an adjacent folder, synced
+and renamed, so it is complete or absent.
 
 meta.json has the sha256 of the other files and of itself. Token files may be large, so their digest is only recomputed
 if size, times or inode differ from those at the last verification (verified.json).
@@ -20,12 +21,13 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from deepseek_exp.data.chat import RowFiles, RowWriter, encoded
 from deepseek_exp.data.corpus import Corpus, Document
 from deepseek_exp.data.tokenizer import Tokenizer
 
@@ -54,6 +56,7 @@ class Shard:
         n_token_bytes: the bytes that the tokens stand for, which are fewer or more if the tokenizer changes text; None
             if packed by a version that did not count them.
         n_changed: number of documents that the tokenizer changes.
+        rows: of instruction data, the files of its rows; None for text.
     """
 
     path: Path
@@ -65,10 +68,31 @@ class Shard:
     tokens_digest: str
     n_token_bytes: int | None = None
     n_changed: int = 0
+    rows: RowFiles | None = None
 
     def open(self) -> np.memmap:
         """Return a read-only memory map of the ids, shape (n_tokens,)."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
+
+    def open_mask(self) -> np.ndarray:
+        """Return a read-only memory map of whether each id is a target that counts, shape (n_tokens,), uint8."""
+        return _mapped(self.path.with_suffix(".mask.bin"), np.uint8)
+
+    def open_ends(self) -> np.ndarray:
+        """Return a read-only memory map of where each row ends, shape (n_documents,), int64."""
+        return _mapped(self.path.with_suffix(".ends.bin"), np.int64)
+
+    @property
+    def files(self) -> dict[Path, str]:
+        """The files with their sha256."""
+        if self.rows is None:
+            return {self.path: self.tokens_digest}
+        mask, ends = self.path.with_suffix(".mask.bin"), self.path.with_suffix(".ends.bin")
+        return {self.path: self.tokens_digest, mask: self.rows.mask_digest, ends: self.rows.ends_digest}
+
+
+def _mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
 
 
 @dataclass(frozen=True)
@@ -142,12 +166,17 @@ def load(folder: Path, *, warn: bool = False) -> Shards | None:
 
 def _load(folder: Path) -> Shards:
     meta = _read_meta(folder)
-    packed = {split: Shard(folder / f"{split}.bin", **meta.pop(split)) for split in SPLITS}
+    packed = {split: _shard(folder / f"{split}.bin", meta.pop(split)) for split in SPLITS}
     _check_tokens(folder, packed)
     unigram = (folder / UNIGRAM).read_bytes()
     if hashlib.sha256(unigram).hexdigest() != meta.pop("unigram_digest"):
         raise _DamagedError(f"{UNIGRAM} is not what was written")
     return Shards(**packed, **meta, unigram_bits=np.load(io.BytesIO(unigram)))
+
+
+def _shard(path: Path, saved: dict[str, Any]) -> Shard:
+    rows = saved.pop("rows", None)
+    return Shard(path, **saved, rows=None if rows is None else RowFiles(**rows))
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -166,18 +195,23 @@ def _json_digest(tree: dict[str, Any]) -> str:
 
 def _check_tokens(folder: Path, packed: dict[str, Shard]) -> None:
     """Compare the token files with their digests, unless they are unchanged since the last comparison."""
-    stamps = {split: _stamp(shard.path) for split, shard in packed.items()}
+    stamps = _stamps(packed)
     if _read_stamps(folder) == stamps:
         return
     size = sum(stamp[0] for stamp in stamps.values())
     if size >= BIG:
         log.info("verifying %.1f GB of packed tokens", size / 1e9)
-    for shard in packed.values():
-        with shard.path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.tokens_digest:
-                raise _DamagedError(f"{shard.path.name} is not what was packed")
+    for path, digest in (entry for shard in packed.values() for entry in shard.files.items()):
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise _DamagedError(f"{path.name} is not what was packed")
     with contextlib.suppress(OSError):  # a read-only folder is verified at each start
         _write_stamps(folder, stamps)
+
+
+def _stamps(packed: dict[str, Shard]) -> dict[str, list[int]]:
+    """Return the stamps of all files, by name without the suffix."""
+    return {path.stem: _stamp(path) for shard in packed.values() for path in shard.files}
 
 
 def _stamp(path: Path) -> list[int]:
@@ -228,7 +262,10 @@ def build(corpus: Corpus, found: Survey, tokenizer: Tokenizer, tokenizer_file: s
 def _fill(part: Path, corpus: Corpus, found: Survey, tokenizer: Tokenizer, tokenizer_file: str) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     documents = reported(corpus.documents(Counter()), "packing tokens", sum(found.n_bytes.values()))
-    counts, digests, changes = _write_tokens(documents, tokenizer, dtype, part)
+    if corpus.is_chat:
+        counts, digests, more = _write_rows(documents, corpus, tokenizer, dtype, part)
+    else:
+        counts, digests, more = _write_tokens(documents, tokenizer, dtype, part)
     meta: dict[str, Any] = {
         split: {
             "dtype": dtype.name,
@@ -237,7 +274,7 @@ def _fill(part: Path, corpus: Corpus, found: Survey, tokenizer: Tokenizer, token
             "n_bytes": found.n_bytes[split],
             "digest": found.digests[split],
             "tokens_digest": digests[split],
-            **changes[split],
+            **more[split],
         }
         for split in SPLITS
     }
@@ -253,7 +290,7 @@ def _fill(part: Path, corpus: Corpus, found: Survey, tokenizer: Tokenizer, token
     with (part / "meta.json").open("w", encoding="utf-8") as file:
         json.dump(meta, file, indent=2)
         _sync(file)
-    _write_stamps(part, {split: _stamp(part / f"{split}.bin") for split in SPLITS})
+    _write_stamps(part, {path.stem: _stamp(path) for path in sorted(part.glob("*.bin"))})
 
 
 def publish(part: Path, folder: Path) -> None:
@@ -322,6 +359,28 @@ def _write_tokens(
     n_bytes = {split: int((counts[split] * tokenizer.token_bytes.numpy()).sum()) for split in SPLITS}
     changes = {split: {"n_token_bytes": n_bytes[split], "n_changed": changed[split]} for split in SPLITS}
     return counts, {split: h.hexdigest() for split, h in hashes.items()}, changes
+
+
+def _write_rows(
+    documents: Iterable[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: np.dtype, folder: Path
+) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, dict[str, Any]]]:
+    """Write the files of instruction data.
+
+    Returns:
+        By split: the counts of ids, each (vocab_size,), the sha256 of their file, and rows.
+    """
+    writers = {split: RowWriter(folder, split, dtype, tokenizer.vocab_size) for split in SPLITS}
+    for split, rows in encoded(documents, corpus.cfg, corpus.template, tokenizer):
+        writers[split].add(rows)
+    for writer in writers.values():
+        for file in writer.files:
+            with file:
+                _sync(file)
+    return (
+        {split: writer.counts for split, writer in writers.items()},
+        {split: writer.ids_digest for split, writer in writers.items()},
+        {split: {"rows": asdict(writer.row_files)} for split, writer in writers.items()},
+    )
 
 
 class _Piece(NamedTuple):

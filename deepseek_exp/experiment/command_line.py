@@ -32,6 +32,7 @@ from deepseek_exp.config.enums import Do
 from deepseek_exp.config.explain import parse_one
 from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.rules import hydra_section
+from deepseek_exp.config.rules.chat import unread_chat_problems
 from deepseek_exp.config.rules.model import unread_problems
 from deepseek_exp.config.rules.values import text_problems, untracked_problems
 from deepseek_exp.config.schema import ExperimentConfig
@@ -148,7 +149,7 @@ def _composed(overrides: Sequence[str], machine: Machine, *, in_sweep: bool) -> 
     of_a_run = takes_checkpoint(cfg) or (cfg.get("init_from") is not None and not release)
     if not of_a_run:
         named = {override_key(o) for o in good}
-        found += [*unread_problems(exp, named), *untracked_problems(exp, named)]
+        found += [*unread_problems(exp, named), *unread_chat_problems(exp, named), *untracked_problems(exp, named)]
     checked, more = check_tree(cfg, found, None if of_a_run else machine)
     return Composed(cfg, None if of_a_run else checked, section), found + more
 

@@ -403,7 +403,7 @@ def _key(override: str) -> str:
 
 def _check_steps_left(cfg: ExperimentConfig, checkpoint: Path) -> None:
     step, steps = manifest.read_manifest(checkpoint).step, cfg.trainer.max_steps
-    if step >= steps:
+    if cfg.trainer.max_epochs is None and step >= steps:  # epochs become steps once the data is read
         rule, fix = f"is reached: {checkpoint} is at step {step}", f"set trainer.max_steps={2 * step} to continue"
         raise ConfigError(Problem("trainer.max_steps", steps, rule, fix))
 
@@ -427,7 +427,7 @@ def _name(
             own.append(f"{key.rsplit('.', 1)[-1]}={value.rstrip('/').rsplit('/', 1)[-1]}")
     if cfg.init_from is not None:
         size = Path(cfg.init_from).resolve().name
-    verb = ["verify"] if cfg.do is Do.verify else []
+    verb = [cfg.do.value] if cfg.do.trains and cfg.do is not Do.train else []
     return " ".join([*verb, cfg.model.version, size, cfg.data.source.value, *own])
 
 

@@ -43,6 +43,11 @@ METRICS: dict[str, Metric] = {
         "0..1", "(p - 1) / (m + p - 1) of p stages and m micro batches: the time that a stage waits for others"
     ),
     "data/tokens": Metric("tokens", "training tokens consumed so far"),
+    "data/supervised_tokens": Metric("tokens", "targets of the training rows of instruction data that count"),
+    "data/supervised_tokens_per_row": Metric("tokens per row", "the same, mean over rows"),
+    "data/supervised_tokens_least": Metric("tokens", "the same, of the row with the fewest"),
+    "data/rows_without_supervised_tokens": Metric("rows", "training rows that were dropped for having none"),
+    "data/rows_longer_than_a_sequence": Metric("rows", "training rows that were truncated or dropped for their length"),
     "optim/lr": Metric("1", "learning rate of the step"),
     "optim/grad_norm": Metric("1", "global gradient norm before clipping"),
     "optim/skipped_steps": Metric("steps", "steps so far that were left out, their gradient being infinite or NaN"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from deepseek_exp.config import Device, ExperimentConfig
 from deepseek_exp.config.matrices import adapted, adapter_size
 from deepseek_exp.config.topology import Axis, Degrees, degrees
 from deepseek_exp.data import PreparedData, TokenDataModule, prepare
+from deepseek_exp.data.sequences import sequences_of
 from deepseek_exp.disk import expand
 from deepseek_exp.errors import CheckpointError, ConfigError, DeviceError, Problem
 from deepseek_exp.inference import load_release
@@ -67,6 +69,13 @@ class Parts:
     lit: LanguageModel
     groups: Groups | None = None
     shard: ModelShard | None = None
+
+
+def with_steps(cfg: ExperimentConfig) -> ExperimentConfig:
+    """Return an experiment with trainer.max_epochs as trainer.max_steps: passes over its sequences, rounded up."""
+    n_sequences = sequences_of(prepare(cfg.data), cfg.data, "train").n_sequences
+    steps = math.ceil(n_sequences * (cfg.trainer.max_epochs or 0) / cfg.trainer.global_batch_seqs)
+    return dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, max_steps=steps))
 
 
 def pick_device(device: Device) -> torch.device:

@@ -26,6 +26,7 @@ from deepseek_exp.models.moe import MoE, routing_metrics
 from deepseek_exp.parallel.engines import Engine, Evaluation
 from deepseek_exp.parallel.ranks import Ranks
 from deepseek_exp.train.finite import check_skipped, check_state, first_nonfinite
+from deepseek_exp.train.isolation import check_isolation
 from deepseek_exp.train.optim import build_optimizer, lr_factor
 
 
@@ -182,6 +183,8 @@ class LanguageModel(pl.LightningModule):
             CheckpointError: the checkpoint, of a version that did not check it, is not finite.
         """
         self.engine.start(self)
+        if self.cfg.data.isolate_documents:
+            check_isolation(self)
         wrong = self.nonfinite_state() if self.trainer.ckpt_path is not None else None
         if wrong is not None:
             rule = f"holds infinite or NaN numbers in {wrong}: its training had diverged"
@@ -231,6 +234,15 @@ class LanguageModel(pl.LightningModule):
         for layer, counts in kept:
             layer.counts.copy_(counts)
         return found
+
+    def nll_without_training(self, batch: MicroBatch) -> Tensor | None:
+        """Return each target's nll, (batch, seq), as in validation; None on a rank that does not count the loss."""
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            nll = self._evaluate(batch, None, count_routing=False).nll
+        self.train(was_training)
+        return nll
 
     def evaluate_unlabelled(self, batch: Batch) -> None:
         """Add the loss of a micro-batch whose domains the routers infer; its routing is not counted.

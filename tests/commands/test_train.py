@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from types import SimpleNamespace
+
+import pytest
 
 from deepseek_exp.checkpoint import manifest, migrations
 from deepseek_exp.checkpoint.manifest import Contract, Lineage
-from deepseek_exp.commands.train import _lineage
+from deepseek_exp.commands.train import _lineage, _with_steps
+from deepseek_exp.data import prepare
+from deepseek_exp.data.sequences import sequences_of
+from deepseek_exp.errors import ConfigError
 from tests.experiment.test_job import QUICK, checkpoint, job
 
 CONTRACT = Contract("7" * 64, None, 128)
-PARTS = SimpleNamespace(data=SimpleNamespace(tokenizer=SimpleNamespace(digest=CONTRACT.tokenizer)))
+PARTS = SimpleNamespace(data=SimpleNamespace(tokenizer=SimpleNamespace(digest=CONTRACT.tokenizer), template=None))
 
 
 def test_a_run_from_scratch_has_a_contract_and_no_inputs(tmp_path):
@@ -39,3 +45,22 @@ def test_a_resumed_run_keeps_what_its_checkpoint_says(tmp_path):
     changed = job(*words, "optim.lr=1")
     assert changed.continues is not None
     assert _lineage(changed, PARTS) == Lineage({"start": "b" * 64}, CONTRACT)
+
+
+def test_epochs_become_steps(tmp_path):
+    fresh = job(*QUICK, f"output_dir={tmp_path}", "trainer.max_epochs=1.5", "trainer.global_batch_seqs=8")
+    steps = _with_steps(fresh).cfg.trainer.max_steps
+    n_sequences = sequences_of(prepare(fresh.cfg.data), fresh.cfg.data, "train").n_sequences
+    assert steps == math.ceil(1.5 * n_sequences / 8) and steps != fresh.cfg.trainer.max_steps
+    assert _with_steps(dataclasses.replace(fresh, cfg=_with_steps(fresh).cfg)).cfg.trainer.max_steps == steps
+
+
+def test_epochs_too_few_for_the_warm_up_or_already_done(tmp_path):
+    few = (*QUICK, f"output_dir={tmp_path}", "trainer.max_epochs=0.001")
+    with pytest.raises(ConfigError, match=r"optim.warmup_steps=\d+ leaves no step of the \d+ of trainer.max_epochs="):
+        _with_steps(job(*few, "optim.warmup_steps=999"))
+    saved = checkpoint(tmp_path, "trainer.max_epochs=0.001", "optim.warmup_steps=0")
+    resumed = job(f"output_dir={tmp_path}", "resume=last")
+    assert resumed.checkpoint == saved
+    with pytest.raises(ConfigError, match=r"trainer.max_epochs=0.001 is reached: .* is at step \d+ of \d+"):
+        _with_steps(resumed)

@@ -43,6 +43,7 @@ NEEDS = {
     "parallel=zero2": ["device=cpu", "trainer.micro_batch_seqs=1"],
     "parallel=zero3": ["device=cpu", "trainer.micro_batch_seqs=1"],
     "data=mixture": [f"+data.mixture.readme.path={ROOT / 'README.md'}"],
+    "data=chat": ["do=sft", f"data.path={ROOT / 'README.md'}"],
     "data=text": [f"data.path={ROOT / 'README.md'}"],
     "recipes=domains": DOMAIN_PATHS,
     "recipes=domains_dense": DOMAIN_PATHS,
@@ -66,7 +67,7 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 
 def test_the_files_are_found():
-    assert len(FILES) == 48
+    assert len(FILES) == 49
     assert len(RECIPES) == 10
 
 

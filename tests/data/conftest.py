@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_exp.config import DataConfig, MixturePart, OnBadLine, Order, Source
+from deepseek_exp.config import DataConfig, MixturePart, OnBadLine, OnEmptyMask, OnLongRow, Order, Source
 
 
 @pytest.fixture
@@ -24,6 +24,14 @@ def cfg(tmp_path: Path) -> DataConfig:
         tokenizer=None,
         vocab_size=300,
         seq_len=16,
+        isolate_documents=False,
+        prompt_key="prompt",
+        response_key="response",
+        template="auto",
+        train_on=["assistant"],
+        packing=True,
+        on_long_row=OnLongRow.stop,
+        on_empty_mask=OnEmptyMask.stop,
         order=Order.shuffled,
         n_workers=0,
         cache_dir=str(tmp_path / "cache"),
@@ -58,3 +66,16 @@ def mixture_cfg(cfg: DataConfig, tmp_path: Path) -> DataConfig:
         "code": MixturePart(str(paths["code"])),
     }
     return dataclasses.replace(cfg, source=Source.mixture, mixture=parts, max_bytes=None)
+
+
+@pytest.fixture
+def chat_cfg(cfg: DataConfig, tmp_path: Path) -> Callable[..., DataConfig]:
+    """Give a function that writes rows of instruction data and makes their section, with other values for some keys."""
+
+    def make(rows: list, **changes: object) -> DataConfig:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        same = dict(source=Source.chat, path=str(path), max_bytes=None, isolate_documents=True)
+        return dataclasses.replace(cfg, **{**same, **changes})
+
+    return make

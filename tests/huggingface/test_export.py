@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from deepseek_exp.commands.export import export
+from deepseek_exp.data import Tokenizer
+from deepseek_exp.data.template import OURS, ChatEncoder, Template
 from deepseek_exp.errors import DiskError
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer, init_weights
@@ -62,3 +64,15 @@ def test_a_path_below_a_file(cfg, checkpoint, tmp_path):
     with pytest.raises(DiskError, match=r"export.path='.*file/hf.*' cannot be written \(Not a directory\)"):
         exported(cfg, checkpoint, tmp_path / "file" / "hf" / "deeper")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_chat_template_is_theirs(cfg, checkpoint, tmp_path):
+    talk = [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}]
+    template = Template("plain", OURS["plain"])
+    (checkpoint / "chat_template.json").write_text(template.json)
+    exported(cfg, checkpoint, tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    encoder = ChatEncoder(template, Tokenizer.load(tmp_path / "hf" / "tokenizer.json"))
+    assert theirs.apply_chat_template(talk, tokenize=False) == template.render(talk, encoder.eos)
+    assert theirs.apply_chat_template(talk)["input_ids"] == encoder.encode([talk], ["assistant"])[0][0]
+    assert theirs.apply_chat_template(talk[:1], add_generation_prompt=True)["input_ids"] == encoder.prompt(talk[:1])

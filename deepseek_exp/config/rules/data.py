@@ -31,17 +31,17 @@ def vocabulary_problems(exp: ExperimentConfig) -> Iterator[Problem]:
 def data_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     """Yield problems for texts that do not exist or that `data.source` does not read."""
     d = exp.data
-    if d.source is Source.text and d.path is None:
-        rule = "is needed for data.source='text'"
-        yield Problem(
-            "data.path", None, rule, "set data.path to a file, folder or glob of .txt .md .jsonl .jsonl.gz .parquet"
-        )
+    reads = d.source is Source.text or (d.source is Source.chat and not d.mixture)
+    if reads and d.path is None:
+        kinds = ".jsonl .jsonl.gz" if d.source is Source.chat else ".txt .md .jsonl .jsonl.gz .parquet"
+        rule = f"is needed for data.source='{d.source.value}'"
+        yield Problem("data.path", None, rule, f"set data.path to a file, folder or glob of {kinds}")
     for name in ("path", "valid_path"):
         value = getattr(d, name)
-        if value is not None and d.source is not Source.text:
+        if value is not None and not reads:
             rule = f"is not read by data.source='{d.source.value}'"
             fix = "add data=text"
-            if d.source is Source.mixture:
+            if d.mixture or d.source is Source.mixture:
                 fix = f"set data.{name}=null and set it for each part, as in +data.mixture.<name>.{name}={value}"
             yield Problem(f"data.{name}", value, rule, fix)
         elif value is not None:
@@ -56,7 +56,7 @@ def data_problems(exp: ExperimentConfig) -> Iterator[Problem]:
 def mixture_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     """Yield the problems of the parts of a mixture."""
     d = exp.data
-    if d.source is not Source.mixture:
+    if d.source is not Source.mixture and not (d.source is Source.chat and d.mixture):
         if d.mixture:
             rule = f"has parts, and data.source='{d.source.value}' reads none"
             yield Problem("data.mixture", ", ".join(d.mixture), rule, "add data=mixture, or leave the parts out")
@@ -64,7 +64,7 @@ def mixture_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     if not d.mixture:
         fix = "add +data.mixture.<name>.path=<file, folder or glob> +data.mixture.<name>.weight=1 for each part"
         yield Problem("data.mixture", {}, "has no part, and data.source='mixture' needs one at least", fix)
-    if d.order is not Order.shuffled:
+    if d.source is Source.mixture and d.order is not Order.shuffled:
         rule = "cannot be used with data.source='mixture', whose neighbours in a lane are of different texts"
         yield Problem("data.order", d.order.value, rule, "set data.order=shuffled, or train on one text")
     for name, part in d.mixture.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from deepseek_exp.config.enums import Order
+from deepseek_exp.config.enums import Do, Order
 from deepseek_exp.config.schema import ExperimentConfig
 from deepseek_exp.config.topology import divisors
 from deepseek_exp.errors import Problem
@@ -38,7 +38,10 @@ def batch_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         near = min(divisors(t.global_batch_seqs), key=lambda d: abs(d - t.micro_batch_seqs))
         rule = f"does not divide trainer.global_batch_seqs={t.global_batch_seqs}"
         yield Problem("trainer.micro_batch_seqs", t.micro_batch_seqs, rule, f"use trainer.micro_batch_seqs={near}")
-    if exp.optim.warmup_steps >= t.max_steps:
+    if t.max_epochs is not None and exp.do is Do.plan:
+        rule = "is a number of steps only once the data is read, which do=plan does not do"
+        yield Problem("trainer.max_epochs", t.max_epochs, rule, "set trainer.max_epochs=null and trainer.max_steps")
+    if t.max_epochs is None and exp.optim.warmup_steps >= t.max_steps:
         rule = f"leaves no step of trainer.max_steps={t.max_steps} at full learning rate"
         fix = f"set optim.warmup_steps={t.max_steps // 10}, or train for more steps"
         yield Problem("optim.warmup_steps", exp.optim.warmup_steps, rule, fix)

@@ -7,6 +7,7 @@ from typing import Any
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.rules.bounds import range_problems
+from deepseek_exp.config.rules.chat import chat_problems, isolation_problems
 from deepseek_exp.config.rules.classes import class_problems
 from deepseek_exp.config.rules.data import data_problems, mixture_problems, vocabulary_problems
 from deepseek_exp.config.rules.kernels import (
@@ -48,6 +49,8 @@ def problems(exp: ExperimentConfig, machine: Machine) -> list[Problem]:
         *batch_problems(exp),
         *data_problems(exp),
         *mixture_problems(exp),
+        *chat_problems(exp),
+        *isolation_problems(exp),
         *tracking_problems(exp),
         *class_problems(exp),
         *device_problems(exp, machine),

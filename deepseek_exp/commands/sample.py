@@ -6,12 +6,14 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from deepseek_exp.config.schema import ExperimentConfig
-from deepseek_exp.console import say
+from deepseek_exp.console import say, shown
+from deepseek_exp.disk import expand
 from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.experiment.job import Job
 
 if TYPE_CHECKING:
     from deepseek_exp.data import Tokenizer
+    from deepseek_exp.data.template import ChatEncoder
     from deepseek_exp.models import Transformer
 
 
@@ -27,8 +29,9 @@ def sample(job: Job) -> None:
     else:
         tokenizer = Tokenizer.named(job.cfg.data.tokenizer, job.cfg.data.vocab_size)
     asked = any(o.startswith("sample.max_new_tokens=") for o in job.overrides)
-    cfg = with_prompt(job.cfg, "")
-    _check_prompt(cfg, len(tokenizer.prompt(cfg.sample.prompt)), every_token=asked)
+    cfg, encoder = with_prompt(job.cfg, ""), _encoder(job, tokenizer) if job.cfg.sample.as_message else None
+    n_prompt = len(_prompt(cfg, tokenizer, encoder))
+    _check_prompt(cfg, n_prompt, every_token=asked)
     device = build.pick_device(job.cfg.device)
     build.check_memory(job.cfg, device)
     runtime.set_up_torch(job.cfg)
@@ -36,7 +39,30 @@ def sample(job: Job) -> None:
     if job.cfg.sample.weight_bits:
         saved = inference.quantize_matrices(model, job.cfg.sample.weight_bits)
         say(f"quantized weights to {job.cfg.sample.weight_bits} bits, saving {saved / 1e6:,.1f} MB")
-    say(sample_text(cfg, model, tokenizer))
+    say(sample_text(cfg, model, tokenizer, encoder))
+
+
+def _encoder(job: Job, tokenizer: Tokenizer) -> ChatEncoder:
+    """Return what encodes messages for the model: by the chat template that it was trained with.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from deepseek_exp.data.template import ChatEncoder, Template
+
+    where = job.checkpoint / "tokenizer.json" if job.checkpoint is not None else expand(str(job.cfg.data.tokenizer))
+    template = Template.next_to(where)
+    if template is None:
+        rule = f"needs a chat template, and {shown(where.parent)} has none: the model was not trained on messages"
+        raise ConfigError(Problem("sample.as_message", True, rule, "set sample.as_message=false"))
+    return ChatEncoder(template, tokenizer)
+
+
+def _prompt(cfg: ExperimentConfig, tokenizer: Tokenizer, encoder: ChatEncoder | None) -> list[int]:
+    """Return the token ids that are to be continued."""
+    if encoder is None:
+        return tokenizer.prompt(cfg.sample.prompt)
+    return encoder.prompt([{"role": "user", "content": cfg.sample.prompt}])
 
 
 def with_prompt(cfg: ExperimentConfig, prompt: str) -> ExperimentConfig:
@@ -59,15 +85,23 @@ def _check_prompt(cfg: ExperimentConfig, n_prompt: int, *, every_token: bool) ->
         raise ConfigError(Problem("sample.max_new_tokens", s.max_new_tokens, rule, fix))
 
 
-def sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer) -> str:
+def sample_text(
+    cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer, encoder: ChatEncoder | None = None
+) -> str:
     """Return the configured prompt and the model's continuation, at most as many tokens as fit into max_seq_len.
 
     If the prompt leaves no room, only its last max_seq_len / 2 tokens are used.
+
+    Args:
+        cfg: the experiment.
+        model: the model.
+        tokenizer: its tokenizer.
+        encoder: if the prompt is a message to be replied to; the continuation is the reply, on its own line.
     """
     from deepseek_exp.inference import generate
 
     s, longest = cfg.sample, cfg.model.max_seq_len
-    text, prompt = s.prompt, tokenizer.prompt(s.prompt)
+    text, prompt = s.prompt, _prompt(cfg, tokenizer, encoder)
     if len(prompt) >= longest:
         prompt = prompt[-(longest // 2) :]
         text = tokenizer.decode(prompt)
@@ -78,7 +112,7 @@ def sample_text(cfg: ExperimentConfig, model: Transformer, tokenizer: Tokenizer)
         temperature=s.temperature,
         top_p=s.top_p,
         seed=cfg.seed,
-        end_id=tokenizer.end_id,
+        end_id=tokenizer.end_id if encoder is None else encoder.end_id,
         domain=None if s.domain is None else cfg.model.moe.domains.index(s.domain),
     )
-    return text + tokenizer.continuation(prompt, tokens)
+    return text + "\n" * (encoder is not None) + tokenizer.continuation(prompt, tokens)

@@ -421,6 +421,9 @@ class SampleConfig:
     prompt: str | None = key(
         "text to continue; null: the first words of the validation text after training, a new document in do=sample"
     )
+    as_message: bool = key(
+        "do=sample: the prompt is a user's message, and the checkpoint's chat template asks for a reply"
+    )
     max_new_tokens: int = key("maximum number of tokens to generate", ge=1, le=10**8)
     temperature: float = key("softmax temperature; 0: always the most likely token", ge=0, le=1e6)
     top_p: float = key("sample from the smallest set of tokens with this probability", gt=0, le=1)

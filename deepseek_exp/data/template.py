@@ -283,6 +283,15 @@ class ChatEncoder:
         pieces = [self.template.pieces(self._safe(c), train_on, self.eos) for c in conversations]
         return self._encode(pieces)
 
+    @cached_property
+    def end_id(self) -> int:
+        """Id of the token that ends a reply: its last special one, else the tokenizer's end of a document."""
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+        ids, supervised = self.encode([talk], ["assistant"])[0]
+        special = set(self.tokenizer.special_tokens.values())
+        ends = [i for i, is_reply in zip(ids, supervised, strict=True) if is_reply and i in special]
+        return ends[-1] if ends else self.tokenizer.end_id
+
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids after which a model is to reply to messages.
 

@@ -74,6 +74,7 @@ REFUSED = {
     "model=v5_domain_moe size=tiny data=mixture +data.mixture.sports.path=README.md": "data.mixture _domains",
     "model=v5_domain_moe size=tiny sample.domain=sports": "sample.domain sample_problems",
     "sample.domain=law": "sample.domain sample_problems",
+    "sample.as_message=true": "sample.as_message sample_problems",
     "model.n_kv_heads=4": "model.n_kv_heads _heads",
     "model.head_dim=31": "model.head_dim _heads",
     "data.seq_len=4096": "data.seq_len length_problems",

@@ -104,12 +104,13 @@ def checkpoints(folder):
 
 
 def test_a_run_is_fine_tuned_and_resumed_within_an_epoch_bit_for_bit(tmp_path, rows):
-    few = ("size=tiny", "model.n_layers=2", "device=cpu", "tracking=none", "trainer.n_threads=1", "trainer.eval_seqs=4")
+    few = ("device=cpu", "tracking=none", "trainer.n_threads=1", "trainer.eval_seqs=4")
     every = ("trainer.global_batch_seqs=4", "trainer.micro_batch_seqs=2", "trainer.log_every_steps=1")
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     for folder in (base, tuned):
         folder.mkdir()
-    run(base, *few, "data=synthetic", "model.max_seq_len=128", "trainer.max_steps=1", "data.vocab_size=300")
+    tiny = ("size=tiny", "model.n_layers=2", "model.max_seq_len=128", "data.vocab_size=300")
+    run(base, *few, *tiny, "data=synthetic", "trainer.max_steps=1")
     start = f"init_from={checkpoints(base)[-1]}"
     lengths = ("trainer.max_steps=8", "trainer.checkpoint_every_steps=4", "trainer.eval_every_steps=4")
     said = run(tuned, *few, *every, "do=sft", "data=chat", rows, start, *lengths)
@@ -127,5 +128,3 @@ def test_a_run_is_fine_tuned_and_resumed_within_an_epoch_bit_for_bit(tmp_path, r
     assert {name: (whole / name).read_bytes() for name in files} == before
     scored = run(tuned, "do=eval", f"resume={whole}")
     assert re.search(r"loss (\S+) nats per token", scored)[1] == re.search(r"loss (\S+) nats per token", said)[1]
-    wrong = forks.run(tuned, f"resume={half}")  # do=train
-    assert wrong.returncode == 2 and "data.source='chat' is trained on by do=sft" in wrong.stderr

@@ -6,9 +6,11 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import AddedToken
 
 from deepseek_exp.commands import sample
 from deepseek_exp.data import Tokenizer
+from deepseek_exp.data.template import OURS, ChatEncoder, Template
 from deepseek_exp.errors import ConfigError, DataError
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer, init_weights
@@ -92,3 +94,29 @@ def test_a_prompt_that_is_not_set(cfg):
     model = Transformer(cfg.model, TORCH)
     init_weights(model, cfg.model, 0)
     assert sample.sample_text(sample.with_prompt(unset, ""), model, TOKENIZER)  # a new document
+
+
+def test_a_message_needs_the_template_that_the_model_was_trained_with(given):
+    cfg, path = given
+    with pytest.raises(ConfigError, match=r"sample.as_message=true needs a chat template, and .* has none"):
+        sampled(cfg, prompt="ab", as_message=True)
+    (path.parent / "chat_template.json").write_text(Template("plain", OURS["plain"]).json)
+    with pytest.raises(ConfigError) as error:  # its headings are more than the 16 tokens of the model
+        sampled(cfg, prompt="ab", as_message=True)
+    assert error.value.problems[0].key == "sample.prompt"
+
+
+@pytest.mark.parametrize("name", ["raw", "chatml"])
+def test_a_reply_to_a_message_ends_with_its_own_token(cfg, monkeypatch, name):
+    bpe = Tokenizer(TOKENIZER.json)._inner
+    bpe.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    tokenizer = Tokenizer(bpe.to_str())
+    encoder, seen = ChatEncoder(Template(name, OURS[name]), tokenizer), {}
+    cfg = composed("size=tiny", "do=sample", "model.max_seq_len=64", "data.seq_len=64")
+    monkeypatch.setattr(
+        "deepseek_exp.inference.generate", lambda model, prompt, **options: seen.update(options, prompt=prompt) or [97]
+    )
+    cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, prompt="ab", as_message=True))
+    text = sample.sample_text(cfg, Transformer(cfg.model, TORCH), tokenizer, encoder)
+    assert text.startswith("ab\n") and seen["prompt"] == encoder.prompt([{"role": "user", "content": "ab"}])
+    assert seen["end_id"] == tokenizer.special_tokens["<|im_end|>" if name == "chatml" else "<|endoftext|>"]

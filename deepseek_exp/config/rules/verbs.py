@@ -15,7 +15,9 @@ LOWEST_TEMPERATURE = 1e-6
 
 
 def sample_problems(exp: ExperimentConfig) -> Iterator[Problem]:
-    """Yield a problem if the model does not have the domain."""
+    """Yield a problem if the model does not have the domain, or the prompt is no message for do=sample."""
+    if exp.sample.as_message and exp.do is not Do.sample:
+        yield Problem("sample.as_message", True, "is for do=sample", "set sample.as_message=false")
     domain, names = exp.sample.domain, exp.model.moe.domains
     if domain is not None and domain not in names:
         rule = f"is not one of model.moe.domains={names}"

@@ -109,7 +109,7 @@ def test_a_run_is_fine_tuned_and_resumed_within_an_epoch_bit_for_bit(tmp_path, r
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     for folder in (base, tuned):
         folder.mkdir()
-    tiny = ("size=tiny", "model.n_layers=2", "model.max_seq_len=128", "data.vocab_size=300")
+    tiny = ("size=tiny", "model.n_layers=2", "model.max_seq_len=256", "data.vocab_size=300")
     run(base, *few, *tiny, "data=synthetic", "trainer.max_steps=1")
     start = f"init_from={checkpoints(base)[-1]}"
     lengths = ("trainer.max_steps=8", "trainer.checkpoint_every_steps=4", "trainer.eval_every_steps=4")

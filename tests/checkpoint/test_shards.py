@@ -431,7 +431,7 @@ class TestSaving:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         rng, reached = random.Random(0), 0
-        for _ in range(20):
+        for _ in range(6):
             ready = context.Event()
             process = context.Process(target=save_forever, args=(tmp_path, reached + 1, ready))
             process.start()

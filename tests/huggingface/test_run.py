@@ -68,6 +68,7 @@ def test_goes_on_without_the_weights_of_the_release(trained):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_evaluates_and_samples_without_a_run(trained):
     folder, _, _ = trained
     losses = []

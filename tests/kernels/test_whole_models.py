@@ -62,7 +62,13 @@ def test_compiled_without_a_break(version):
     assert_same(gradients(exp.model, resolve(exp.kernels), compiled=True), gradients(exp.model, TORCH))
 
 
-@pytest.mark.parametrize("checkpointing", ActivationCheckpointing)
+@pytest.mark.parametrize(
+    "checkpointing",
+    [
+        pytest.param(c, marks=pytest.mark.long if c is ActivationCheckpointing.selective else [])
+        for c in ActivationCheckpointing
+    ],
+)
 def test_compiled_with_checkpointing(checkpointing):
     model = composed("size=tiny", "model.n_layers=2", "do=plan").model
     assert_same(gradients(model, TORCH, checkpointing, compiled=True), gradients(model, TORCH))

@@ -153,6 +153,7 @@ def test_a_rank_that_leaves_without_a_result_ends_the_others(tmp_path):
     assert family(tmp_path) == []
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_and_ignores_sigterm_is_killed(tmp_path):
     parent = start(tmp_path, "go on")
     wait_for(lambda: work_has_begun(tmp_path), 60)
@@ -233,6 +234,7 @@ def test_what_a_rank_leaves_after_a_disk_error_is_worded_and_private(tmp_path, m
     assert modes == {"rank_0.json": 0o600, "rank_0.log": 0o600}
 
 
+@pytest.mark.long
 def test_a_signal_while_the_ranks_start_is_not_lost(tmp_path):
     parent = start(tmp_path, "go on")
     wait_for(lambda: len(family(tmp_path)) >= N_RANKS, 60)

@@ -15,6 +15,7 @@ import pytest
 EXPENSIVE = {"finished", "swept", "verified", "trained", "outage", "recorded", "whole"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Name the group of each test for `--dist loadgroup`."""
     for item in items:

@@ -20,7 +20,7 @@ def finished(tmp_path_factory):
         (folder / f"{name}.txt").write_text("".join(line.format(i, 2 * i) + "\n" for i in range(3000)))
     parts = ["+data.mixture.sums.path=sums.txt", "+data.mixture.sums.weight=3", "+data.mixture.words.path=words.txt"]
     own = [o for o in runs.QUICK if o != "data=synthetic"]
-    done = runs.run(folder, *own, "data=mixture", *parts)
+    done = forks.run(folder, *own, "data=mixture", *parts)
     assert done.returncode == 0, done.stderr
     return folder, done
 

@@ -31,10 +31,10 @@ OVERRIDES = (
 TRACES = ("train/loss", "optim/grad_norm", "optim/lr", "val/loss")
 
 
-def unbroken(folder: Path) -> Path:
-    """Train without interruption; gives the run's folder."""
+def unbroken(folder: Path, by: ModuleType = runs) -> Path:
+    """Train without interruption, started by the `run` of a module; return the run's folder."""
     folder.mkdir(parents=True)
-    done = runs.run(folder, *OVERRIDES)
+    done = by.run(folder, *OVERRIDES)
     assert done.returncode == 0, done.stderr
     return runs.run_dirs(folder)[0]
 

@@ -431,7 +431,7 @@ class TestSaving:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         rng, reached = random.Random(0), 0
-        for _ in range(20):
+        for _ in range(6):
             ready = context.Event()
             process = context.Process(target=save_forever, args=(tmp_path, reached + 1, ready))
             process.start()
@@ -473,8 +473,9 @@ def to_shards(path: Path) -> None:
     io.finish(folder, path, one.rest, whole, records)
 
 
+@pytest.mark.long
 def test_run_py_goes_on_from_shards_as_if_they_were_one_file(tmp_path):
-    done = runs.run(tmp_path, *runs.QUICK, "model=v3_moe", "trainer.precision=bf16", "trainer.keep_checkpoints=9")
+    done = forks.run(tmp_path, *runs.QUICK, "model=v3_moe", "trainer.precision=bf16", "trainer.keep_checkpoints=9")
     assert done.returncode == 0, done.stderr
     (run_dir,) = runs.run_dirs(tmp_path)
     path, last, want = place(run_dir, 8), place(run_dir, 12), runs.weights(run_dir, 12)

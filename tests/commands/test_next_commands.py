@@ -98,6 +98,7 @@ def test_no_sweep_is_offered_after_a_resume():
     assert len(every) == 3 and not any(" -m optim" in line or "3e-4" in line for line in every)
 
 
+@pytest.mark.long
 def test_printed_commands_run_where_they_are_printed(tmp_path):
     """In another folder than the project's, with blanks and quotes in names."""
     folder = tmp_path / "my work"

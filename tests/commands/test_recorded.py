@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.runs import ROOT
 
 OPENING = """
@@ -29,6 +31,7 @@ recorded.record(SimpleNamespace(cfg=cfg, **fields), None)
 """
 
 
+@pytest.mark.long
 def test_torch_is_imported_while_the_store_is_opened():
     done = subprocess.run([sys.executable, "-c", OPENING], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr

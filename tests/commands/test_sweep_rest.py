@@ -38,6 +38,7 @@ def test_the_rest_is_run_once_and_in_order(n_done):
     assert len(sweeps) <= 3
 
 
+@pytest.mark.long
 def test_a_sweep_that_is_interrupted_says_how_it_goes_on(tmp_path):
     """The first job ends, the second is stopped by Ctrl-C while it trains, two are left."""
     own = [o for o in runs.TRACKED if not o.startswith("trainer.max_steps=")]

@@ -15,9 +15,10 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from deepseek_exp.commands.certificate import compare
+from tests import forks
 from tests.checkpoint.test_manifest import renew
 from tests.config.test_config import composed
-from tests.runs import QUICK, ROOT, TRACKED, ending, run, run_dirs, trace
+from tests.runs import QUICK, ROOT, TRACKED, ending, run_dirs, trace
 
 STEPS = 3
 OWN = (
@@ -34,7 +35,7 @@ WORDS, TRACKED_WORDS = ((*(word for word in words if "micro_batch" not in word),
 def verified(tmp_path_factory):
     """A run of v3_moe in two stages, with what it said."""
     folder = tmp_path_factory.mktemp("verified")
-    done = run(folder, *TRACKED_WORDS, "model=v3_moe", "parallel.pp=2")
+    done = forks.run(folder, *TRACKED_WORDS, "model=v3_moe", "parallel.pp=2")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, run_dirs(folder)[0], done.stdout
 
@@ -115,6 +116,7 @@ def test_what_differs_first_is_told_first_and_a_missing_step_is_a_difference(alt
     assert found.rows[0].wrong == ["step 3"] and "| inf | step 3 |" in found.markdown
 
 
+@pytest.mark.long
 def test_a_broken_layout_is_caught(tmp_path):
     command = [sys.executable, "-m", "tests.commands.verify_parts", *WORDS, "parallel.pp=2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -9,6 +9,7 @@ import pytest
 from deepseek_exp import config
 from deepseek_exp.config import compose
 from deepseek_exp.errors import ConfigError
+from deepseek_exp.experiment import command_line
 from tests.config.command_lines import REFUSED, ids, refusal
 from tests.golden import messages
 
@@ -24,12 +25,21 @@ def _hydra():
 
 @functools.cache
 def refused(line: str) -> ConfigError | None:
-    return refusal(line.split(" "))
+    """Return the refusal of a line, composed as the jobs of a sweep are: they share what their groups compose."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "compose_run", lambda overrides: None)
+        return refusal(line.split(" "))
 
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_the_rule_that_finds_it(line):
     assert ", ".join(ids(refused(line))) == REFUSED[line]
+
+
+@pytest.mark.parametrize("line", list(REFUSED)[::12])
+def test_a_single_run_is_refused_alike(line):
+    """Hydra composes a single run itself, which takes most of the time of a refusal."""
+    assert str(refusal(line.split(" "))) == str(refused(line))
 
 
 def test_the_words():

@@ -23,7 +23,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp(name)
     their_model(name).save_pretrained(folder / "release")
     (folder / "release" / "tokenizer.json").write_text(some_tokenizer().json)
-    done = runs.run(
+    done = forks.run(
         folder, "init_from=release", *[o.replace("warmup_steps=3", "warmup_steps=1") for o in QUICK], *TWO_STEPS
     )
     assert done.returncode == 0, done.stderr
@@ -43,7 +43,7 @@ def test_starts_from_its_weights(trained):
 def test_export_loads_in_transformers(trained):
     folder, _, _ = trained
     (run_dir,) = runs.run_dirs(folder)
-    done = runs.run(folder, "do=export", "resume=last")
+    done = forks.run(folder, "do=export", "resume=last")
     assert done.returncode == 0, done.stderr
     out = run_dir.relative_to(folder) / "hf"
     assert f"wrote     {out}, " in done.stdout and "model.safetensors" in done.stdout
@@ -68,6 +68,7 @@ def test_goes_on_without_the_weights_of_the_release(trained):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_evaluates_and_samples_without_a_run(trained):
     folder, _, _ = trained
     losses = []

@@ -158,6 +158,7 @@ def test_a_file_that_is_no_pack(tmp_path):
             load_module(model, tmp_path / name)
 
 
+@pytest.mark.long
 def test_resident_memory_follows(tmp_path):
     """In a fresh process, so that no memory freed earlier is handed out again."""
     script = f"""

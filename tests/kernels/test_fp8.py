@@ -270,6 +270,7 @@ def test_routed_experts(fused, dropped):
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
+@pytest.mark.long
 def test_experts_compile_whole():
     case = [t.requires_grad_() if t.is_floating_point() else t for t in experts_case()]
     compiled = torch.compile(functools.partial(routed_experts_in_fp8, fused=True), backend="aot_eager", fullgraph=True)
@@ -325,7 +326,7 @@ def test_sampling_and_evaluation_take_the_weights_as_they_are():
     assert build_model(cfg, torch.device("cpu"), None).ops.linears is reference.linears
 
 
-@pytest.mark.parametrize("version", ["v1_dense", "v3_moe"])
+@pytest.mark.parametrize("version", ["v1_dense", pytest.param("v3_moe", marks=pytest.mark.long)])
 def test_fused_models_train_as_with_the_definition(version):
     """Whole models in fp32, MLA and prediction ahead too: with PyTorch's rounding, with the kernel, once compiled."""
     cfg = composed(f"model={version}", "size=tiny", "model.head_dim=32", "data.seq_len=16")
@@ -350,7 +351,15 @@ def test_fused_models_train_as_with_the_definition(version):
     [
         (),
         ("trainer.precision=fp8", "kernels.fp8_experts=true"),
-        ("trainer.precision=fp8", "kernels.fp8_experts=true", "kernels.experts=triton", "kernels.fp8_quantize=triton"),
+        pytest.param(
+            (
+                "trainer.precision=fp8",
+                "kernels.fp8_experts=true",
+                "kernels.experts=triton",
+                "kernels.fp8_quantize=triton",
+            ),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_checkpointing_changes_no_bit(kernels):

@@ -30,7 +30,7 @@ def test_products_are_as_large_as_counted(name):
         assert counted == pytest.approx(products.n_bytes / (2 * 64), rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["v2_moe", "v3_moe"])
+@pytest.mark.parametrize("name", [pytest.param("v2_moe", marks=pytest.mark.long), "v3_moe"])
 def test_with_experts_elsewhere_a_block_saves_the_rows_that_came(name, monkeypatch):
     sizes = ("size=tiny", "model.max_seq_len=64", "model.moe.capacity_factor=0")  # a dropped row is not sent
     exp = experiment(f"model={name}", "kernels=fused", *sizes)

@@ -56,19 +56,25 @@ def test_heads_with_norms_and_biases():
     assert_same(gradients(exp.model, resolve(exp.kernels)), gradients(exp.model, TORCH))
 
 
-@pytest.mark.parametrize("version", ["v1_dense", "v3_moe"])
+@pytest.mark.parametrize("version", ["v1_dense", pytest.param("v3_moe", marks=pytest.mark.long)])
 def test_compiled_without_a_break(version):
     exp = fused(version)
     assert_same(gradients(exp.model, resolve(exp.kernels), compiled=True), gradients(exp.model, TORCH))
 
 
-@pytest.mark.parametrize("checkpointing", ActivationCheckpointing)
+@pytest.mark.parametrize(
+    "checkpointing",
+    [
+        pytest.param(c, marks=pytest.mark.long if c is ActivationCheckpointing.selective else [])
+        for c in ActivationCheckpointing
+    ],
+)
 def test_compiled_with_checkpointing(checkpointing):
     model = composed("size=tiny", "model.n_layers=2", "do=plan").model
     assert_same(gradients(model, TORCH, checkpointing, compiled=True), gradients(model, TORCH))
 
 
-@pytest.mark.parametrize("version", ["v1_dense", "v3_moe"])
+@pytest.mark.parametrize("version", [pytest.param("v1_dense", marks=pytest.mark.long), "v3_moe"])
 @pytest.mark.parametrize("checkpointing", [ActivationCheckpointing.selective, ActivationCheckpointing.full])
 def test_what_is_computed_again_is_the_same(version, checkpointing):
     exp, wanted = fused(version), fused_gradients(version)

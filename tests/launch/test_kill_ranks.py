@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests import forks, runs
 from tests.bench.kill_ranks import WORDS, differences, has_done, kill_all_saving, kill_one, resume, unbroken, wait_until
 
@@ -9,6 +11,7 @@ SHORT = (*WORDS, "trainer.max_steps=12", "trainer.checkpoint_every_steps=3", "tr
 TWO = ("parallel.pp=2", "parallel.zero_stage=1", "trainer.micro_batch_seqs=2")
 
 
+@pytest.mark.long
 def test_a_killed_rank_and_then_a_killed_save(tmp_path):
     reference = unbroken(tmp_path / "reference", (*SHORT, *TWO))
     folder = tmp_path / "killed"

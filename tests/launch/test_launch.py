@@ -122,6 +122,7 @@ def test_a_rank_that_raises_is_told_first_and_ends_the_others(tmp_path):
     assert "ValueError: one\ntwo" in (tmp_path / "ranks/rank_1.log").read_text()
 
 
+@pytest.mark.long
 def test_an_error_of_the_user_reads_as_in_one_process(tmp_path):
     out, err = start(tmp_path, "user_error").communicate(timeout=60)
     assert out == "rank 0 has 1 threads\nDataError: data.path='x' is gone. Fix: bring it back.\n" and err == ""
@@ -142,6 +143,7 @@ def test_a_rank_that_is_killed_is_told_first_and_ends_the_others(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_rank_that_leaves_without_a_result_ends_the_others(tmp_path):
     ranks = tmp_path / worker.FOLDER
     ranks.mkdir()
@@ -151,6 +153,7 @@ def test_a_rank_that_leaves_without_a_result_ends_the_others(tmp_path):
     assert family(tmp_path) == []
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_and_ignores_sigterm_is_killed(tmp_path):
     parent = start(tmp_path, "go on")
     wait_for(lambda: work_has_begun(tmp_path), 60)
@@ -171,7 +174,10 @@ def test_a_killed_parent_leaves_no_orphans(tmp_path):
     parent.communicate()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "signum",
+    [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.long) for s in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_a_signal_to_the_parent_stops_all_ranks_after_one_step(tmp_path, signum):
     parent = start(tmp_path, "go on with a child")
     wait_for(lambda: work_has_begun(tmp_path), 60)
@@ -183,6 +189,7 @@ def test_a_signal_to_the_parent_stops_all_ranks_after_one_step(tmp_path, signum)
     assert family(tmp_path) == []
 
 
+@pytest.mark.long
 def test_ranks_with_nothing_to_save_are_ended_at_once(tmp_path):
     """As do=eval asks for: its ranks look at no signal before they end."""
     parent = start(tmp_path, "go on and save nothing")
@@ -227,6 +234,7 @@ def test_what_a_rank_leaves_after_a_disk_error_is_worded_and_private(tmp_path, m
     assert modes == {"rank_0.json": 0o600, "rank_0.log": 0o600}
 
 
+@pytest.mark.long
 def test_a_signal_while_the_ranks_start_is_not_lost(tmp_path):
     parent = start(tmp_path, "go on")
     wait_for(lambda: len(family(tmp_path)) >= N_RANKS, 60)
@@ -261,12 +269,14 @@ def test_torchrun_stops_the_same_ranks_by_sigusr1(tmp_path):
     assert len({(tmp_path / f"{rank}.stopped").read_text() for rank in range(N_RANKS)}) == 1
 
 
+@pytest.mark.long
 def test_torchrun_tells_the_same_error(tmp_path):
     out, err = start(tmp_path, "raise", TORCHRUN).communicate(timeout=60)
     assert out == "rank 0 has 1 threads\n" and "ValueError: one" in err
     wait_for(lambda: family(tmp_path) == [], 10)  # torchrun leaves the loaders to their own look, every 5 seconds
 
 
+@pytest.mark.long
 def test_torchrun_takes_its_ranks_along(tmp_path):
     torchrun = start(tmp_path, "go on", TORCHRUN)
     wait_for(lambda: work_has_begun(tmp_path), 60)

@@ -56,7 +56,7 @@ def check_finished(folder: Path) -> None:
 
 
 def test_rank_0_speaks_and_is_recorded(trained):
-    done = runs.run(trained, *EVAL)
+    done = forks.run(trained, *EVAL)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("evaluating") == done.stdout.count("validation") == 1
     assert done.stdout == (newest(trained) / "ranks/rank_0.log").read_text()
@@ -77,6 +77,7 @@ def test_a_killed_rank_fails_the_run(trained):
     assert run.info.status == "FAILED" and re.match(want, run.data.tags["error"])
 
 
+@pytest.mark.long
 def test_an_error_of_the_user_reads_as_in_one_process(trained):
     text, n_runs = trained / "text.txt", len(all_runs(trained))
     before = text.read_text()
@@ -89,6 +90,7 @@ def test_an_error_of_the_user_reads_as_in_one_process(trained):
     assert len(all_runs(trained)) == n_runs  # refused before anything is recorded
 
 
+@pytest.mark.long
 def test_two_nodes_by_the_commands_that_are_printed(trained):
     held = runs.hold_port()
     port = f"launch.master_port={held.getsockname()[1]}"

@@ -48,6 +48,16 @@ CASES = {
 }
 
 
+# every engine, every axis, and every collective at least once
+QUICK = {
+    "v1 pp2 tp2",
+    "v1 tp2 dp2, sequences cut",
+    "v2 dp2 ep2, rows dropped",
+    "v3 pp2 dp2 ep2, recomputed",
+    "v1 dp2, no ZeRO",
+    "v3 dp2, ZeRO 3",
+}
+
 if shutil.which("g++") is not None:  # torch.compile needs a C++ compiler on a CPU
     CASES["v1 tp2, compiled"] = (["model=v1_dense"], {"tp": 2}, ["trainer.compile=true"])
 
@@ -85,7 +95,10 @@ def assert_same(one, many):
     assert found.loss <= 2e-6 and found.grad_norm <= 1e-5 and found.weight <= 1e-5 and found.routing <= 1e-9, found
 
 
-@pytest.mark.parametrize(("model", "degrees", "only_parts"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("model", "degrees", "only_parts"),
+    [pytest.param(*case, id=name, marks=[] if name in QUICK else pytest.mark.long) for name, case in CASES.items()],
+)
 def test_a_layout_trains_what_one_process_trains(layouts, alone, model, degrees, only_parts):
     one = alone(*FEW, *model)
     n, watch = n_ranks(degrees), Watch if degrees.get("zero_stage") == 3 else Copies
@@ -106,6 +119,7 @@ def assert_copies_are_equal(one, many, n_of_stage):
         assert any(bias) and (weights[name] - torch.tensor(bias)).abs().max() == 0
 
 
+@pytest.mark.long
 def test_every_length_of_a_block_has_its_graphs(layouts):
     """Five look ahead, each at one token less, in training and validation: more than the compiler keeps by itself."""
     few = ("trainer.max_steps=1", "optim.warmup_steps=0", "trainer.eval_every_steps=1", "trainer.eval_seqs=1")
@@ -128,7 +142,7 @@ class OnlyFused(Watch):
     ("model", "degrees"),
     [
         pytest.param("v1_dense", {"tp": 2, "dp": 2, "zero_stage": 0}, marks=pytest.mark.long),
-        ("v3_moe", {"pp": 2, "tp": 2}),
+        pytest.param("v3_moe", {"pp": 2, "tp": 2}, marks=pytest.mark.long),
         pytest.param("v2_moe", {"dp": 2, "ep": 2}, marks=pytest.mark.long),
     ],
 )
@@ -155,6 +169,7 @@ class FromRelease(Watch):
         return replace(cfg, init_from=self.folder, model=model_config(read_release(folder).model), data=data)
 
 
+@pytest.mark.long
 def test_a_release_is_divided(layouts, tmp_path):
     their_model("deepseek_v3").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(some_tokenizer().json)
@@ -224,6 +239,7 @@ def test_rows_that_fill_up_do_not_count(layouts, alone, degrees):
     assert many.trace("val/bits_per_byte") == pytest.approx(one.trace("val/bits_per_byte"), abs=1e-7)
 
 
+@pytest.mark.long
 def test_validation_leaves_training_alone(layouts):
     model = ("model=v3_moe", *FEW)
     often, once = (layouts.run(4, *model, f"trainer.eval_every_steps={n}", *layout(pp=2, dp=2, ep=2)) for n in (1, 3))

@@ -44,7 +44,12 @@ def finite_checkpoints(folder):
     return [path.name for path in found]
 
 
-@pytest.mark.parametrize("degrees", LAYOUTS.values(), ids=LAYOUTS)
+def layouts_but(*long):
+    """Return all layouts as parameters, some of them in the long tier."""
+    return [pytest.param(d, id=name, marks=pytest.mark.long if name in long else []) for name, d in LAYOUTS.items()]
+
+
+@pytest.mark.parametrize("degrees", layouts_but("zero0", "zero1", "zero2", "zero3"))
 def test_stop_ends_the_run_at_the_bad_step(layouts, degrees):
     with pytest.raises(RankDied, match=r"optim/grad_norm=(nan|inf) is not finite at step 3 \(optim\.lr=0\.001\)"):
         layouts.run(n_ranks(degrees), *BAD, *layout(**degrees), watch=Poison, watch_args=([3],))
@@ -56,7 +61,7 @@ def skipped(layouts):
     return layouts.run(1, *BAD, SKIP, watch=Poison, watch_args=([3, 5],))
 
 
-@pytest.mark.parametrize("degrees", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("degrees", layouts_but("zero0", "zero1", "zero2"))
 def test_skip_leaves_the_step_out_alike(layouts, skipped, degrees):
     if degrees:
         found = layouts.run(n_ranks(degrees), *BAD, SKIP, *layout(**degrees), watch=Poison, watch_args=([3, 5],))

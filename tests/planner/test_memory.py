@@ -147,7 +147,11 @@ FUSED_EXPERTS = (*EXPERTS, "kernels.experts=triton", "model.moe.n_routed_experts
 
 @pytest.mark.parametrize(
     ("tp", "ep", "d_expert", "seq_len"),
-    [(1, 1, 48, 64), (1, 2, 48, 64), (2, 1, 48, 64), (2, 2, 48, 64), (1, 8, 1536, 384)],
+    [
+        (2, 2, 48, 64),
+        *(pytest.param(*n, marks=pytest.mark.long) for n in [(1, 1, 48, 64), (1, 2, 48, 64), (2, 1, 48, 64)]),
+        pytest.param(1, 8, 1536, 384, marks=pytest.mark.long),
+    ],
 )
 def test_fused_experts_at_work_take_what_is_counted(tp, ep, d_expert, seq_len):
     """The backward pass itself, and its incoming gradient; with ep each row is a token of its own."""

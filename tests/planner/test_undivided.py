@@ -152,7 +152,7 @@ class Copied(Bytes):
         return out
 
 
-@pytest.mark.parametrize("kernels", ["torch", "fused"])
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("fused", marks=pytest.mark.long)])
 def test_experts_elsewhere_move_what_the_plan_says(kernels, monkeypatch):
     """fp32: here the interpreter runs the kernels."""
     exp = experiment("model=v3_moe", *SIZES, *MOE, f"kernels={kernels}", "model.d_model=256", "model.moe.d_expert=16")

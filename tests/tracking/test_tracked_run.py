@@ -241,6 +241,7 @@ def test_a_killed_training_process_loses_nothing(store: TrackingConfig, tmp_path
     assert history(client, run_id, "train/loss") == [(step, 1.0 / (step + 1)) for step in range(500)]
 
 
+@pytest.mark.long
 def test_another_process_logs_into_the_run(store: TrackingConfig, tmp_path: Path, client: MlflowClient) -> None:
     run = start_run(store, tmp_path / "run")
     run_id = run.wait_ready(30)
@@ -275,6 +276,7 @@ def test_a_process_gives_way_whole_whichever_of_its_threads_asks_for_it() -> Non
     assert int(said.stdout) == 7
 
 
+@pytest.mark.long
 def test_two_runs_may_create_the_database_at_once(tmp_path: Path) -> None:
     cfg = make_config(f"sqlite:///{tmp_path}/new/folder/mlflow.db")
     runs = [start_run(cfg, tmp_path / name) for name in ("a", "b")]

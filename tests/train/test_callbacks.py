@@ -65,9 +65,9 @@ def fit(tmp_path):
             *overrides,
         )
         recorder = Recorder(tmp_path)
-        trainer, _, _ = build.build_trainer(cfg, build.build_parts(cfg), recorder, "run", {})
-        trainer.callbacks = [*extra, *trainer.callbacks]
         parts = build.build_parts(cfg)
+        trainer, _, _ = build.build_trainer(cfg, parts, recorder, "run", {})
+        trainer.callbacks = [*extra, *trainer.callbacks]
         try:
             trainer.fit(parts.lit, datamodule=parts.datamodule, ckpt_path=checkpoint)
             stopped = None
@@ -84,16 +84,16 @@ def fit(tmp_path):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize(
-    ("hook", "step", "stop", "validated"),
+    ("signum", "hook", "step", "stop", "validated"),
     [
-        ("on_train_batch_start", 2, 3, [2]),  # a step that is not validated: saved and stopped right after it
-        ("on_train_batch_start", 3, 4, [2, 4]),  # a step that is: its validation comes first
-        ("on_validation_batch_start", 4, 4, [2, 4]),
+        # a step that is not validated: saved and stopped right after it
+        (signal.SIGTERM, "on_train_batch_start", 2, 3, [2]),
+        (signal.SIGINT, "on_train_batch_start", 3, 4, [2, 4]),  # a step that is: its validation comes first
+        (signal.SIGHUP, "on_validation_batch_start", 4, 4, [2, 4]),
     ],
 )
-def test_a_signal_saves_and_stops(fit, hook, step, stop, validated, signum):
+def test_a_signal_saves_and_stops(fit, signum, hook, step, stop, validated):
     stopped, saved, recorder = fit(Signal(hook, step, signum))
     assert (stopped.signum, stopped.step) == (signum, stop)
     assert saved == [stop] and recorder.steps("val/loss") == validated

@@ -252,8 +252,8 @@ def _with_weights_of(composed: DictConfig, overrides: Sequence[str]) -> tuple[Di
 def _with_reference(composed: DictConfig) -> DictConfig:
     """Return the tree with dpo.reference as the folder of a checkpoint, whose model is the same."""
     named = str(composed.dpo.reference)
-    if not init_from.names_a_run(named):
-        return composed  # a Hugging Face folder is checked when it is loaded
+    if init_from.is_release(named):
+        return composed  # its model is compared when it is loaded
     try:
         checkpoint = _located(named, composed)
     except CheckpointError as error:
@@ -314,6 +314,11 @@ def _on_top_of(
     if is_own:
         saved = _moved_along(saved, composed.output_dir, checkpoint.resolve().parent.parent)
     merged = resume.merge_saved(saved, overrides, is_own=is_own)
+    trained_by = str(saved.get("do", Do.train.value))
+    if merged.do.is_training and merged.do != trained_by and trained_by in [do for do in Do if do.is_training]:
+        rule = f"cannot continue a run of do={trained_by}, which has another loss"
+        fix = f"set do={trained_by}, or start from its weights, with init_from=<run> in place of resume=<run>"
+        raise ConfigError(Problem("do", merged.do.value, rule, fix))
     if "lora.path" in map(_key, overrides) and merged.lora.path is not None:
         rule = f"cannot be combined with {checkpoint}, which has its own weights and adapters"
         raise ConfigError(Problem("lora.path", merged.lora.path, rule, "start from weights with init_from instead"))

@@ -43,9 +43,6 @@ def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Prob
     fixed |= section_leaves("lora", saved.lora, now.lora, ("init", "path"))
     if now.do.is_training:
         fixed |= section_leaves("data", _without_paths(saved.data), _without_paths(now.data), PLACES)
-    if now.do.is_training and saved.do.is_training and saved.do is not now.do:
-        rule = f"cannot continue a run of do={saved.do.value}, which has another loss"
-        return [Problem("do", now.do.value, rule, "start from its weights: init_from=<run> in place of resume=<run>")]
     fix = "leave {} out, or start a new run with resume=null"
     return [
         Problem(k, _plain(new), f"differs from the checkpoint's {_plain(old)}", fix.format(k))

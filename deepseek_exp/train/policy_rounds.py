@@ -81,6 +81,7 @@ class PolicyRounds:
         return torch.cat([-losses.nll for losses in found])
 
 
+@torch.no_grad()
 def _log_probs(lit: Any, batch: Batch) -> Tensor:
     """Return the log-probability of each counted target by the trainer's forward pass, (sequences, seq)."""
     found = [lit.engine.evaluate(part).nll for part in lit.micro_batches(batch)]

@@ -19,7 +19,8 @@ def key(
 ) -> Any:
     """Declare a configuration key: its meaning (with its unit) and the range of its value.
 
-    A default is only for entries of a mapping, which no YAML file lists; all other values are in conf/.
+    A default is for entries of a mapping, which no YAML file lists, and for keys that checkpoints of earlier versions
+    lack; all other values are in conf/.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     return field(default=default, metadata={"doc": doc, "bounds": {k: v for k, v in bounds.items() if v is not None}})

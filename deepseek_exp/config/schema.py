@@ -118,6 +118,12 @@ class ModelConfig:
     v_head_dim: int = key("mla: width of the values of a head", ge=0, le=65_536)
     qkv_bias: bool = key("gqa: bias in the projections of queries, keys and values")
     qk_norm: bool = key("gqa: RMSNorm over each head of queries and keys")
+    rotary_dim: int = key(
+        "gqa: coordinates of a head that the rotary embedding turns; even; 0: all of head_dim",
+        ge=0,
+        le=65_536,
+        default=0,
+    )
     window: int = key(
         "sliding window: tokens that a query attends to, including itself; 0: all earlier tokens", ge=0, le=10**8
     )
@@ -135,6 +141,9 @@ class ModelConfig:
     )
     mtp_loss_weight: float = key("weight of the mean loss of the MTP modules", ge=0, le=1000)
     norm_eps: float = key("epsilon of RMSNorm, inside the square root", lt=1, ge=1e-12)
+    sandwich_norm: bool = key(
+        "also normalize the outputs of attention and feed-forward network before they are added", default=False
+    )
     tie_embeddings: bool = key("share the embedding table with the output projection")
     init_std: float = key("standard deviation of the initial weights", gt=0, le=1)
 

@@ -43,11 +43,13 @@ def random_pairs(shapes, rank=4):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "glm4"])
 def test_what_peft_has_trained_is_loaded(folders, case):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model, adapter = saved(case, folders[0]), folders[1]
-    theirs = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=12, target_modules=CASES[case]))
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=12, target_modules=CASES.get(case, LINEARS[:4]))
+    )
     for name, p in theirs.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))

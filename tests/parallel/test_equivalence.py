@@ -46,6 +46,12 @@ CASES = {
         ["trainer.activation_checkpointing=selective"],
     ),
 }
+GLM4 = ["model=v4_distill", "model.qkv_bias=true", "model.rotary_dim=8", "model.sandwich_norm=true"]
+LONG = {
+    "norms after, pp2 tp2": (GLM4, {"pp": 2, "tp": 2}, []),
+    "norms after, tp2 dp2, sequences cut": (GLM4, {"tp": 2, "dp": 2}, [SEQUENCE]),
+    "norms after, dp2 ep2": ([*V3, "model.sandwich_norm=true"], {"dp": 2, "ep": 2}, []),
+}
 
 
 if shutil.which("g++") is not None:  # torch.compile needs a C++ compiler on a CPU
@@ -85,7 +91,11 @@ def assert_same(one, many):
     assert found.loss <= 2e-6 and found.grad_norm <= 1e-5 and found.weight <= 1e-5 and found.routing <= 1e-9, found
 
 
-@pytest.mark.parametrize(("model", "degrees", "only_parts"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("model", "degrees", "only_parts"),
+    [*CASES.values(), *(pytest.param(*case, marks=pytest.mark.long) for case in LONG.values())],
+    ids=[*CASES, *LONG],
+)
 def test_a_layout_trains_what_one_process_trains(layouts, alone, model, degrees, only_parts):
     one = alone(*FEW, *model)
     n, watch = n_ranks(degrees), Watch if degrees.get("zero_stage") == 3 else Copies

@@ -71,6 +71,14 @@ def test_a_layout_trains_the_same(layouts, data, whole, degrees):
 
 
 @pytest.mark.long
+def test_fused_kernels_compute_the_same_step(layouts, data, whole):
+    one = ("trainer.max_steps=1", "optim.warmup_steps=0", "kernels=fused")
+    fused = layouts.run(1, *STEPS, *data, *one).metrics[1]
+    for name in ("train/loss", "train/reward_margin", "optim/grad_norm"):
+        assert fused[name] == pytest.approx(whole.metrics[1][name], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.long
 def test_experts_on_two_ranks_train_the_same(layouts, data):
     moe = (*STEPS, *data, "model=v2_moe")
     same(layouts.run(1, *moe), layouts.run(2, *moe, *layout(dp=2, ep=2)))

@@ -103,6 +103,15 @@ def test_a_resume_inside_a_round_continues_bit_for_bit(layouts, data):
     assert all(torch.equal(value, wanted[name]) for name, value in resumed.weights().items())
 
 
+@pytest.mark.long
+def test_fused_kernels_sample_the_same(layouts, data, whole):
+    one = ("trainer.max_steps=1", "optim.warmup_steps=0", "kernels=fused")
+    fused = layouts.run(1, *STEPS, *data, *one, watch=Seen)
+    assert fused.said[0]["tokens"] == whole.said[0]["tokens"][:1]
+    assert fused.metrics[1]["grpo/sampler_difference_max"] < 1e-4
+    assert fused.metrics[1]["optim/grad_norm"] == pytest.approx(whole.metrics[1]["optim/grad_norm"], rel=1e-3)
+
+
 def test_sampling_is_not_counted_by_the_routers(layouts, data):
     more = ("model=v2_moe", "model.moe.capacity_factor=0", "trainer.max_steps=1", "optim.warmup_steps=0")
     moe = layouts.run(1, *STEPS, *data, *more, watch=Seen)

@@ -63,10 +63,12 @@ def write_peft(
         ConfigError: transformers has no linear layer or embedding for one of the matrices.
     """
     entries = _entries(m, interleaved=True)
-    lost = [name for name in adapters if name not in entries]
+    # of a model with experts, transformers 5.23 takes the names of all feed-forward layers for those of its stacks
+    is_moe = m.moe.n_routed_experts > 0
+    lost = [name for name in adapters if name not in entries or (is_moe and ".feed_forward." in name)]
     if lost:
-        rule = f"has no place for adapters of {lost[0]}, one of {len(lost)} matrices that are no linear layers there"
-        fix = "train with lora.exclude=['*.experts.*','*.router*','mtp.*'], or use export.format=hf or adapter"
+        rule = f"has no place for adapters of {lost[0]}, one of {len(lost)} matrices that peft cannot load adapters for"
+        fix = "train with lora.exclude=['*.feed_forward.*','mtp.*'], or use export.format=hf or adapter"
         raise ConfigError(Problem("export.format", "peft", rule, fix))
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in adapters.items():
@@ -135,7 +137,8 @@ def read_peft(
         a, b = (tensors[part].T.contiguous() if name == EMBEDDING else tensors[part] for part in parts)
         found[name] = Pair(a, b if entry.order is None else to_ours(b, entry.order))
         used |= set(parts)
-    left = sorted(tensors.keys() - used)
+    # next to the adapter of a table, peft stores a copy of the frozen table, which is the model's
+    left = sorted(name for name in tensors.keys() - used if not name.endswith(".base_layer.weight"))
     if left:
         raise _unfit(folder, key, f"has {left[0]}, one of {len(left)} tensors for which {m.version} has no matrix")
     return found, rank, alpha

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -41,7 +42,7 @@ def with_adapters(linears: Linears) -> Linears:
         adapters = [_adapter(layer) for layer in layers]
         stored = [layer if a is None else Stored(layer) for layer, a in zip(layers, adapters, strict=True)]
         results = linears(x, stored)  # type: ignore[arg-type]
-        return [y if a is None else y + _term(x, a) for y, a in zip(results, adapters, strict=True)]
+        return [y if a is None else _added(y, x, a) for y, a in zip(results, adapters, strict=True)]
 
     return adapted_linears
 
@@ -54,5 +55,7 @@ def _adapter(layer: nn.Module) -> LowRank | None:
     return transforms[0] if len(transforms) == 1 and isinstance(transforms[0], LowRank) else None
 
 
-def _term(x: Tensor, adapter: LowRank) -> Tensor:
-    return F.linear(F.linear(x, adapter.lora_a) * adapter.scale, adapter.lora_b)  # (..., d_out)
+def _added(y: Tensor, x: Tensor, adapter: LowRank) -> Tensor:
+    """Return y + scale * (x A^T) B^T, with the sum inside of the product; in bf16 it is rounded once."""
+    narrow = F.linear(x, adapter.lora_a).flatten(0, -2)  # (tokens, rank)
+    return torch.addmm(y.flatten(0, -2), narrow, adapter.lora_b.T, alpha=adapter.scale).view_as(y)

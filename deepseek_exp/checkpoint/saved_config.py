@@ -18,6 +18,8 @@ from deepseek_exp.errors import CheckpointError, Problem
 FILE = "config.yaml"
 # Where our own callbacks were in version 0.1.0, and where they are.
 OLD_CALLBACKS, CALLBACKS = "deepseek_exp.callbacks.", "deepseek_exp.train.callbacks."
+# Keys of the model section that version 0.1.0 did not have, with what its models are built from.
+LATER = {"rotary_dim": 0, "sandwich_norm": False}
 MAX_BYTES = 1 << 20  # a configuration has about 10 kB
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 
@@ -95,8 +97,10 @@ def literal(value: Any) -> Any:
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Return saved values under today's names: older versions counted validation in micro-batches."""
-    trainer = values.get("trainer")
+    """Return saved values under today's keys: older versions lacked some and counted validation in micro-batches."""
+    model, trainer = values.get("model"), values.get("trainer")
+    if isinstance(model, dict) and model:
+        values = {**values, "model": {**LATER, **model}}
     if isinstance(trainer, dict) and "eval_batches" in trainer:
         n_batches, micro_batch_seqs = trainer["eval_batches"], trainer.get("micro_batch_seqs")
         if not isinstance(n_batches, int) or not isinstance(micro_batch_seqs, int):

@@ -80,7 +80,11 @@ def _telling_the_run_id(action: Action) -> Action:
 
 
 # The action of each verb that runs on several ranks.
-ACTIONS: dict[Do, Action] = {Do.train: train, Do.sft: train, Do.eval: evaluate, Do.verify: train_briefly}
+ACTIONS: dict[Do, Action] = {
+    **{do: train for do in Do if do.is_training},
+    Do.eval: evaluate,
+    Do.verify: train_briefly,
+}
 
 
 RUN_ID = "deepseek_exp/run_id"

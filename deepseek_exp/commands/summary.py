@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deepseek_exp import planner
 from deepseek_exp.checkpoint import manifest
 from deepseek_exp.commands.next_commands import next_commands
-from deepseek_exp.config.enums import Tracker
+from deepseek_exp.config.enums import Do, Tracker
 from deepseek_exp.config.schema import TrackingConfig
 from deepseek_exp.console import shown
 
@@ -38,7 +38,7 @@ def plan_text(job: Job, parts: Parts, run_id: str) -> str:
         f"vocabulary {data.tokenizer.vocab_size:,}",
         **_supervised(parts),
         "training": f"{steps:,} steps x {t.global_batch_seqs} sequences x {cfg.data.seq_len} tokens = {tokens:,} "
-        f"tokens ({tokens / data.n_train_tokens:.2f} epochs), {t.precision.value}",
+        f"tokens ({_epochs(parts, steps, tokens):.2f} epochs), {t.precision.value}",
         "device": _device_name(parts),
         **_how_it_runs(job, parts, steps),
     }
@@ -47,6 +47,13 @@ def plan_text(job: Job, parts: Parts, run_id: str) -> str:
     elif cfg.init_from is not None:
         rows["starts"] = f"from {cfg.init_from}"
     return "\n".join(f"{key:9} {value}" for key, value in rows.items())
+
+
+def _epochs(parts: Parts, steps: int, tokens: int) -> float:
+    """Return the passes over the data: of text by its tokens, of padded rows by their number."""
+    if parts.data.parts:
+        return tokens / parts.data.n_train_tokens
+    return steps * parts.lit.cfg.trainer.global_batch_seqs / parts.datamodule.n_train_sequences
 
 
 def _supervised(parts: Parts) -> dict[str, str]:
@@ -80,6 +87,8 @@ def _how_it_runs(job: Job, parts: Parts, steps: int) -> dict[str, str]:
         mtp = f" and {cfg.model.n_mtp_layers} for multi-token prediction" if cfg.model.n_mtp_layers else ""
         stages = f"; blocks per stage {', '.join(map(str, blocks))}{mtp}" if d.pp > 1 else ""
         return {"layout": f"{d.world_size} ranks: {d}{experts}{stages}"}
+    if job.cfg.do is Do.grpo:  # most of the time goes into sampling, whose length is not known
+        return {}
     from deepseek_exp.train.probe import step_seconds
 
     return {"expected": f"about {duration(step_seconds(job.cfg, parts) * steps)}, excluding validation"}
@@ -143,6 +152,12 @@ def validation_lines(metrics: Mapping[str, Any]) -> list[str]:
     """Return the lines for the results of a validation; none if there was no validation."""
     if "val/loss" not in metrics:
         return []
+    if "val/pass_at_1" in metrics:
+        reward, passed = float(metrics["val/reward"]), float(metrics["val/pass_at_1"])
+        return [f"validation  pass@1 {passed:.1%}, mean reward {reward:.3f}, most likely tokens"]
+    if "val/preference_accuracy" in metrics:
+        loss, right, margin = (float(metrics[f"val/{n}"]) for n in ("loss", "preference_accuracy", "reward_margin"))
+        return [f"validation  preference accuracy {right:.1%}, reward margin {margin:.3f}, loss {loss:.3f}"]
     loss, bits, unigram = (float(metrics[f"val/{n}"]) for n in ("loss", "bits_per_byte", "unigram_bits_per_byte"))
     parts = [
         f"{name.removeprefix(PART)} {float(value):.3f}" for name, value in metrics.items() if name.startswith(PART)

@@ -37,6 +37,8 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
     say(plan_text(job, parts, run_id))
     if job.cfg.lora.rank:
         tracked.log_text(planner.coverage(job.cfg).table(), "adapters.txt")
+    if job.cfg.do is Do.dpo:
+        _report_baseline(parts, tracked)
     if job.n_ranks > 1:
         for path, content in planner.plan_artifacts(job.cfg).items():
             tracked.log_text(content, path)
@@ -48,6 +50,17 @@ def train(job: Job, tracked: RunLog, run_id: str) -> float:
         tracked.log_text(text, "sample.txt")
     say(summary(job, parts, run_id, checkpoints.saved, progress.speed, text, time.monotonic() - started))
     return float(trainer.callback_metrics["val/loss"])
+
+
+def _report_baseline(parts: Parts, tracked: RunLog) -> None:
+    """Print and log the preference accuracy that the lengths of the completions alone would have."""
+    from deepseek_exp.data import PreparedRows, length_baseline
+
+    assert isinstance(parts.data, PreparedRows)
+    which, found = length_baseline(parts.data)
+    n = len(parts.data.valid.objects)
+    say(f"baseline  preferring the {which} completion is right for {found:.1%} of {n} validation pairs")
+    tracked.log_metrics({"val/length_baseline": found}, 0)
 
 
 def train_briefly(job: Job, tracked: RunLog, run_id: str) -> float:
@@ -85,7 +98,10 @@ def _ready_to_train(job: Job, tracked: RunLog, run_id: str) -> tuple[Parts, tupl
     from deepseek_exp.train import build
 
     # Lightning loads the weights from the checkpoint, so they need not be read from init_from first.
-    cfg = job.cfg if job.checkpoint is None else dataclasses.replace(job.cfg, init_from=None)
+    # A reference is made of them, though.
+    has_reference = job.cfg.do is Do.dpo or (job.cfg.do is Do.grpo and job.cfg.grpo.kl_beta > 0)
+    reads_start = job.checkpoint is None or has_reference
+    cfg = job.cfg if reads_start else dataclasses.replace(job.cfg, init_from=None)
     parts = build.build_parts(cfg, None)
     log_inputs(parts, tracked)
     digests = json.dumps(parts.data.digests())

@@ -18,11 +18,13 @@ from deepseek_exp.config.enums import (
     OnNonfinite,
     Order,
     Precision,
+    PreferenceLoss,
     RopeScalingKind,
     Score,
     Source,
     Tracker,
 )
+from deepseek_exp.config.finetune_sections import DPOConfig, GRPOConfig
 from deepseek_exp.config.resolvers import register
 from deepseek_exp.config.schema import (
     ROOT,
@@ -51,12 +53,14 @@ __all__ = [
     "AttentionKind",
     "Balance",
     "ClusterConfig",
+    "DPOConfig",
     "DataConfig",
     "Device",
     "Do",
     "ExperimentConfig",
     "ExportConfig",
     "ExportFormat",
+    "GRPOConfig",
     "GroupScore",
     "Kernel",
     "KernelsConfig",
@@ -76,6 +80,7 @@ __all__ = [
     "Order",
     "ParallelConfig",
     "Precision",
+    "PreferenceLoss",
     "RopeScalingConfig",
     "RopeScalingKind",
     "SampleConfig",

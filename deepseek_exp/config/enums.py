@@ -15,6 +15,8 @@ class Do(StrEnum):
     export = "export"
     plan = "plan"
     verify = "verify"
+    dpo = "dpo"
+    grpo = "grpo"
 
     @property
     def trains(self) -> bool:
@@ -24,7 +26,7 @@ class Do(StrEnum):
     @property
     def is_training(self) -> bool:
         """Whether the verb is a training: a run with checkpoints, which can be resumed."""
-        return self in (Do.train, Do.sft)
+        return self in (Do.train, Do.sft, Do.dpo, Do.grpo)
 
 
 class ExportFormat(StrEnum):
@@ -66,6 +68,8 @@ class Source(StrEnum):
     synthetic = "synthetic"
     mixture = "mixture"
     chat = "chat"
+    preference = "preference"
+    prompts = "prompts"
 
 
 class OnBadLine(StrEnum):
@@ -88,6 +92,14 @@ class OnEmptyMask(StrEnum):
 
     stop = "stop"
     drop = "drop"
+
+
+class PreferenceLoss(StrEnum):
+    """Loss of a pair of a chosen and a rejected completion."""
+
+    dpo = "dpo"
+    ipo = "ipo"
+    orpo = "orpo"
 
 
 class OnNonfinite(StrEnum):

@@ -6,7 +6,7 @@ the ranges and the rules that span several keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +35,10 @@ from deepseek_exp.config.enums import (
     Source,
     Tracker,
 )
+from deepseek_exp.config.finetune_sections import DPOConfig, GRPOConfig
+from deepseek_exp.config.key import key
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def key(
-    doc: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    default: Any = MISSING,
-) -> Any:
-    """Declare a configuration key: its meaning (with its unit) and the range of its value.
-
-    A default is only for entries of a mapping, which no YAML file lists; all other values are in conf/.
-    """
-    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    return field(default=default, metadata={"doc": doc, "bounds": {k: v for k, v in bounds.items() if v is not None}})
 
 
 @dataclass
@@ -133,6 +118,12 @@ class ModelConfig:
     v_head_dim: int = key("mla: width of the values of a head", ge=0, le=65_536)
     qkv_bias: bool = key("gqa: bias in the projections of queries, keys and values")
     qk_norm: bool = key("gqa: RMSNorm over each head of queries and keys")
+    rotary_dim: int = key(
+        "gqa: coordinates of a head that the rotary embedding turns; even; 0: all of head_dim",
+        ge=0,
+        le=65_536,
+        default=0,
+    )
     window: int = key(
         "sliding window: tokens that a query attends to, including itself; 0: all earlier tokens", ge=0, le=10**8
     )
@@ -150,6 +141,9 @@ class ModelConfig:
     )
     mtp_loss_weight: float = key("weight of the mean loss of the MTP modules", ge=0, le=1000)
     norm_eps: float = key("epsilon of RMSNorm, inside the square root", lt=1, ge=1e-12)
+    sandwich_norm: bool = key(
+        "also normalize the outputs of attention and feed-forward network before they are added", default=False
+    )
     tie_embeddings: bool = key("share the embedding table with the output projection")
     init_std: float = key("standard deviation of the initial weights", gt=0, le=1)
 
@@ -169,9 +163,13 @@ class DataConfig:
 
     source: Source = key(
         "stdlib: the running Python's standard library; text: your files; synthetic: generated text; "
-        "mixture: several texts, each with a share; chat: instruction data, rows of .jsonl files"
+        "mixture: several texts, each with a share; chat: instruction data, rows of .jsonl files; preference: rows of "
+        "prompt, chosen and rejected; prompts: rows of prompt and answer"
     )
-    path: str | None = key("file, folder or glob of .txt .md .jsonl .jsonl.gz .parquet (source=text or chat)")
+    path: str | None = key(
+        "file, folder or glob of .txt .md .jsonl .jsonl.gz .parquet (source=text), or of .jsonl .jsonl.gz "
+        "(source=chat, preference, prompts)"
+    )
     valid_path: str | None = key("the same for validation; null: a part of `path` is held out")
     mixture: dict[str, Any] = key(
         "source=mixture or chat: name -> path, valid_path (default: null) and weight (default: 1), as in "
@@ -463,9 +461,10 @@ class ExperimentConfig:
     """The complete configuration of one experiment."""
 
     do: Do = key(
-        "train, sft (train on the replies of instruction data), eval (validation loss of a checkpoint), sample (text "
-        "from a checkpoint), export (a checkpoint for other programs), plan (legality, memory, speed and price; it "
-        "runs nothing) or verify (check that the layout computes the same as one process)"
+        "train, sft (train on the replies of instruction data), dpo (on preferences), grpo (reinforce verified "
+        "answers), eval (validation loss of a checkpoint), sample (text from a checkpoint), export (a checkpoint for "
+        "other programs), plan (legality, memory, speed and price; it runs nothing) or verify (check that the layout "
+        "computes the same as one process)"
     )
     device: Device = key("auto: use a GPU if there is one")
     seed: int = key("seed of weights, data order and sampling", ge=0, lt=2**63)
@@ -488,6 +487,8 @@ class ExperimentConfig:
     sample: SampleConfig = MISSING
     export: ExportConfig = MISSING
     verify: VerifyConfig = MISSING
+    dpo: DPOConfig = MISSING
+    grpo: GRPOConfig = MISSING
 
     @property
     def last_step(self) -> int:

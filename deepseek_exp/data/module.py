@@ -12,9 +12,10 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
 from deepseek_exp.config import DataConfig, Order
-from deepseek_exp.data.order import Contiguous, Mixed, Shuffled
+from deepseek_exp.data.order import Contiguous, Grouped, Mixed, Paired, Shuffled
 from deepseek_exp.data.packing import Supervision, supervision
 from deepseek_exp.data.prepare import PreparedData
+from deepseek_exp.data.rows import PreparedRows
 from deepseek_exp.data.sequences import FILLER, Batch, PackedSequences, Sequences, sequences_of
 from deepseek_exp.errors import DataError, Problem
 
@@ -46,6 +47,8 @@ class TokenDataModule(LightningDataModule):
         dp_rank: int = 0,
         fill_up: bool = False,
         pin_memory: bool = False,
+        group_size: int = 1,
+        iterations: int = 1,
     ) -> None:
         """Set up the module without reading anything.
 
@@ -60,6 +63,8 @@ class TokenDataModule(LightningDataModule):
             dp_rank: this process's data-parallel rank.
             fill_up: pad validation so that all batches have one size and all ranks have equally many.
             pin_memory: put batches into page-locked memory, for a GPU.
+            group_size: rows of a training batch with the same prompt, one after the other (data.source=prompts).
+            iterations: training batches with the same rows, one after the other (data.source=prompts).
 
         Raises:
             DataError: order=contiguous and fewer training sequences than lanes.
@@ -67,14 +72,20 @@ class TokenDataModule(LightningDataModule):
         super().__init__()
         self.position = 0
         self._train, self._valid = (sequences_of(data, cfg, split) for split in ("train", "valid"))
-        self.n_train_sequences = self._train.n_sequences
+        self.n_train_sequences = self._train.n_sequences * group_size * iterations
         self._n_workers, self._pin_memory = cfg.n_workers, pin_memory
         self._global_batch_seqs, self._micro_batch_seqs = global_batch_seqs, micro_batch_seqs
         self._eval_seqs, self._dp, self._dp_rank, self._fill_up = eval_seqs, dp, dp_rank, fill_up
         self._is_contiguous = cfg.order is Order.contiguous
-        if self._is_contiguous:
+        if isinstance(data, PreparedRows):
+            shuffled = Shuffled(self._train.n_sequences // data.unit, seed)
+            grouped = Grouped(shuffled, group_size, global_batch_seqs, iterations)
+            self._order: Contiguous | Grouped | Mixed | Paired | Shuffled = (
+                Paired(shuffled) if data.unit == 2 else grouped
+            )
+        elif self._is_contiguous:
             _check_lanes(self._train.n_sequences, global_batch_seqs)
-            self._order: Contiguous | Mixed | Shuffled = Contiguous(self._train.n_sequences, global_batch_seqs)
+            self._order = Contiguous(self._train.n_sequences, global_batch_seqs)
         elif data.part_names:
             weights = tuple(part.weight for part in data.parts)
             self._order = Mixed(tuple(data.part_names), tuple(self._train.sizes), weights, seed)
@@ -122,11 +133,12 @@ class TokenDataModule(LightningDataModule):
     def _val_batches(self) -> list[list[int]]:
         if self._is_contiguous:
             return self._val_lanes()
-        batches, n_parts = [], len(self._valid.sizes)
-        for part, (start, n) in enumerate(zip(self._valid.starts, self._valid.sizes, strict=True)):
-            share = max(1, (self._eval_seqs + n_parts - 1 - part) // n_parts)
+        batches, n_parts, unit = [], len(self._valid.sizes), self._valid.unit
+        for part, (start, size) in enumerate(zip(self._valid.starts, self._valid.sizes, strict=True)):
+            share, n = max(1, (self._eval_seqs + n_parts - 1 - part) // n_parts // unit), size // unit
             n_taken = min(n, share) if self._eval_seqs else n
-            batches += self._cut([start + i * n // n_taken for i in range(n_taken)])
+            first = (start + i * n // n_taken * unit for i in range(n_taken))
+            batches += self._cut([sequence + k for sequence in first for k in range(unit)])
         return batches
 
     def _val_lanes(self) -> list[list[int]]:
@@ -166,6 +178,15 @@ class TokenDataModule(LightningDataModule):
             if isinstance(sequences, PackedSequences)
         }
 
+    @property
+    def first_row(self) -> int:
+        """Global index of the first row of this rank's next training batch."""
+        return self.position + self._dp_rank * (self._global_batch_seqs // self._dp)
+
+    def own_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return this rank's rows of those of a whole training batch."""
+        return rows.chunk(self._dp)[self._dp_rank]
+
     def advance(self, n: int) -> None:
         """Mark n more sequences as consumed."""
         self.position += n
@@ -194,7 +215,12 @@ class _Steps(Sampler[list[int]]):
     """Endless sampler of this rank's sequences of each optimizer step, starting at the value of `position()`."""
 
     def __init__(
-        self, order: Contiguous | Mixed | Shuffled, rows: int, first: int, share: int, position: Callable[[], int]
+        self,
+        order: Contiguous | Grouped | Mixed | Paired | Shuffled,
+        rows: int,
+        first: int,
+        share: int,
+        position: Callable[[], int],
     ) -> None:
         self._order, self._rows, self._first, self._share, self._position = order, rows, first, share, position
 

@@ -98,6 +98,39 @@ class Mixed:
         return [Shuffled(size, _seed(self.seed, name)) for name, size in zip(self.names, self.sizes, strict=True)]
 
 
+@dataclass(frozen=True)
+class Paired:
+    """The two sequences of a pair one after the other, pairs in the order of `pairs`."""
+
+    pairs: Shuffled
+
+    def sequence_at(self, index: int) -> int:
+        """Find the sequence at a global index >= 0."""
+        return 2 * self.pairs.sequence_at(index // 2) + index % 2
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Each prompt as many times in a row as completions are sampled of it; prompts in the order of `prompts`.
+
+    Attributes:
+        prompts: the order of the prompts.
+        group_size: completions per prompt.
+        n_rows: rows of an optimizer step, a multiple of group_size.
+        iterations: optimizer steps with the same rows.
+    """
+
+    prompts: Shuffled
+    group_size: int
+    n_rows: int
+    iterations: int
+
+    def sequence_at(self, index: int) -> int:
+        """Find the sequence at a global index >= 0."""
+        step, row = divmod(index, self.n_rows)
+        return self.prompts.sequence_at((step // self.iterations * self.n_rows + row) // self.group_size)
+
+
 def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from deepseek_exp.config import DataConfig, Source
 from deepseek_exp.data.packing import Packed, pack
 from deepseek_exp.data.prepare import PreparedData
+from deepseek_exp.data.rows import PreparedRows, Rows
 from deepseek_exp.data.shards import Shard
 
 FILLER = -1  # sequence number of a padding row
@@ -33,6 +34,10 @@ class Batch(NamedTuple):
         loss_mask: (sequences, seq_len) bool, whether each target counts; None if all do.
         document: (sequences, seq_len) int32, the document of each input, if those of a sequence do not see each other;
             None if they do.
+        reference: (sequences,) float64, log-probability of each completion under the reference of preference training.
+        row: (sequences,) int64, the prompt of each sequence, in reinforcement learning; -1 of padding.
+        prompt_len: (sequences,) int64, its number of tokens. What follows is filled by the sampled completion, and the
+            fields below describe it, as those of `MicroBatch` do.
     """
 
     tokens: torch.Tensor
@@ -40,6 +45,12 @@ class Batch(NamedTuple):
     n_counted: int
     loss_mask: torch.Tensor | None = None
     document: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+    row: torch.Tensor | None = None
+    prompt_len: torch.Tensor | None = None
+    advantage: torch.Tensor | None = None
+    old_log_probs: torch.Tensor | None = None
+    reference_log_probs: torch.Tensor | None = None
 
 
 class Sequences(Dataset[Batch]):
@@ -52,7 +63,10 @@ class Sequences(Dataset[Batch]):
         sizes: number of sequences of each part.
         starts: index of the first sequence of each part.
         n_sequences: total number of sequences.
+        unit: adjacent sequences that belong together.
     """
+
+    unit = 1
 
     def __init__(self, shards: Sequence[Shard], seq_len: int, *, labelled: bool, isolated_by: int | None) -> None:
         """Set up without reading anything.
@@ -165,6 +179,36 @@ class PackedSequences(Sequences):
         return {**super().__getstate__(), "_masks": None}
 
 
+class RowSequences(Sequences):
+    """Separate rows: pairs of completions, or prompts."""
+
+    def __init__(self, rows: Rows, unit: int) -> None:
+        """Set up.
+
+        Args:
+            rows: of the split.
+            unit: 2 for pairs, 1 for prompts.
+        """
+        self._rows, self.unit = rows, unit
+        self.sizes, self.starts, self.n_sequences = [len(rows.tokens)], [0], len(rows.tokens)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Return the rows of some numbers, and rows that do not count for `FILLER`."""
+        rows, at, is_row = self._rows, np.maximum(indices, 0), np.array(indices) != FILLER
+        tokens = torch.from_numpy(rows.tokens[at].astype(np.int64))
+        batch = Batch(tokens, torch.full((len(at),), -1), int(is_row.sum()))
+        if self.unit == 1:
+            row, prompt_len = np.where(is_row, at, FILLER), rows.prompt_len[at]
+            return batch._replace(row=torch.from_numpy(row), prompt_len=torch.from_numpy(prompt_len))
+        loss_mask = torch.from_numpy(rows.loss_mask(at) & is_row[:, None])
+        reference = None if rows.reference is None else torch.from_numpy(rows.reference[at])
+        return batch._replace(loss_mask=loss_mask, reference=reference)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle all; there are no memory maps."""
+        return self.__dict__
+
+
 def sequences_of(data: PreparedData, cfg: DataConfig, split: str) -> Sequences:
     """Return the sequences of a split.
 
@@ -176,6 +220,8 @@ def sequences_of(data: PreparedData, cfg: DataConfig, split: str) -> Sequences:
     Raises:
         DataError: see `pack`.
     """
+    if isinstance(data, PreparedRows):
+        return RowSequences(getattr(data, split), data.unit)
     shards, labelled = [getattr(part, split) for part in data.parts], bool(data.part_names)
     if cfg.source is not Source.chat:
         end_id = data.tokenizer.end_id if cfg.isolate_documents else None

@@ -190,6 +190,8 @@ def make_job(
         composed, exp, before, saved_command = _on_top_of(checkpoint, composed, overrides, machine)
         if composed.do.is_training:
             history, size = _history(saved_command, overrides), saved_command["size"] if saved_command else size
+    if composed.do is Do.dpo and composed.dpo.reference is not None:
+        composed, exp = _with_reference(composed), None
     sweep = json.loads((sweep_dir.parent / SWEEP_FILE).read_text(encoding="utf-8")) if sweep_dir is not None else None
     if sweep is not None:
         composed.tracking.parent_run_id, composed.tracking.run_name, exp = sweep["run_id"], None, None
@@ -247,6 +249,27 @@ def _with_weights_of(composed: DictConfig, overrides: Sequence[str]) -> tuple[Di
     return composed, None if checkpoint is None else _origin(checkpoint)
 
 
+def _with_reference(composed: DictConfig) -> DictConfig:
+    """Return the tree with dpo.reference as the folder of a checkpoint, whose model is the same."""
+    named = str(composed.dpo.reference)
+    if init_from.is_release(named):
+        return composed  # its model is compared when it is loaded
+    try:
+        checkpoint = _located(named, composed)
+    except CheckpointError as error:
+        wrong = [dataclasses.replace(p, key="dpo.reference") if p.key == "resume" else p for p in error.problems]
+        raise CheckpointError(*wrong) from error
+    saved = resume.saved_experiment(saved_config.read(checkpoint)).model
+    now = OmegaConf.to_object(composed.model)
+    other = [key for key, (old, new) in resume.section_leaves("model", saved, now).items() if old != new]
+    if other:
+        rule = f"has another model than the one that is trained ({', '.join(other)})"
+        raise ConfigError(Problem("dpo.reference", named, rule, "name a run of the same model"))
+    composed = composed.copy()
+    composed.dpo.reference = saved_config.literal(str(checkpoint))
+    return composed
+
+
 def _origin(checkpoint: Path) -> Origin:
     saved = manifest.read_manifest(checkpoint)
     return Origin(saved.run_id, checkpoint.resolve().parent.parent, saved.step)
@@ -291,6 +314,11 @@ def _on_top_of(
     if is_own:
         saved = _moved_along(saved, composed.output_dir, checkpoint.resolve().parent.parent)
     merged = resume.merge_saved(saved, overrides, is_own=is_own)
+    trained_by = str(saved.get("do", Do.train.value))
+    if merged.do.is_training and merged.do != trained_by and trained_by in [do for do in Do if do.is_training]:
+        rule = f"cannot continue a run of do={trained_by}, which has another loss"
+        fix = f"set do={trained_by}, or start from its weights, with init_from=<run> in place of resume=<run>"
+        raise ConfigError(Problem("do", merged.do.value, rule, fix))
     if "lora.path" in map(_key, overrides) and merged.lora.path is not None:
         rule = f"cannot be combined with {checkpoint}, which has its own weights and adapters"
         raise ConfigError(Problem("lora.path", merged.lora.path, rule, "start from weights with init_from instead"))

@@ -39,10 +39,10 @@ def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Prob
         micro_batch = ("micro_batch_seqs",) if now.model.memory_len else ()
         for key in ("precision", *batch, *micro_batch):
             fixed[f"trainer.{key}"] = getattr(saved.trainer, key), getattr(now.trainer, key)
-    fixed |= _leaves("model", saved.model, now.model)
-    fixed |= _leaves("lora", saved.lora, now.lora, ("init", "path"))
+    fixed |= section_leaves("model", saved.model, now.model)
+    fixed |= section_leaves("lora", saved.lora, now.lora, ("init", "path"))
     if now.do.is_training:
-        fixed |= _leaves("data", _without_paths(saved.data), _without_paths(now.data), PLACES)
+        fixed |= section_leaves("data", _without_paths(saved.data), _without_paths(now.data), PLACES)
     fix = "leave {} out, or start a new run with resume=null"
     return [
         Problem(k, _plain(new), f"differs from the checkpoint's {_plain(old)}", fix.format(k))
@@ -64,7 +64,7 @@ def differing(before: ExperimentConfig, now: ExperimentConfig, ignored: Sequence
 
 def _leaf_pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
     if dataclasses.is_dataclass(old):
-        yield from _leaves(name, old, new).items()
+        yield from section_leaves(name, old, new).items()
     else:
         yield name, (old, new)
 
@@ -75,7 +75,7 @@ def _without_paths(data: DataConfig) -> DataConfig:
     return dataclasses.replace(data, mixture=weights)
 
 
-def _leaves(name: str, old: Any, new: Any, skip: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+def section_leaves(name: str, old: Any, new: Any, skip: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
     """Return the pairs of leaves of two sections of the same type, by full key."""
     pairs: dict[str, tuple[Any, Any]] = {}
     for f in dataclasses.fields(old):
@@ -83,7 +83,7 @@ def _leaves(name: str, old: Any, new: Any, skip: tuple[str, ...] = ()) -> dict[s
         if f.name in skip:
             continue
         if dataclasses.is_dataclass(before):
-            pairs |= _leaves(f"{name}.{f.name}", before, now)
+            pairs |= section_leaves(f"{name}.{f.name}", before, now)
         else:
             pairs[f"{name}.{f.name}"] = before, now
     return pairs

@@ -19,7 +19,7 @@ from torch import Tensor
 from deepseek_exp.config import ModelConfig
 from deepseek_exp.errors import CheckpointError, ConfigError, Problem
 from deepseek_exp.huggingface.files import read_json
-from deepseek_exp.huggingface.weights import EMBEDDING, Entry, table, to_halves, to_pairs
+from deepseek_exp.huggingface.weights import EMBEDDING, Entry, table, to_ours, to_theirs
 from deepseek_exp.huggingface.write import family_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -63,10 +63,12 @@ def write_peft(
         ConfigError: transformers has no linear layer or embedding for one of the matrices.
     """
     entries = _entries(m, interleaved=True)
-    lost = [name for name in adapters if name not in entries]
+    # of a model with experts, transformers 5.23 takes the names of all feed-forward layers for those of its stacks
+    is_moe = m.moe.n_routed_experts > 0
+    lost = [name for name in adapters if name not in entries or (is_moe and ".feed_forward." in name)]
     if lost:
-        rule = f"has no place for adapters of {lost[0]}, one of {len(lost)} matrices that are no linear layers there"
-        fix = "train with lora.exclude=['*.experts.*','*.router*','mtp.*'], or use export.format=hf or adapter"
+        rule = f"has no place for adapters of {lost[0]}, one of {len(lost)} matrices that peft cannot load adapters for"
+        fix = "train with lora.exclude=['*.feed_forward.*','mtp.*'], or use export.format=hf or adapter"
         raise ConfigError(Problem("export.format", "peft", rule, fix))
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in adapters.items():
@@ -75,7 +77,7 @@ def write_peft(
         if name == EMBEDDING:
             tensors |= {f"{module}.lora_embedding_A": b.T, f"{module}.lora_embedding_B": a.T}
         else:
-            b = b if entry.rope is None else to_pairs(b, entry.rope)
+            b = b if entry.order is None else to_theirs(b, entry.order)
             tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     save_file({k: t.contiguous() for k, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
     values = {
@@ -133,9 +135,10 @@ def read_peft(
         if not all(part in tensors for part in parts):
             raise _unfit(folder, key, f"has only one of {parts[0]} and {parts[1]}")
         a, b = (tensors[part].T.contiguous() if name == EMBEDDING else tensors[part] for part in parts)
-        found[name] = Pair(a, b if entry.rope is None else to_halves(b, entry.rope))
+        found[name] = Pair(a, b if entry.order is None else to_ours(b, entry.order))
         used |= set(parts)
-    left = sorted(tensors.keys() - used)
+    # next to the adapter of a table, peft stores a copy of the frozen table, which is the model's
+    left = sorted(name for name in tensors.keys() - used if not name.endswith(".base_layer.weight"))
     if left:
         raise _unfit(folder, key, f"has {left[0]}, one of {len(left)} tensors for which {m.version} has no matrix")
     return found, rank, alpha
@@ -144,12 +147,13 @@ def read_peft(
 def _entries(m: ModelConfig, *, interleaved: bool) -> dict[str, Entry]:
     """Return the matrices that are linear layers or the embedding in transformers, by our names.
 
+    A matrix that is a part of a layer there has none, since the layer has one adapter for all its parts.
+
     Raises:
         ConfigError: no Hugging Face family can express the model.
     """
-    modules = [
-        e for e in table(m, family_of(m), interleaved=interleaved) if not (e.copy or e.stacked or ".router." in e.ours)
-    ]
+    every = table(m, family_of(m), interleaved=interleaved)
+    modules = [e for e in every if not (e.copy or e.stacked or e.fused or ".router." in e.ours)]
     return {e.ours: e for e in modules if not e.ours.startswith("mtp.") and not e.ours.endswith("norm.weight")}
 
 

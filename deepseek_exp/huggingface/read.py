@@ -17,7 +17,17 @@ from typing import Any
 from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.huggingface.files import CONFIG, read_json, stored_weights
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "phi3", "glm4", "deepseek_v2", "deepseek_v3",
+)  # fmt: skip
+# Families that are often asked for, and what of them is not built.
+MISSING = (
+    "gates with GELU, embeddings scaled by sqrt(hidden_size), and layers that take turns with a window and a rotary "
+)
+MISSING += "base of their own"
+NOT_BUILT = {"gemma3_text": MISSING, "gemma3": f"images, {MISSING}"}
+# Families in which a part of each head may turn, and which part if config.json does not say.
+PARTIAL = {"phi3": 1.0, "glm4": 0.5}
 # Epsilon of DeepSeek's norms inside attention, regardless of rms_norm_eps.
 MLA_EPS = 1e-6
 # Fields that do not affect what a model computes from tokens.
@@ -39,7 +49,7 @@ MOST_LAYERS = 10_000
 OFF: dict[str, Any] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 0),
     **{"attention": "gqa", "qkv_bias": False, "qk_norm": False, "window": 0, "n_global_tokens": 0, "memory_len": 0},
-    **{"d_ff_active": 0, "n_mtp_layers": 0, "mtp_loss_weight": 0.3},
+    **{"d_ff_active": 0, "n_mtp_layers": 0, "mtp_loss_weight": 0.3, "sandwich_norm": False},
 }
 NO_EXPERTS: dict[str, Any] = {
     **{"n_routed_experts": 0, "n_shared_experts": 0, "d_expert": 0, "n_dense_layers": 0, "top_k": 0},
@@ -136,6 +146,9 @@ def read_release(folder: Path, key: str = "init_from") -> Release:
     values = read_json(folder / CONFIG, key)
     f = Fields(values, folder / CONFIG)
     family = values.get("model_type")
+    if family in NOT_BUILT:
+        f.refuse("model_type", f"needs {NOT_BUILT[family]}", f"use a checkpoint of one of {', '.join(FAMILIES)}")
+        raise ConfigError(*f.problems)
     if family not in FAMILIES:
         f.refuse("model_type", f"is not one of {', '.join(FAMILIES)}", "use a checkpoint of one of these")
         raise ConfigError(*f.problems)
@@ -154,14 +167,15 @@ def read_release(folder: Path, key: str = "init_from") -> Release:
 def _common(f: Fields, family: str) -> dict[str, Any]:
     f.must("hidden_act", ("silu",), "is not silu, the only gate of our feed-forward network")
     f.must("mlp_bias", (False,), "asks for biases in the feed-forward network, which ours has not")
-    f.must("attention_bias", (False,), "asks for biases in the attention, of the output too, which ours has not")
+    if family != "glm4":
+        f.must("attention_bias", (False,), "asks for biases in the attention, of the output too, which ours has not")
     d_model, n_heads = f.take("hidden_size", int), f.take("num_attention_heads", int)
     max_seq_len, n_layers = f.take("max_position_embeddings", int), f.take("num_hidden_layers", int)
     if n_layers > MOST_LAYERS:
         f.refuse("num_hidden_layers", f"is more than {MOST_LAYERS:,}", FIX_FIELD)
-    theta, scaling = _rope(f, 1e6 if family == "mixtral" else 1e4, max_seq_len)
-    default_head_dim = REQUIRED if family == "qwen3" else d_model // max(1, n_heads)
+    default_head_dim = REQUIRED if family in ("qwen3", "glm4") else d_model // max(1, n_heads)
     head_dim = 0 if family.startswith("deepseek") else f.take("head_dim", int, default_head_dim)
+    theta, scaling, rotary_dim = _rope(f, family, max_seq_len, head_dim)
     return {
         "version": family,
         "vocab_size": f.take("vocab_size", int),
@@ -169,8 +183,11 @@ def _common(f: Fields, family: str) -> dict[str, Any]:
         "d_model": d_model,
         "n_layers": n_layers,
         "n_heads": n_heads,
-        "n_kv_heads": f.take("num_key_value_heads", int, n_heads if family == "llama" else REQUIRED, null=n_heads),
+        "n_kv_heads": f.take(
+            "num_key_value_heads", int, n_heads if family in ("llama", "phi3") else REQUIRED, null=n_heads
+        ),
         "head_dim": head_dim,
+        "rotary_dim": rotary_dim,
         "rope_theta": theta,
         "rope_scaling": scaling,
         "d_ff": f.take("intermediate_size", int),
@@ -220,6 +237,16 @@ def _mixtral(f: Fields) -> dict[str, Any]:
     moe = {"n_routed_experts": f.take("num_local_experts", int), "top_k": f.take("num_experts_per_tok", int)}
     moe |= {"d_expert": f.take("intermediate_size", int), "norm_top_k": True, **_aux_loss(f)}
     return {"window": f.take("sliding_window", int, 0), "moe": {**NO_EXPERTS, **moe}}
+
+
+def _phi3(f: Fields) -> dict[str, Any]:
+    # dropout is for training, and the original length for a scaling that is not built
+    f.untouched -= {"resid_pdrop", "embd_pdrop", "original_max_position_embeddings"}
+    return {"window": f.take("sliding_window", int, 0)}
+
+
+def _glm4(f: Fields) -> dict[str, Any]:
+    return {"qkv_bias": f.take("attention_bias", bool, True), "sandwich_norm": True}
 
 
 def _deepseek(f: Fields) -> dict[str, Any]:
@@ -294,6 +321,8 @@ READERS: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
+    "phi3": _phi3,
+    "glm4": _glm4,
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
 }
@@ -322,8 +351,12 @@ def _modules_ahead(folder: Path, key: str, f: Fields) -> int:
     return int(asked) if there else 0
 
 
-def _rope(f: Fields, default_theta: float, max_seq_len: int) -> tuple[float, dict[str, Any]]:
-    """Read the rotary embedding: rope_parameters of transformers 5, or rope_theta and rope_scaling of older files."""
+def _rope(f: Fields, family: str, max_seq_len: int, head_dim: int) -> tuple[float, dict[str, Any], int]:
+    """Read the rotary embedding: rope_parameters of transformers 5, or rope_theta and rope_scaling of older files.
+
+    Returns:
+        The base, the values of our section rope_scaling, and rotary_dim.
+    """
     name = "rope_scaling" if f.values.get("rope_scaling") else "rope_parameters"
     f.untouched -= {"rope_scaling", "rope_parameters"}
     inner = f.values.get(name) or {}
@@ -331,14 +364,9 @@ def _rope(f: Fields, default_theta: float, max_seq_len: int) -> tuple[float, dic
         f.refuse(name, "is not a mapping", FIX_FIELD)
         inner = {}
     r = Fields(inner, f.file, f"{name}.")
-    theta = r.take("rope_theta", float, f.take("rope_theta", float, default_theta))
-    for fields in (f, r):
-        fields.must(
-            "partial_rotary_factor", (1, None), "is not 1: only a part of a head would turn, and ours turns whole"
-        )
-    kind = r.take("rope_type", str, r.take("type", str, "default"))
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        r.refuse("rope_type" if "rope_type" in inner else "type", "is not one of default, linear, llama3, yarn")
+    theta = r.take("rope_theta", float, f.take("rope_theta", float, 1e6 if family == "mixtral" else 1e4))
+    rotary_dim = _rotary_dim(f, r, family, head_dim)
+    kind = _scaling_kind(r, family)
     original = r.take("original_max_position_embeddings", int, max_seq_len)
     scaling = {
         "kind": "none" if kind == "default" else kind,
@@ -367,7 +395,33 @@ def _rope(f: Fields, default_theta: float, max_seq_len: int) -> tuple[float, dic
         elif factor_of_tables is not None and not math.isclose(factor_of_tables, implied, rel_tol=1e-6):
             r.refuse("attention_factor", f"is not the {implied:.6g} that follows from factor and mscale")
     f.problems += r.close(("truncate", "attention_factor", "finetuned"))
-    return theta, scaling
+    return theta, scaling, rotary_dim
+
+
+def _rotary_dim(f: Fields, r: Fields, family: str, head_dim: int) -> int:
+    """Return how many coordinates of a head turn; 0 if all of them do."""
+    name = "partial_rotary_factor"
+    if family not in PARTIAL:
+        for fields in (f, r):
+            fields.must(name, (1, None), f"is not 1: the family {family} turns whole heads")
+        return 0
+    turning = int(head_dim * r.take(name, float, f.take(name, float, PARTIAL[family])))
+    if turning % 2 or not 0 < turning <= head_dim:
+        fields = r if r.values.get(name) is not None else f
+        fields.refuse(name, f"turns {turning} of {head_dim} coordinates, and pairs of them turn")
+    return 0 if turning == head_dim else turning
+
+
+def _scaling_kind(r: Fields, family: str) -> str:
+    kind, kinds = str(r.take("rope_type", str, r.take("type", str, "default"))), ["default", "linear", "llama3", "yarn"]
+    if family == "phi3":
+        kinds = ["default"]
+    if kind not in kinds:
+        rule = f"is not {'' if len(kinds) == 1 else 'one of '}{', '.join(kinds)}"
+        if kind in ("longrope", "su"):
+            rule += ": it chooses the wavelengths by the length of each text"
+        r.refuse("rope_type" if "rope_type" in r.values else "type", rule)
+    return kind
 
 
 def yarn_table_factor(scaling: Mapping[str, Any]) -> float:

@@ -1,7 +1,8 @@
 """Load the weights of Hugging Face checkpoints into our models, and write them from ours, tensor by tensor.
 
-One table maps the names both ways. Our stacked experts are E tensors there. DeepSeek's rotary pairs are adjacent rows
-there, (x_2i, x_2i+1), and half a head apart here, (x_i, x_i+D/2): these rows are permuted bit for bit.
+One table maps the names both ways. Our stacked experts are E tensors there, and in some families several matrices of
+ours are one tensor there. Rotary pairs are half a head apart here, (x_i, x_i+D/2). In some families they are adjacent,
+(x_2i, x_2i+1), or half of the coordinates that turn apart: these rows are permuted bit for bit.
 """
 
 from __future__ import annotations
@@ -40,15 +41,17 @@ class Entry:
         ours: its name here.
         theirs: its names there: one, or for stacked experts one per expert along our first dimension.
         stacked: whether it is a stack of experts, even if there is only one.
-        rope: rows per head and how many of them (the last ones) are adjacent rotary pairs there. None: not permuted.
+        order: for each of our rows of a head, which row of the head it is there. None: not permuted.
         copy: whether it is a second copy that may be missing there.
+        fused: whether it is a part of their tensor, which starts where the entry before it ends.
     """
 
     ours: str
     theirs: tuple[str, ...]
     stacked: bool = False
-    rope: tuple[int, int] | None = None
+    order: tuple[int, ...] | None = None
     copy: bool = False
+    fused: bool = False
 
 
 def table(m: ModelConfig, family: str, *, interleaved: bool = True) -> list[Entry]:
@@ -79,11 +82,14 @@ def table(m: ModelConfig, family: str, *, interleaved: bool = True) -> list[Entr
 def _block(m: ModelConfig, ours: str, theirs: str, index: int, family: str, interleaved: bool) -> Iterator[Entry]:
     yield Entry(f"{ours}attention_norm.weight", (f"{theirs}input_layernorm.weight",))
     yield Entry(f"{ours}feed_forward_norm.weight", (f"{theirs}post_attention_layernorm.weight",))
-    attention = _mla(m, interleaved) if m.attention is AttentionKind.mla else _gqa(m)
-    for a, b, rope in attention:
-        yield Entry(f"{ours}attention.{a}", (f"{theirs}self_attn.{b}",), rope=rope)
+    for a, b in {"attention": "self_attn", "feed_forward": "mlp"}.items() if m.sandwich_norm else ():
+        yield Entry(f"{ours}{a}_post_norm.weight", (f"{theirs}post_{b}_layernorm.weight",))
+    attention = _mla(m, interleaved) if m.attention is AttentionKind.mla else _gqa(m, family)
+    for a, b, order in attention:
+        fused = b == "qkv_proj.weight"
+        yield Entry(f"{ours}attention.{a}", (f"{theirs}self_attn.{b}",), order=order, fused=fused)
     if not m.moe.n_routed_experts or index < m.moe.n_dense_layers:
-        yield from _swiglu(f"{ours}feed_forward.", f"{theirs}mlp.")
+        yield from _swiglu(f"{ours}feed_forward.", f"{theirs}mlp.", fused=family in ("phi3", "glm4"))
         return
     mixtral, names = family == "mixtral", ("gate_proj", "up_proj", "down_proj")
     room = f"{theirs}block_sparse_moe." if mixtral else f"{theirs}mlp."
@@ -97,51 +103,66 @@ def _block(m: ModelConfig, ours: str, theirs: str, index: int, family: str, inte
         yield from _swiglu(f"{ours}feed_forward.shared.", f"{room}shared_experts.")
 
 
-def _swiglu(ours: str, theirs: str) -> Iterator[Entry]:
+def _swiglu(ours: str, theirs: str, *, fused: bool = False) -> Iterator[Entry]:
     for name in ("gate", "up", "down"):
-        yield Entry(f"{ours}w_{name}.weight", (f"{theirs}{name}_proj.weight",))
+        one = fused and name != "down"
+        yield Entry(f"{ours}w_{name}.weight", (f"{theirs}{'gate_up' if one else name}_proj.weight",), fused=one)
 
 
-def _gqa(m: ModelConfig) -> Iterator[tuple[str, str, None]]:
+def _gqa(m: ModelConfig, family: str) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
+    order = _rotary_order(m.head_dim, m.rotary_dim or m.head_dim, adjacent=family == "glm4")
     for name in "qkvo":
-        yield f"w{name}.weight", f"{name}_proj.weight", None
+        own = order if name in "qk" else None
+        yield f"w{name}.weight", f"{'qkv' if family == 'phi3' and name != 'o' else name}_proj.weight", own
         if m.qkv_bias and name != "o":
-            yield f"w{name}.bias", f"{name}_proj.bias", None
+            yield f"w{name}.bias", f"{name}_proj.bias", own
     for name in "qk" if m.qk_norm else "":
         yield f"{name}_norm.weight", f"{name}_norm.weight", None
 
 
-def _mla(m: ModelConfig, interleaved: bool) -> Iterator[tuple[str, str, tuple[int, int] | None]]:
+def _rotary_order(whole: int, rotary: int, *, adjacent: bool) -> tuple[int, ...] | None:
+    """Return the order of the rows of a head whose first `rotary` rows turn: our pairs are (i, i + whole / 2)."""
+    if not adjacent and rotary == whole:
+        return None
+    first, second = range(rotary // 2), range(rotary // 2, rotary)
+    if adjacent:
+        first, second = range(0, rotary, 2), range(1, rotary, 2)
+    middle = (whole + rotary) // 2
+    return *first, *range(rotary, middle), *second, *range(middle, whole)
+
+
+def _mla(m: ModelConfig, interleaved: bool) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
     dim = m.qk_rope_head_dim
-    of_q, of_kv = (m.qk_nope_head_dim + dim, dim), (m.kv_lora_rank + dim, dim)
+    of_q, of_kv = (
+        (*range(still), *range(still, still + dim, 2), *range(still + 1, still + dim, 2)) if interleaved else None
+        for still in (m.qk_nope_head_dim, m.kv_lora_rank)
+    )
     if m.q_lora_rank:
         yield "wq_a.weight", "q_a_proj.weight", None
         yield "q_norm.weight", "q_a_layernorm.weight", None
-        yield "wq_b.weight", "q_b_proj.weight", of_q if interleaved else None
+        yield "wq_b.weight", "q_b_proj.weight", of_q
     else:
-        yield "wq.weight", "q_proj.weight", of_q if interleaved else None
-    yield "wkv_a.weight", "kv_a_proj_with_mqa.weight", of_kv if interleaved else None
+        yield "wq.weight", "q_proj.weight", of_q
+    yield "wkv_a.weight", "kv_a_proj_with_mqa.weight", of_kv
     yield "kv_norm.weight", "kv_a_layernorm.weight", None
     yield "wkv_b.weight", "kv_b_proj.weight", None
     yield "wo.weight", "o_proj.weight", None
 
 
-def to_halves(w: Tensor, rope: tuple[int, int]) -> Tensor:
-    """Permute the rotary rows of each head from adjacent pairs to halves.
+def to_ours(w: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Permute the rows of each head from their order to ours.
 
     Args:
         w: (heads * rows, ...).
-        rope: rows per head, and how many of them (the last ones) are rotary.
+        order: for each of our rows of a head, which row of the head it is there.
     """
-    still, pairs = w.unflatten(0, (-1, rope[0])).split([rope[0] - rope[1], rope[1]], dim=1)
-    return torch.cat([still, pairs[:, 0::2], pairs[:, 1::2]], dim=1).flatten(0, 1)
+    return w.unflatten(0, (-1, len(order)))[:, list(order)].flatten(0, 1)
 
 
-def to_pairs(w: Tensor, rope: tuple[int, int]) -> Tensor:
-    """Permute the rotary rows of each head from halves to adjacent pairs, the inverse of `to_halves`."""
-    still, halves = w.unflatten(0, (-1, rope[0])).split([rope[0] - rope[1], rope[1]], dim=1)
-    pairs = torch.stack(halves.chunk(2, dim=1), dim=2).flatten(1, 2)  # (heads, rotary rows, ...)
-    return torch.cat([still, pairs], dim=1).flatten(0, 1)
+def to_theirs(w: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Permute the rows of each head from our order to theirs, the inverse of `to_ours`."""
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return w.unflatten(0, (-1, len(order)))[:, back].flatten(0, 1)
 
 
 @torch.no_grad()
@@ -167,6 +188,7 @@ def load_release(model: nn.Module, m: ModelConfig, folder: Path, key: str = "ini
         else:
             _leave_out(stored, entry.theirs[0], m)
     _check(entries, {name: tuple(t.shape) for name, t in state.items()}, stored, folder, key)
+    filled: dict[str, int] = {}  # rows of a fused tensor that are already loaded
     with _Files(stored) as files:
         for entry in entries:
             target = state[entry.ours]
@@ -174,8 +196,12 @@ def load_release(model: nn.Module, m: ModelConfig, folder: Path, key: str = "ini
                 if name not in stored:
                     continue  # a copy
                 tensor = files.get(name)
-                if entry.rope is not None:
-                    tensor = to_halves(tensor, entry.rope)
+                if entry.fused:
+                    start = filled.get(name, 0)
+                    filled[name] = start + len(target)
+                    tensor = tensor[start : filled[name]]
+                if entry.order is not None:
+                    tensor = to_ours(tensor, entry.order)
                 place = target[i] if entry.stacked else target
                 if not entry.copy:
                     place.copy_(tensor)
@@ -205,12 +231,14 @@ def _check(
     key: str,
 ) -> None:
     """Compare the stored tensors with the required ones."""
-    wanted = {
-        name: ours[e.ours][1:] if e.stacked else ours[e.ours]
-        for e in entries
-        for name in e.theirs
-        if not e.copy or name in stored
-    }
+    wanted: dict[str, tuple[int, ...]] = {}
+    for e in entries:
+        shape = ours[e.ours][1:] if e.stacked else ours[e.ours]
+        for name in e.theirs:
+            if e.fused and name in wanted:
+                wanted[name] = wanted[name][0] + shape[0], *shape[1:]
+            elif not e.copy or name in stored:
+                wanted[name] = shape
     missing = [f"{n} {list(shape)}" for n, shape in wanted.items() if n not in stored]
     extra = [f"{n} {list(s.shape)}" for n, s in stored.items() if n not in wanted and not n.endswith(DERIVED)]
     shapes = {n: (stored[n].shape, shape) for n, shape in wanted.items() if n in stored}
@@ -274,31 +302,31 @@ def save(m: ModelConfig, checkpoint: Path, target: Path, *, shard_bytes: int = S
         m: the model.
         checkpoint: a folder with our model.safetensors.
         target: an empty folder.
-        shard_bytes: maximum size of one file. A larger tensor is written to a separate file.
+        shard_bytes: maximum size of one file. A larger tensor is written to a separate file, never split.
 
     Returns:
         The files.
     """
     stored = stored_weights(checkpoint, "resume")
     zeros = torch.zeros(m.moe.n_routed_experts)
-    shards: list[dict[str, tuple[Entry, int]]] = [{}]
+    shards: list[dict[str, list[tuple[Entry, int]]]] = [{}]
     filled = total = 0
     for entry in table(m, family_of(m)):
         if entry.copy and m.tie_embeddings and entry.theirs == ("lm_head.weight",):
             continue
         size = _bytes_of_one(entry, stored) if entry.ours in stored else zeros.nbytes
         for i, name in enumerate(entry.theirs):
-            if shards[-1] and filled + size > shard_bytes:
+            if shards[-1] and filled + size > shard_bytes and name not in shards[-1]:
                 shards.append({})
                 filled = 0
-            shards[-1][name] = entry, i
+            shards[-1].setdefault(name, []).append((entry, i))
             filled, total = filled + size, total + size
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = ["model.safetensors"]
     with _Files(stored) as files:
         for name, shard in zip(names, shards, strict=True):
-            tensors = {n: _converted(files, entry, i, zeros) for n, (entry, i) in shard.items()}
+            tensors = {n: _joined([_converted(files, e, i, zeros) for e, i in parts]) for n, parts in shard.items()}
             save_file(tensors, target / name, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
@@ -311,7 +339,12 @@ def _converted(files: _Files, entry: Entry, index: int, zeros: Tensor) -> Tensor
     if entry.ours not in files.stored:
         return zeros
     tensor = files.get(entry.ours, index if entry.stacked else None)
-    return (tensor if entry.rope is None else to_pairs(tensor, entry.rope)).contiguous().clone()
+    return (tensor if entry.order is None else to_theirs(tensor, entry.order)).contiguous().clone()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return the only tensor, or a fused one of several."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _bytes_of_one(entry: Entry, stored: Mapping[str, Stored]) -> int:

@@ -15,6 +15,8 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "glm4": "Glm4ForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
@@ -78,24 +80,33 @@ def write_config(m: ModelConfig, *, dtype: str, start_id: int | None, end_id: in
     }
     if family.startswith("deepseek"):
         return config | _deepseek(m) | (_deepseek_v2(m) if family == "deepseek_v2" else _deepseek_v3(m))
-    config["head_dim"] = m.head_dim
-    if family in ("llama", "qwen3", "qwen3_moe"):
-        config["attention_bias"] = False
-    if family == "llama":
-        config["mlp_bias"] = False
-    if family in ("mistral", "mixtral"):
-        config["sliding_window"] = m.window or None
-    if family in ("qwen2", "qwen3"):
-        every = 0 if m.window else m.n_layers
-        config |= {"use_sliding_window": bool(m.window), "sliding_window": m.window or None, "max_window_layers": every}
-    if m.moe.n_routed_experts:
-        config["router_aux_loss_coef"] = m.moe.aux_loss_weight if m.moe.balance is Balance.aux_loss else 0.0
-        config["num_experts_per_tok"] = m.moe.top_k
-    if family == "mixtral":
-        config |= {"num_local_experts": m.moe.n_routed_experts, "intermediate_size": m.moe.d_expert}
-    if family == "qwen3_moe":
-        config |= _qwen3_moe(m)
-    return config
+    return config | {"head_dim": m.head_dim} | _own_fields(m, family)
+
+
+def _own_fields(m: ModelConfig, family: str) -> dict[str, Any]:
+    """Return the fields that not all families without MLA have."""
+    window, all_dense = {"sliding_window": m.window or None}, 0 if m.window else m.n_layers
+    switched = {"use_sliding_window": bool(m.window), **window}
+    experts = {
+        "num_experts_per_tok": m.moe.top_k,
+        "router_aux_loss_coef": m.moe.aux_loss_weight if m.moe.balance is Balance.aux_loss else 0.0,
+    }
+    fields: dict[str, dict[str, Any]] = {
+        "llama": {"attention_bias": False, "mlp_bias": False},
+        "mistral": window,
+        "qwen2": {**switched, "max_window_layers": all_dense},
+        "qwen3": {"attention_bias": False, **switched, "max_window_layers": all_dense},
+        "qwen3_moe": {"attention_bias": False, **switched, **experts, **_qwen3_moe(m)},
+        "mixtral": {
+            **window,
+            **experts,
+            "num_local_experts": m.moe.n_routed_experts,
+            "intermediate_size": m.moe.d_expert,
+        },
+        "phi3": {**window, "partial_rotary_factor": _turning(m)},
+        "glm4": {"attention_bias": m.qkv_bias, "partial_rotary_factor": _turning(m)},
+    }
+    return fields[family]
 
 
 def _nearest(m: ModelConfig) -> str:
@@ -104,6 +115,10 @@ def _nearest(m: ModelConfig) -> str:
         return "deepseek_v2" if softmax else "deepseek_v3"
     if m.moe.n_routed_experts:
         return "qwen3_moe" if m.qk_norm else "mixtral"
+    if m.sandwich_norm:
+        return "glm4"
+    if m.rotary_dim:
+        return "phi3"
     if m.qk_norm:
         return "qwen3"
     if m.qkv_bias:
@@ -119,22 +134,45 @@ def _wanted(m: ModelConfig, family: str) -> dict[str, tuple[Any, tuple[Any, ...]
         "model.memory_len": (m.memory_len, (0,)),
         "model.d_ff_active": (m.d_ff_active, (0,)),
         "model.moe.domains": (", ".join(moe.domains) or "[]", ("[]",)),
+        "model.sandwich_norm": (m.sandwich_norm, (family == "glm4",)),
     }
     if family != "deepseek_v3":
         wanted["model.n_mtp_layers"] = m.n_mtp_layers, (0,)
-    if family in ("qwen3", "qwen3_moe", "mixtral"):
-        wanted["model.qkv_bias"] = m.qkv_bias, (False,)
     if family in ("mixtral", "qwen3_moe", "deepseek_v2"):
         wanted["model.moe.balance"] = moe.balance, (Balance.none, Balance.aux_loss)
     if family in ("mixtral", "qwen3_moe"):
         wanted |= _of_plain_experts(m, family)
-    if family.startswith("deepseek"):
-        wanted |= {"model.window": (m.window, (0,)), "model.norm_eps": (m.norm_eps, (MLA_EPS,))}
-        if moe.n_groups > 1:
-            score = GroupScore.max if family == "deepseek_v2" else GroupScore.top2_sum
-            wanted["model.moe.group_score"] = moe.group_score, (score,)
-        if moe.n_routed_experts and not moe.n_shared_experts:
-            wanted["model.moe.n_shared_experts"] = 0, ("1 or more",)
+    return wanted | (_of_deepseek(m, family) if family.startswith("deepseek") else _of_attention(m, family))
+
+
+def _of_attention(m: ModelConfig, family: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Return the keys of attention in which the families without MLA differ."""
+    wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    if family not in ("glm4", "phi3"):
+        wanted["model.rotary_dim"] = m.rotary_dim, (0,)
+    if family in ("glm4", "phi3"):
+        wanted["model.qk_norm"] = m.qk_norm, (False,)
+    if family in ("qwen3", "qwen3_moe", "mixtral", "phi3"):
+        wanted["model.qkv_bias"] = m.qkv_bias, (False,)
+    if family == "phi3":
+        wanted["model.rope_scaling.kind"] = m.rope_scaling.kind, (RopeScalingKind.none,)
+    if family == "glm4":
+        wanted["model.window"] = m.window, (0,)
+    return wanted
+
+
+def _of_deepseek(m: ModelConfig, family: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Return the keys of attention and experts of DeepSeek's families."""
+    moe = m.moe
+    wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "model.window": (m.window, (0,)),
+        "model.norm_eps": (m.norm_eps, (MLA_EPS,)),
+    }
+    if moe.n_groups > 1:
+        score = GroupScore.max if family == "deepseek_v2" else GroupScore.top2_sum
+        wanted["model.moe.group_score"] = moe.group_score, (score,)
+    if moe.n_routed_experts and not moe.n_shared_experts:
+        wanted["model.moe.n_shared_experts"] = 0, ("1 or more",)
     if family == "deepseek_v2":
         wanted["model.moe.norm_top_k"] = moe.norm_top_k, (False,)
         if m.d_model % m.n_heads:
@@ -157,6 +195,13 @@ def _of_plain_experts(m: ModelConfig, family: str) -> dict[str, tuple[Any, tuple
     return wanted
 
 
+def _turning(m: ModelConfig) -> float:
+    """Return the factor of head_dim whose product, rounded down, is rotary_dim."""
+    rotary = m.rotary_dim or m.head_dim
+    exact = rotary / m.head_dim
+    return exact if int(m.head_dim * exact) == rotary else (rotary + 0.5) / m.head_dim
+
+
 def _qwen3_moe(m: ModelConfig) -> dict[str, Any]:
     return {
         "num_experts": m.moe.n_routed_experts,
@@ -164,8 +209,6 @@ def _qwen3_moe(m: ModelConfig) -> dict[str, Any]:
         "norm_topk_prob": m.moe.norm_top_k,
         "mlp_only_layers": list(range(m.moe.n_dense_layers)),
         "decoder_sparse_step": 1,
-        "use_sliding_window": bool(m.window),
-        "sliding_window": m.window or None,
     }
 
 

@@ -20,8 +20,8 @@ class Completion(NamedTuple):
 
     Attributes:
         tokens: the new tokens; the last one is the end token if the completion has ended.
-        log_probs: log-probability of each in nats, under the distribution at the temperature before top_p truncates it
-            (at temperature 0: under the model's own).
+        log_probs: log-probability of each in nats, under the distribution at the temperature before top_p and n_ids
+            truncate it (at temperature 0: under the model's own).
         ended: whether it ended with the end token, rather than after max_new_tokens.
     """
 
@@ -40,6 +40,7 @@ def sample_completions(
     top_p: float,
     seeds: Sequence[int],
     end_id: int,
+    n_ids: int | None = None,
 ) -> list[Completion]:
     """Sample one completion per prompt, all at once.
 
@@ -60,6 +61,7 @@ def sample_completions(
             Neural Text Degeneration", section 3.1).
         seeds: seed of each completion.
         end_id: the token that ends a completion.
+        n_ids: ids from this on are never selected, as the tokenizer has none of them; None: all may be.
 
     Returns:
         A completion per prompt.
@@ -93,7 +95,7 @@ def sample_completions(
         place = at - length  # (batch,), index in the completion; negative inside the prompt
         samples = (place >= 0) & (place < max_new_tokens) & ~ended
         slot = place.clamp(0, max_new_tokens - 1)
-        token, log_prob = _pick(logits, temperature, top_p, draws[every, slot])
+        token, log_prob = _pick(logits, temperature, top_p, draws[every, slot], n_ids)
         tokens[:, at] = torch.where(samples, token, tokens[:, at])
         log_probs[every, slot] = torch.where(samples, log_prob, log_probs[every, slot])
         n_new += samples
@@ -109,7 +111,9 @@ def _draws(seed: int, n: int) -> Tensor:
     return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _pick(logits: Tensor, temperature: float, top_p: float, draw: Tensor) -> tuple[Tensor, Tensor]:
+def _pick(
+    logits: Tensor, temperature: float, top_p: float, draw: Tensor, n_ids: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Select a token per row and return it with its log-probability, each (batch,).
 
     Inverts the cumulative distribution at a uniform number: one read of the row, and the same result for the same
@@ -120,17 +124,19 @@ def _pick(logits: Tensor, temperature: float, top_p: float, draw: Tensor) -> tup
         temperature: divides the logits; 0 selects the largest.
         top_p: probability of the set to sample from.
         draw: (batch,), float64, uniform in [0, 1).
+        n_ids: entries from this on are not selected.
     """
     scaled = logits / temperature if temperature else logits
     log_probs = scaled.log_softmax(-1)
     if not temperature:
-        token = logits.argmax(-1)
+        token = logits[:, :n_ids].argmax(-1)
     elif top_p < 1:
-        probs, order = log_probs.double().exp().sort(dim=-1, descending=True, stable=True)
+        probs, order = log_probs[:, :n_ids].double().exp().sort(dim=-1, descending=True, stable=True)
+        probs = probs / probs.sum(-1, keepdim=True)
         before = probs.cumsum(-1) - probs  # (batch, vocab_size) probability of the more likely tokens
         token = order.gather(-1, _invert(probs * (before < top_p), draw)[:, None]).squeeze(-1)
     else:
-        token = _invert(log_probs.double().exp(), draw)
+        token = _invert(log_probs[:, :n_ids].double().exp(), draw)
     return token, log_probs.gather(-1, token[:, None]).squeeze(-1)
 
 

@@ -84,9 +84,7 @@ def resolve(cfg: KernelsConfig, *, fp8: bool = False) -> Ops:
         chosen |= {"sort_by_expert": sort_by_expert, "routed_experts": routed_experts}
         chosen |= {"permute": permute, "unpermute": unpermute}
     if cfg.linear_cross_entropy is Kernel.triton:
-        from deepseek_exp.kernels.triton.linear_cross_entropy import linear_cross_entropy
-
-        chosen |= {"linear_cross_entropy": linear_cross_entropy}
+        chosen |= {"linear_cross_entropy": _fused_cross_entropy}
     if cfg.local_global_attention is Kernel.triton:
         chosen |= {"local_global_attention": _windowed}
     if cfg.linears is Linears.accumulated:
@@ -110,6 +108,15 @@ def _in_fp8(cfg: KernelsConfig) -> dict[str, Callable[..., Any]]:
 
         chosen["routed_experts"] = functools.partial(routed_experts_in_fp8, fused=fused)
     return chosen
+
+
+def _fused_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute the loss without all logits, from a whole vocabulary."""
+    from deepseek_exp.kernels.triton.linear_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(h, weight, targets, token_weights=token_weights)
 
 
 def _windowed(

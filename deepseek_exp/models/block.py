@@ -33,7 +33,7 @@ KEPT = {
 
 
 class Block(nn.Module):
-    """One transformer block with normalisation before attention and before the feed-forward half."""
+    """One transformer block with normalisation before attention and feed-forward network, or also after each."""
 
     def __init__(
         self,
@@ -55,6 +55,9 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops)
         self.attention = (LatentAttention if cfg.attention is AttentionKind.mla else Attention)(cfg, ops)
         self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops)
+        sandwich = cfg.sandwich_norm
+        self.attention_post_norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops) if sandwich else None
+        self.feed_forward_post_norm = RMSNorm(cfg.d_model, cfg.norm_eps, ops) if sandwich else None
         is_moe = cfg.moe.n_routed_experts and index >= cfg.moe.n_dense_layers
         self.feed_forward = MoE(cfg, ops) if is_moe else FeedForward(cfg.d_model, cfg.d_ff, ops, cfg.d_ff_active)
 
@@ -98,12 +101,17 @@ class Block(nn.Module):
         document: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         normed_memory = None if memory is None else self.attention_norm(memory)
-        attended = self.attention(self.attention_norm(x), normed_memory, cache, document)
-        x, normed = self.feed_forward_norm.after_adding(x, attended)
+        y, counts = self.attention(self.attention_norm(x), normed_memory, cache, document), None
+        if self.attention_post_norm is not None:
+            y = self.attention_post_norm(y)
+        x, normed = self.feed_forward_norm.after_adding(x, y)
         if isinstance(self.feed_forward, MoE):
             y, counts = self.feed_forward(normed, domain)
-            return x + y, counts
-        return x + self.feed_forward(normed), None
+        else:
+            y = self.feed_forward(normed)
+        if self.feed_forward_post_norm is not None:
+            y = self.feed_forward_post_norm(y)
+        return x + y, counts
 
 
 def _keeping_products() -> tuple[Any, Any]:

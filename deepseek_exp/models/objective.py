@@ -29,6 +29,10 @@ class MicroBatch(NamedTuple):
             None if a sequence is one document.
         mean_targets: mean number of targets that count per micro-batch of the step, over all ranks, a scalar. None
             without a mask, and outside training.
+        reference: (batch,) float64, log-probability of each completion under the reference of preference training.
+        advantage: (batch,), of each sampled completion, in reinforcement learning.
+        old_log_probs: (batch, seq), log-probability of each target under the weights that sampled it.
+        reference_log_probs: (batch, seq), the same under the reference of the KL divergence.
     """
 
     tokens: Tensor
@@ -36,6 +40,10 @@ class MicroBatch(NamedTuple):
     loss_mask: Tensor | None = None
     document: Tensor | None = None
     mean_targets: Tensor | None = None
+    reference: Tensor | None = None
+    advantage: Tensor | None = None
+    old_log_probs: Tensor | None = None
+    reference_log_probs: Tensor | None = None
 
     @property
     def counted(self) -> Counted | None:
@@ -52,16 +60,25 @@ class Losses(NamedTuple):
         mtp_loss: mean multi-token prediction loss, a scalar without gradient. 0 without such modules and in validation.
         memory: what the next segment of the same texts attends to, (n_layers, batch, n_memory, d_model). None if the
             model has no memory.
+        sums: (metrics + 1,), the objective's metrics, each summed over what it counts, and the number of these. None if
+            it has none.
     """
 
     loss: Tensor
     nll: Tensor
     mtp_loss: Tensor
     memory: Tensor | None = None
+    sums: Tensor | None = None
 
 
 class Objective(Protocol):
-    """Computes the losses of a micro-batch."""
+    """Computes the losses of a micro-batch.
+
+    Attributes:
+        metric_names: what `Losses.sums` holds, loss first; empty if the loss is the mean nll of the targets.
+    """
+
+    metric_names: tuple[str, ...]
 
     def from_tokens(self, model: Transformer, batch: MicroBatch, memory: Tensor | None = None) -> Losses:
         """Return the losses of a micro-batch that goes through the whole model.
@@ -93,6 +110,8 @@ class NextTokenObjective:
     With a loss mask the mean is over the targets of the whole step that count, so that it does not depend on how rows
     are split into micro-batches and ranks. That is supervised fine-tuning, if the mask chooses the responses.
     """
+
+    metric_names: tuple[str, ...] = ()
 
     def __init__(self, mtp_loss_weight: float) -> None:
         """Set the weight of the multi-token prediction loss, model.mtp_loss_weight."""

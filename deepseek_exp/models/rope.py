@@ -7,6 +7,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_exp.config import ModelConfig, RopeScalingConfig, RopeScalingKind
@@ -19,11 +20,12 @@ SCALING = tuple(f.name for f in dataclasses.fields(RopeScalingConfig))
 def rope_table(cfg: ModelConfig, dim: int, n_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of position * frequency, each (n_positions, dim / 2), fp32.
 
-    frequency_i = theta^(-2i / dim), modified by rope_scaling. Kept outside the modules in fp32, so that casting a model
-    to bf16 cannot round the angles.
+    frequency_i = theta^(-2i / d) for d = dim, modified by rope_scaling. With rotary_dim, d is that, only the first
+    d / 2 pairs turn, and the cosine of the others is 1. Kept outside the modules in fp32, so that casting a model to
+    bf16 cannot round the angles.
     """
     scaling = tuple(getattr(cfg.rope_scaling, name) for name in SCALING)  # torch 2.11 cannot compile astuple
-    return _table(dim, cfg.rope_theta, scaling, n_positions, device)
+    return _table(cfg.rotary_dim or dim, dim, cfg.rope_theta, scaling, n_positions, device)
 
 
 def softmax_scale(cfg: ModelConfig, dim: int) -> float:
@@ -60,7 +62,9 @@ def rotate_documents(
 
 
 @functools.lru_cache(maxsize=64)
-def _table(dim: int, theta: float, scaling: tuple, n_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _table(
+    dim: int, whole: int, theta: float, scaling: tuple, n_positions: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     s = RopeScalingConfig(*scaling)
     with torch.inference_mode(False):
         frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -73,7 +77,11 @@ def _table(dim: int, theta: float, scaling: tuple, n_positions: int, device: tor
             frequency, scale = _yarn(frequency, s, dim, theta), _yarn_table_scale(s)
         position = torch.arange(n_positions, device=device, dtype=torch.float64)
         angle = position[:, None] * frequency.to(device)
-        return (angle.cos() * scale).float(), (angle.sin() * scale).float()
+        cos, sin = (angle.cos() * scale).float(), (angle.sin() * scale).float()  # (n_positions, dim / 2)
+        if dim < whole:
+            still = (0, (whole - dim) // 2)
+            cos, sin = F.pad(cos, still, value=1.0), F.pad(sin, still)  # (n_positions, whole / 2)
+        return cos, sin
 
 
 def _llama3(frequency: Tensor, s: RopeScalingConfig) -> Tensor:

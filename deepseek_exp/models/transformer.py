@@ -110,7 +110,7 @@ class Transformer(OwnNames):
         Returns:
             (batch, seq, vocab_size).
         """
-        return self.head(self._hidden(tokens, caches, domain))
+        return self.head(self.hidden(tokens, caches, domain))
 
     def losses(
         self,
@@ -132,7 +132,7 @@ class Transformer(OwnNames):
             k = 1 .. n_mtp_layers the same of the token k + 1 ahead, (batch, seq - k). With `counted`, all means are
             divided by its `mean_targets`, as in DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", equation 24.
         """
-        return self.losses_of(self._hidden(tokens[:, :-1], None, domain, document), tokens, domain, counted, document)
+        return self.losses_of(self.hidden(tokens[:, :-1], None, domain, document), tokens, domain, counted, document)
 
     def segment_losses(
         self, tokens: Tensor, memory: Tensor, domain: Tensor | None = None
@@ -200,13 +200,14 @@ class Transformer(OwnNames):
         """Return empty caches for `max_len` tokens, one per block."""
         return [block.attention.new_cache(batch, max_len, self.embedding.weight) for block in self.blocks]
 
-    def _hidden(
+    def hidden(
         self,
         tokens: Tensor,
-        caches: Sequence[KVCache] | None,
-        domain: Tensor | None,
+        caches: Sequence[KVCache] | None = None,
+        domain: Tensor | None = None,
         document: Tensor | None = None,
     ) -> Tensor:
+        """Return the output of the last block, (batch, seq, d_model); arguments are those of `forward` and `losses`."""
         x = self.embedding(tokens)  # (batch, seq, d_model)
         for i, block in enumerate(self.blocks):
             x = block(x, None, caches[i] if caches is not None else None, domain, document)

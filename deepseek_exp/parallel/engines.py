@@ -40,12 +40,15 @@ class StepResult:
         grad_norm: the global gradient norm before clipping, a scalar, equal on all ranks.
         applied: whether weights, masters and optimizer state have changed, equal on all ranks. A step that was not
             applied has changed none of them.
+        sums: sum of `Losses.sums` over this rank's micro-batches; None if the objective has none, or on a rank that
+            computes no loss.
     """
 
     nats: Tensor
     mtp_loss: Tensor
     grad_norm: Tensor
     applied: bool
+    sums: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,12 @@ class Evaluation:
     Attributes:
         nll: (batch, seq), nats of each next token; None on a rank that does not count the loss.
         memory: what the next segment of the same texts attends to, as in `Losses`.
+        sums: as in `Losses`; None on a rank that does not count the loss.
     """
 
     nll: Tensor | None
     memory: Tensor | None = None
+    sums: Tensor | None = None
 
 
 class Engine(Protocol):
@@ -97,6 +102,7 @@ class LossSums:
     Attributes:
         nats: as in `StepResult`, as is the next.
         mtp_loss: of the micro-batches so far.
+        sums: of the micro-batches so far.
     """
 
     def __init__(self, n_micro_batches: int, device: torch.device) -> None:
@@ -108,11 +114,14 @@ class LossSums:
         """
         self.n_micro_batches = n_micro_batches
         self.nats, self.mtp_loss = (torch.zeros((), device=device) for _ in range(2))
+        self.sums: Tensor | None = None
 
     def add(self, losses: Losses) -> None:
         """Add the losses of one micro-batch."""
         self.nats += losses.nll.sum()
         self.mtp_loss += losses.mtp_loss / self.n_micro_batches
+        if losses.sums is not None:
+            self.sums = losses.sums if self.sums is None else self.sums + losses.sums
 
 
 def may_apply(grad_norm: Tensor, exp: ExperimentConfig) -> bool:
@@ -319,7 +328,7 @@ class DataParallelEngine:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self._count()
-        return StepResult(sums.nats, sums.mtp_loss, norm, applied)
+        return StepResult(sums.nats, sums.mtp_loss, norm, applied, sums.sums)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -347,7 +356,7 @@ def _sums(exp: ExperimentConfig, groups: Groups) -> LossSums:
 
 
 def _evaluation_of(found: Sequence[Losses], groups: Groups) -> Evaluation:
-    return Evaluation(found[0].nll if groups.counts_loss else None)
+    return Evaluation(found[0].nll, None, found[0].sums) if groups.counts_loss else Evaluation(None)
 
 
 def _inputs(micro_batches: Sequence[MicroBatch]) -> Any:
@@ -359,7 +368,7 @@ def _result_of(engine: Any, sums: LossSums, device: torch.device) -> StepResult:
     """Return the result of a step of DeepSpeed; it skips a step with a gradient that is not finite, an overflow."""
     norm = torch.as_tensor(engine.get_global_grad_norm(), device=device).detach()
     applied = not getattr(engine.optimizer, "overflow", False)  # torch's, without ZeRO, has no such attribute
-    return StepResult(sums.nats, sums.mtp_loss, norm, applied)
+    return StepResult(sums.nats, sums.mtp_loss, norm, applied, sums.sums)
 
 
 def mark_counted(shard: ModelShard) -> None:

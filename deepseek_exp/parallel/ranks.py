@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class Ranks(Protocol):
         """Return the value of the first rank that has one, None if no rank has."""
         ...
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in the order of ranks."""
+        ...
+
     def layout_metrics(self) -> dict[str, float]:
         """Return the metrics of a layout: peak memory of each stage and the pipeline's bubble."""
         ...
@@ -65,6 +69,10 @@ class OneRank:
     def first(self, value: str | None) -> str | None:
         """Return the value."""
         return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value alone."""
+        return [value]
 
     def layout_metrics(self) -> dict[str, float]:
         """Return nothing."""
@@ -113,6 +121,10 @@ class ManyRanks:
     def first(self, value: str | None) -> str | None:
         """Return the value of the first rank that has one, None if no rank has."""
         return next((found for found in self.groups.gather(value) if found is not None), None)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in the order of ranks."""
+        return self.groups.gather(value)
 
     def layout_metrics(self) -> dict[str, float]:
         """Return the peak memory of each stage's fullest rank, and the pipeline's bubble."""

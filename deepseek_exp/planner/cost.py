@@ -127,10 +127,15 @@ def _area_below(length: int, limit: int) -> float:
 
 
 def count_block_without_feed_forward(cfg: ModelConfig) -> int:
-    """Return the number of parameters of attention and the two norms of a block."""
+    """Return the number of parameters of attention and the norms of a block."""
     gate = cfg.n_heads if cfg.window and cfg.n_global_tokens else 0
     attention = count_mla(cfg) if cfg.attention is AttentionKind.mla else count_gqa(cfg)
-    return 2 * cfg.d_model + attention + gate
+    return count_block_norms(cfg) + attention + gate
+
+
+def count_block_norms(cfg: ModelConfig) -> int:
+    """Return the parameters of the norms around attention and the feed-forward network."""
+    return (4 if cfg.sandwich_norm else 2) * cfg.d_model
 
 
 def count_gqa(cfg: ModelConfig) -> int:

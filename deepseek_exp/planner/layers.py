@@ -144,7 +144,7 @@ def _block(cfg: ModelConfig, seq_len: int, *, is_moe: bool) -> Layers:
     latent = cfg.attention is AttentionKind.mla
     kv = 0 if latent else 2 * cfg.d_model * cfg.n_kv_heads * cfg.head_dim
     kv += 0 if latent or not cfg.qkv_bias else 2 * cfg.n_kv_heads * cfg.head_dim
-    whole = 2 * cfg.d_model + (_latents(cfg) if latent else 2 * cfg.head_dim * cfg.qk_norm)
+    whole = cost.count_block_norms(cfg) + (_latents(cfg) if latent else 2 * cfg.head_dim * cfg.qk_norm)
     width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim if latent else 2 * cfg.head_dim
     flops = 6 * frame + 6 * cfg.n_heads * width * cost.mean_reach(cfg, seq_len)
     block = Layers(split=frame - kv - whole, kv=kv, whole=whole, flops=flops, product_flops=6 * _linears(cfg))

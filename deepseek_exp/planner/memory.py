@@ -226,6 +226,7 @@ def activation_terms(
     saved = element - kept_input  # bytes per element of an input of which an fp8 layer keeps a copy
     # the norm before experts keeps its result, which the router reads
     norms = 2 * norm_bytes(m.d_model, element, kernels.rms_norm, cut) - (1 if is_moe else 2) * saved * m.d_model
+    norms += 2 * m.sandwich_norm * norm_bytes(m.d_model, element, kernels.rms_norm, cut)
     terms = [Term("norms", norms, False)]
     if m.attention is AttentionKind.mla:
         latents = sum(norm_bytes(width, element, kernels.rms_norm) for width in (m.kv_lora_rank, m.q_lora_rank))

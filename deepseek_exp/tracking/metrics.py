@@ -16,9 +16,9 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "train/loss": Metric("nats per token", "cross entropy of the training batch"),
+    "train/loss": Metric("nats per token", "loss of the training batch: of text its cross entropy"),
     "train/bits_per_byte": Metric("bits per byte", "training loss per byte of text; comparable across tokenizers"),
-    "val/loss": Metric("nats per token", "cross entropy of the validation set"),
+    "val/loss": Metric("nats per token", "loss of the validation set: of text its cross entropy"),
     "val/loss/<part>": Metric("nats per token", "cross entropy of the validation text of one part of a mixture"),
     "val/max_violation": Metric(
         "1", "largest load of an expert / mean load - 1 over the validation set, mean over layers"
@@ -71,6 +71,36 @@ METRICS: dict[str, Metric] = {
     "verify/val_loss_difference": Metric("nats per token", "validation loss of the layout against that of one process"),
     "verify/weight_difference": Metric("1", "largest difference of an element of the final weights, absolute"),
     "verify/buffer_difference": Metric("1", "the same of the buffers, such as the biases that balance experts"),
+    "val/length_baseline": Metric(
+        "0..1", "preference accuracy of the better of: the longer, or the shorter completion"
+    ),
+    "grpo/reward": Metric("1", "mean reward of the sampled completions"),
+    "grpo/pass_at_1": Metric("0..1", "sampled completions with the full reward"),
+    "grpo/truncated": Metric("0..1", "sampled completions that did not end within grpo.max_new_tokens"),
+    "grpo/completion_tokens": Metric("tokens", "mean length of the sampled completions"),
+    "grpo/zero_variance_groups": Metric("0..1", "prompts whose completions all have the same reward, and no gradient"),
+    "grpo/sampler_difference_mean": Metric(
+        "nats", "mean absolute difference of a token's log-probability between sampler and trainer"
+    ),
+    "grpo/sampler_difference_max": Metric("nats", "the largest such difference"),
+    "train/clip_fraction": Metric("0..1", "tokens whose probability ratio is clipped, and that have no gradient"),
+    "train/kl": Metric("nats per token", "estimated KL divergence from the reference"),
+    "val/reward": Metric(
+        "1", "mean reward of the most likely completions of the validation prompts; val/loss is minus this"
+    ),
+    "val/pass_at_1": Metric("0..1", "validation prompts whose most likely completion has the full reward"),
+    "train/preference_accuracy": Metric(
+        "0..1", "pairs whose chosen completion has the higher reward; equal ones count half"
+    ),
+    "train/reward_margin": Metric("nats", "mean implicit reward of the chosen minus that of the rejected completion"),
+    "train/chosen_reward": Metric("nats", "mean implicit reward of the chosen completion"),
+    "train/rejected_reward": Metric("nats", "mean implicit reward of the rejected completion"),
+    "val/preference_accuracy": Metric(
+        "0..1", "pairs whose chosen completion has the higher reward; equal ones count half"
+    ),
+    "val/reward_margin": Metric("nats", "mean implicit reward of the chosen minus that of the rejected completion"),
+    "val/chosen_reward": Metric("nats", "mean implicit reward of the chosen completion"),
+    "val/rejected_reward": Metric("nats", "mean implicit reward of the rejected completion"),
     "sweep/best_val_loss": Metric("nats per token", "lowest final val/loss among the runs of a sweep"),
 }
 

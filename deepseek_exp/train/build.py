@@ -20,13 +20,16 @@ from deepseek_exp.checkpoint import manifest
 from deepseek_exp.checkpoint.lightning_io import FolderCheckpointIO
 from deepseek_exp.checkpoint.shards import open_state
 from deepseek_exp.checkpoint.tensors import readable
-from deepseek_exp.config import Device, ExperimentConfig
+from deepseek_exp.config import Device, Do, ExperimentConfig, PreferenceLoss
 from deepseek_exp.config.matrices import adapted, adapter_size
 from deepseek_exp.config.topology import Axis, Degrees, degrees
-from deepseek_exp.data import PreparedData, TokenDataModule, prepare
+from deepseek_exp.data import PreparedData, PreparedRows, TokenDataModule, prepare
 from deepseek_exp.data.sequences import sequences_of
 from deepseek_exp.disk import expand
 from deepseek_exp.errors import CheckpointError, ConfigError, DeviceError, Problem
+from deepseek_exp.finetune.dpo import PreferenceObjective
+from deepseek_exp.finetune.grpo import PolicyObjective
+from deepseek_exp.finetune.rollouts import Rollouts, load_rewards
 from deepseek_exp.inference import load_release
 from deepseek_exp.inference.adapters import read_adapter
 from deepseek_exp.kernels import TORCH, Ops, resolve
@@ -48,6 +51,8 @@ from deepseek_exp.train.callbacks import Checkpoints, Metrics, Progress
 from deepseek_exp.train.finite import FiniteSteps, first_nonfinite
 from deepseek_exp.train.lit import LanguageModel
 from deepseek_exp.train.local_engine import LocalEngine
+from deepseek_exp.train.policy_rounds import PolicyRounds
+from deepseek_exp.train.reference import with_reference
 
 
 @dataclass(frozen=True)
@@ -151,11 +156,14 @@ def build_parts(cfg: ExperimentConfig, weights: Path | None = None) -> Parts:
     check_memory(cfg, device)
     check_grouped_products(cfg, device)
     set_up_torch(cfg)
-    data = prepare(cfg.data)
+    data = _prepared(cfg, device)
     model = build_model(cfg, device, weights)
+    if cfg.do in (Do.dpo, Do.grpo):
+        model.mtp.requires_grad_(False)  # their losses look one token ahead only
     objective = build_objective(cfg, data)
     engine, tables = LocalEngine(cfg, model, objective), (data.token_bytes, data.unigram_bits)
-    lit = LanguageModel(cfg, model, engine, objective, OneRank(), *tables).to(device)
+    rounds = build_rounds(cfg, data, device)
+    lit = LanguageModel(cfg, model, engine, objective, OneRank(), *tables, rounds).to(device)
     return Parts(device, data, _build_datamodule(cfg, data, device, None), lit)
 
 
@@ -166,9 +174,9 @@ def _build_rank(cfg: ExperimentConfig, layout: Degrees, device: torch.device, we
     set_up_torch(cfg)
     groups = Groups(layout, device, cfg.model.n_kv_heads or cfg.model.n_heads)
     if local_rank() == 0:
-        prepare(cfg.data)  # the others on this host find it in the cache
+        _prepared(cfg, device)  # the others on this host find it in the cache
     groups.wait_for_data()
-    data = prepare(cfg.data)
+    data = _prepared(cfg, device)
     tp = groups.axis[Axis.tp], groups.at.tp
     ops = parallel_ops(_ops(cfg), cfg.kernels, *tp) if groups.degrees.tp > 1 else _ops(cfg)
     with torch.device("meta"):
@@ -186,7 +194,8 @@ def _build_rank(cfg: ExperimentConfig, layout: Degrees, device: torch.device, we
     for p in shard.model.parameters():
         p.data = p.data.to(getattr(torch, cfg.trainer.precision.dtype_name))
     objective, ranks = build_objective(cfg, data), ManyRanks(cfg, groups, shard)
-    lit = LanguageModel(cfg, shard.model, None, objective, ranks, data.token_bytes, data.unigram_bits)
+    tables, rounds = (data.token_bytes, data.unigram_bits), build_rounds(cfg, data, device)
+    lit = LanguageModel(cfg, shard.model, None, objective, ranks, *tables, rounds)
     return Parts(device, data, _build_datamodule(cfg, data, device, groups), lit, groups, shard)
 
 
@@ -212,7 +221,35 @@ def build_objective(cfg: ExperimentConfig, data: PreparedData) -> Objective:
         cfg: the experiment.
         data: its prepared data.
     """
+    if cfg.do is Do.dpo:
+        return PreferenceObjective(cfg.dpo)
+    if cfg.do is Do.grpo:
+        return PolicyObjective(cfg.grpo)
     return NextTokenObjective(cfg.model.mtp_loss_weight)
+
+
+def build_rounds(cfg: ExperimentConfig, data: PreparedData, device: torch.device) -> PolicyRounds | None:
+    """Return what samples the completions of reinforcement learning; None for any other verb."""
+    if cfg.do is not Do.grpo:
+        return None
+    assert isinstance(data, PreparedRows)
+    reference = _frozen(cfg, device) if cfg.grpo.kl_beta else None
+    return PolicyRounds(cfg, Rollouts(cfg, data, load_rewards(cfg.grpo)), reference)
+
+
+def _frozen(cfg: ExperimentConfig, device: torch.device) -> Transformer:
+    """Return the model with the weights that training starts from, of a whole model and without gradients."""
+    return build_model(cfg, device, None).eval().requires_grad_(False)
+
+
+def _prepared(cfg: ExperimentConfig, device: torch.device) -> PreparedData:
+    """Return the data, for preference training with the log-probabilities of the reference."""
+    data = prepare(cfg.data)
+    if cfg.do is not Do.dpo or cfg.dpo.loss is PreferenceLoss.orpo:
+        return data
+    assert isinstance(data, PreparedRows)
+    start = cfg if cfg.dpo.reference is None else dataclasses.replace(cfg, init_from=cfg.dpo.reference)
+    return with_reference(start, data, device, lambda: _frozen(start, device))
 
 
 def _build_datamodule(
@@ -229,6 +266,8 @@ def _build_datamodule(
         dp_rank=groups.at.dp if groups is not None else 0,
         fill_up=groups is not None,
         pin_memory=device.type == "cuda",
+        group_size=cfg.grpo.group_size if cfg.do is Do.grpo else 1,
+        iterations=cfg.grpo.iterations if cfg.do is Do.grpo else 1,
     )
 
 
@@ -261,7 +300,9 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
         buffer.data = buffer.data.to(device)  # balance biases and counts keep their type
     if gets_adapters:
         _attach_adapters(model, cfg)
-    if cfg.trainer.compile:
+    if cfg.trainer.compile and cfg.do is Do.dpo:
+        model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
+    elif cfg.trainer.compile:
         model.losses = torch.compile(model.losses)  # type: ignore[method-assign]
     return model
 

@@ -28,6 +28,7 @@ from deepseek_exp.parallel.ranks import Ranks
 from deepseek_exp.train.finite import check_skipped, check_state, first_nonfinite
 from deepseek_exp.train.isolation import check_isolation
 from deepseek_exp.train.optim import build_optimizer, lr_factor
+from deepseek_exp.train.policy_rounds import PolicyRounds
 
 
 class LanguageModel(pl.LightningModule):
@@ -51,6 +52,7 @@ class LanguageModel(pl.LightningModule):
         ranks: Ranks,
         token_bytes: Tensor,
         unigram_bits: Tensor,
+        rounds: PolicyRounds | None = None,
     ) -> None:
         """Wrap a model.
 
@@ -62,11 +64,12 @@ class LanguageModel(pl.LightningModule):
             ranks: of the layout.
             token_bytes: (vocab_size,) int64, bytes of text that each token stands for.
             unigram_bits: (vocab_size,) float64, bits of each token under the training text's token frequencies.
+            rounds: samples the completions to train on, in reinforcement learning; None if the data has them.
         """
         super().__init__()
         self.automatic_optimization = False
         self.cfg, self.model = cfg, model
-        self.engine, self.objective, self.ranks = engine, objective, ranks
+        self.engine, self.objective, self.ranks, self.rounds = engine, objective, ranks, rounds
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.register_buffer("unigram_bits", unigram_bits, persistent=False)
         self.val_memories: dict[int, Tensor | None] = {}  # batch of a validation step -> the memory of its texts
@@ -78,6 +81,7 @@ class LanguageModel(pl.LightningModule):
         self.val_sums = torch.zeros(4, dtype=torch.float64)  # nats, unigram bits, tokens, bytes
         self.val_part_sums = torch.zeros(len(cfg.data.mixture), 2, dtype=torch.float64)  # nats, tokens of each part
         self.val_unlabelled_nats = torch.zeros((), dtype=torch.float64)
+        self.val_objective_sums = torch.zeros(len(objective.metric_names) + 1, dtype=torch.float64)
         self.val_loss: float | None = None  # of this very step
         self.steps_done = 0  # by the weights that are validated without training
         self.skipped_steps = 0  # of the whole run, by trainer.on_nonfinite=skip
@@ -108,12 +112,16 @@ class LanguageModel(pl.LightningModule):
         self.val_loss = None
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         lr = float(optimizer.param_groups[0]["lr"])
+        extra_metrics: dict[str, Tensor] = {}
+        if self.rounds is not None:
+            batch, sampled = self.rounds.batch_of_step(self, batch)
+            extra_metrics = {name: torch.tensor(value, device=self.device) for name, value in sampled.items()}
         n_bytes = self._counted(self.token_bytes[batch.tokens[:, 1:]], batch).sum()
         self.reset_counts()
         n_targets = self._n_targets(batch)
-        result = self.engine.train(self._micro_batches(batch, n_targets))
-        values, counts = self.ranks.sum([result.nats, result.mtp_loss, n_bytes], self._counts())
-        nats, mtp_loss, n_bytes = values
+        result = self.engine.train(self.micro_batches(batch, n_targets))
+        mine = [result.nats, result.mtp_loss, n_bytes, *self._objective_sums(result.sums)]
+        (nats, mtp_loss, n_bytes, *sums), counts = self.ranks.sum(mine, self._counts())
         if result.applied:
             self.update_biases()
         elif self.cfg.trainer.on_nonfinite is OnNonfinite.skip:
@@ -123,29 +131,48 @@ class LanguageModel(pl.LightningModule):
         n_seqs = self.cfg.trainer.global_batch_seqs
         # here, since callbacks save before the module's own batch end
         self.trainer.datamodule.advance(n_seqs)
-        extra_metrics = {"train/mtp_loss": mtp_loss} if self.cfg.model.n_mtp_layers else {}
         loss = nats / n_targets
-        values = {"loss": loss, "nats": nats, "bytes": n_bytes, "grad_norm": result.grad_norm}
+        if sums:
+            means = self._objective_means(sums[0])
+            loss = means.pop("loss")
+            extra_metrics |= {f"train/{name}": value for name, value in means.items()}
+        elif self.cfg.model.n_mtp_layers:
+            extra_metrics = {"train/mtp_loss": mtp_loss}
+        values = {"loss": loss, "nats": nats, "bytes": n_bytes.clamp(min=1), "grad_norm": result.grad_norm}
         values |= {"extra_metrics": extra_metrics, "expert_counts": self._of_blocks(counts)}
         return {**values, "lr": lr, "applied": result.applied}
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """Return what the model is given of sequences and their parts of the data."""
         domain = None if self.domain_of_part is None else self.domain_of_part[batch.part]
-        return MicroBatch(batch.tokens, domain, batch.loss_mask, batch.document)
+        given = {name: getattr(batch, name) for name in MicroBatch._fields if name in Batch._fields}
+        return MicroBatch(**given, domain=domain)
 
-    def _micro_batches(self, batch: Batch, n_targets: Tensor | int) -> list[MicroBatch]:
+    def micro_batches(self, batch: Batch, n_targets: Tensor | int | None = None) -> list[MicroBatch]:
         """Split a step's sequences into micro-batches.
 
         Args:
             batch: this rank's sequences.
-            n_targets: from `_n_targets`.
+            n_targets: from `_n_targets`; None outside training.
         """
         t, whole = self.cfg.trainer, self.micro_batch(batch)
-        mean_targets = n_targets * t.micro_batch_seqs / t.global_batch_seqs if batch.loss_mask is not None else None
+        masked = batch.loss_mask is not None and n_targets is not None
+        mean_targets = n_targets * t.micro_batch_seqs / t.global_batch_seqs if masked else None
         n = len(batch.tokens) // t.micro_batch_seqs
-        split = [[None] * n if field is None else field.split(t.micro_batch_seqs) for field in whole[:4]]
-        return [MicroBatch(*fields, mean_targets) for fields in zip(*split, strict=True)]
+        split = [[None] * n if field is None else field.split(t.micro_batch_seqs) for field in whole]
+        return [MicroBatch(*fields)._replace(mean_targets=mean_targets) for fields in zip(*split, strict=True)]
+
+    def _objective_sums(self, sums: Tensor | None) -> list[Tensor]:
+        """Return the sums of the objective's metrics as a list; empty if it has none."""
+        if not self.objective.metric_names:
+            return []
+        zeros = torch.zeros(len(self.objective.metric_names) + 1, dtype=torch.float64, device=self.device)
+        return [zeros if sums is None else sums]  # None on a rank that computes no loss
+
+    def _objective_means(self, sums: Tensor) -> dict[str, Tensor]:
+        """Return the objective's metrics by name from the sums over all ranks."""
+        *totals, n = sums.unbind()
+        return {name: total / n.clamp(min=1) for name, total in zip(self.objective.metric_names, totals, strict=True)}
 
     def _n_targets(self, batch: Batch) -> Tensor | int:
         """Return how many targets of the whole step count, over all ranks."""
@@ -207,17 +234,23 @@ class LanguageModel(pl.LightningModule):
         self.val_sums.zero_()
         self.val_part_sums.zero_()
         self.val_unlabelled_nats.zero_()
+        self.val_objective_sums.zero_()
         self.val_memories = {}
         self.reset_counts()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one micro-batch to the validation sums. Routing of padded micro-batches is not counted."""
+        if self.rounds is not None:
+            self.rounds.validation.append(batch)
+            return
         lanes = batch_idx % self.trainer.datamodule.batches_per_eval_step if self.cfg.model.memory_len else 0
         is_full = batch.n_counted == len(batch.tokens)
         found = self._evaluate(self.micro_batch(batch), self.val_memories.get(lanes), count_routing=is_full)
         self.val_memories[lanes] = found.memory
         if found.nll is not None:
             self._add(found.nll, batch)
+        if found.sums is not None:
+            self.val_objective_sums += found.sums.cpu()
         if self.domain_of_part is not None and self.cfg.data.mixture:
             self.evaluate_unlabelled(batch)
 
@@ -271,16 +304,20 @@ class LanguageModel(pl.LightningModule):
         Loss (nats per token), bits per byte, and the bits per byte of a unigram model on the same tokens; of a mixture
         also the loss of each part, of which the overall loss is the mean by the tokens that each was served with.
         """
+        if self.rounds is not None:
+            self._log_validation(self.rounds.validation_metrics(self))
+            return
         mine = [self.val_sums, self.val_unlabelled_nats, self.val_part_sums]
-        values, counts = self.ranks.sum(mine, self._counts())
-        sums, unlabelled_nats, part_sums = (value.cpu() for value in values)
+        values, counts = self.ranks.sum([*mine, *self._objective_sums(self.val_objective_sums)], self._counts())
+        sums, unlabelled_nats, part_sums, *objective_sums = (value.cpu() for value in values)
         nats, unigram, tokens, n_bytes = sums.tolist()
-        self.val_loss = nats / tokens
         metrics = {
-            "val/loss": self.val_loss,
+            "val/loss": nats / tokens,
             "val/bits_per_byte": nats / math.log(2) / n_bytes,
             "val/unigram_bits_per_byte": unigram / n_bytes,
         }
+        if objective_sums:
+            metrics |= {f"val/{name}": float(v) for name, v in self._objective_means(objective_sums[0]).items()}
         for name, (part_nats, part_tokens) in zip(self.cfg.data.mixture, part_sums.tolist(), strict=True):
             if part_tokens:
                 metrics[f"val/loss/{name}"] = part_nats / part_tokens
@@ -289,6 +326,10 @@ class LanguageModel(pl.LightningModule):
         if expert_counts := self._of_blocks(counts):
             routing = routing_metrics(self.cfg.model.moe, torch.stack(expert_counts))
             metrics |= {f"val/{name}": float(routing[name]) for name in ("max_violation", "utilisation")}
+        self._log_validation(metrics)
+
+    def _log_validation(self, metrics: dict[str, float]) -> None:
+        self.val_loss = metrics["val/loss"]
         self.log_dict(metrics, logger=False)  # for callbacks; Lightning's own logging counts steps from 0
         self.trainer.logger.log_metrics(metrics, self.trainer.global_step or self.steps_done)
 
@@ -330,12 +371,16 @@ class LanguageModel(pl.LightningModule):
         frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
         if frozen and degrees(self.cfg).world_size == 1:  # several ranks save every weight as a parameter
             checkpoint[FROZEN] = frozen
+        if self.rounds is not None:
+            checkpoint["round"] = self.rounds.state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what `on_save_checkpoint` added."""
         with readable(Path(self.trainer.ckpt_path)):
             self._rng = checkpoint["rng"]
             self.skipped_steps = int(checkpoint.get("skipped_steps", 0))  # format 2 did not count them
+            if self.rounds is not None:
+                self.rounds.load(self, checkpoint["round"])
             self.engine.memories = {i: m.to(self.device) for i, m in checkpoint["memories"].items()}
 
 

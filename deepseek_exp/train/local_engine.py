@@ -56,12 +56,12 @@ class LocalEngine:
             self._forget_nonfinite_memories()
         self._step()
         self.optimizer.zero_grad()
-        return StepResult(sums.nats, sums.mtp_loss, grad_norm, applied)
+        return StepResult(sums.nats, sums.mtp_loss, grad_norm, applied, sums.sums)
 
     def evaluate(self, batch: MicroBatch, memory: Tensor | None = None) -> Evaluation:
         """Send one micro-batch forward; see `Engine`."""
         losses = self.objective.from_tokens(self.model, batch, memory)
-        return Evaluation(losses.nll, losses.memory)
+        return Evaluation(losses.nll, losses.memory, losses.sums)
 
     def _forget_nonfinite_memories(self) -> None:
         """Start the texts over whose memory the forward pass of a skipped step has made infinite or NaN."""

@@ -43,22 +43,24 @@ def random_pairs(shapes, rank=4):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "glm4"])
 def test_what_peft_has_trained_is_loaded(folders, case):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model, adapter = saved(case, folders[0]), folders[1]
-    theirs = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=12, target_modules=CASES[case]))
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=12, target_modules=CASES.get(case, LINEARS[:4]))
+    )
     for name, p in theirs.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     theirs.save_pretrained(adapter)
-    ours = from_pretrained(folders[0], dtype=torch.float64)
+    ours = from_pretrained(folders[0])
     before = ours.model(TOKENS)
     ours.load_adapter(adapter, "theirs")
     ours.set_adapter("theirs")
     with torch.no_grad():
-        wanted = theirs.double()(TOKENS).logits
-    assert (ours.model(TOKENS) - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+        wanted = theirs(TOKENS).logits
+    assert (ours.model(TOKENS) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
     assert (before - wanted).abs().max() > 1e-2 * wanted.abs().max()
 
 
@@ -68,7 +70,8 @@ def test_peft_loads_what_is_exported(folders, case):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model, adapter = saved(case, folders[0]), folders[1]
     m = model_config(read_release(folders[0]).model)
-    wanted_names = [n for n in ("wq", "wq_b", "wkv_a", "wkv_b", "wo", "w_gate", "w_down", "embedding") if n]
+    wanted_names = ["wq", "wq_b", "wkv_a", "wkv_b", "wo", "embedding"]
+    wanted_names += [] if m.moe.n_routed_experts else ["w_gate", "w_down"]
     shapes = {
         name: tuple(p.shape)
         for name, p in from_pretrained(folders[0]).model.named_parameters()
@@ -77,13 +80,13 @@ def test_peft_loads_what_is_exported(folders, case):
     pairs = random_pairs(shapes)
     adapter.mkdir()
     write_peft(m, pairs, 4, 12.0, adapter, str(folders[0]))
-    ours = from_pretrained(folders[0], dtype=torch.float64)
+    ours = from_pretrained(folders[0])
     ours.adapters.add("ours", {name: adapt.Adapter(*pair) for name, pair in pairs.items()}, 3.0)
     ours.set_adapter("ours")
-    theirs = peft.PeftModel.from_pretrained(model, adapter).double()
+    theirs = peft.PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():
         wanted = theirs(TOKENS).logits
-    assert (ours.model(TOKENS) - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    assert (ours.model(TOKENS) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 def test_round_trip_and_what_is_refused(folders):

@@ -77,6 +77,9 @@ REFUSED = {
     "sample.as_message=true": "sample.as_message sample_problems",
     "model.n_kv_heads=4": "model.n_kv_heads _heads",
     "model.head_dim=31": "model.head_dim _heads",
+    "model.rotary_dim=7": "model.rotary_dim _heads",
+    "model=v4_distill size=tiny model.rotary_dim=18": "model.rotary_dim _heads",
+    "model=v3_moe size=tiny model.rotary_dim=8": "model.rotary_dim _latent_attention",
     "data.seq_len=4096": "data.seq_len length_problems",
     "model.memory_len=63": "model.memory_len length_problems",
     "model.memory_len=64 model.window=0 data.order=contiguous": "model.memory_len length_problems",
@@ -264,7 +267,7 @@ REFUSED = {
     "do=sft data=chat data.path=/ data.order=contiguous": "data.order chat_problems",
     "do=sft data=chat data.path=/ data.train_on=[]": "data.train_on chat_problems",
     "do=sft data=chat data.path=/ data.train_on=[bot]": "data.train_on chat_problems",
-    "do=sft data=chat data.path=/ data.template=no.jinja": "data.template chat_problems",
+    "do=sft data=chat data.path=/ data.template=no.jinja": "data.template template_problems",
     "data.train_on=[user]": "data.train_on unread_chat_problems",
     "do=plan data=chat data.path=/ kernels=fused": "data.isolate_documents isolation_problems",
     "do=plan data.isolate_documents=true model.memory_len=63 data.order=contiguous": (
@@ -283,6 +286,56 @@ REFUSED = {
     "lora=default lora.path=nothing": "lora.path _file",
     "do=plan lora=default lora.path=nothing": "lora.path _file",
     "lora.rank=-1": "lora.rank range_problems",
+    "do=dpo": "data.source finetune_problems",
+    "data=preference data.path=README.md data.tokenizer=README.md": "data.source finetune_problems",
+    "do=dpo data=preference data.path=README.md": "data.tokenizer _rows",
+    "do=dpo data=preference data.tokenizer=README.md": "data.path data_problems",
+    "do=dpo data=preference data.path=README.md data.tokenizer=README.md data.order=contiguous": "data.order _rows",
+    "do=dpo data=preference data.path=README.md data.tokenizer=README.md data.max_bytes=9": "data.max_bytes _rows",
+    "do=dpo data=preference data.path=README.md data.tokenizer=README.md trainer.micro_batch_seqs=1": (
+        "trainer.micro_batch_seqs _preferences"
+    ),
+    "do=dpo data=preference data.path=README.md data.tokenizer=README.md trainer.eval_seqs=3": (
+        "trainer.eval_seqs _preferences"
+    ),
+    "do=dpo data=preference data.path=README.md data.tokenizer=README.md dpo.loss=ipo dpo.label_smoothing=0.1": (
+        "dpo.label_smoothing _preferences"
+    ),
+    "do=dpo data=preference data.path=README.md data.tokenizer=README.md dpo.loss=orpo dpo.reference=last": (
+        "dpo.reference _preferences"
+    ),
+    "do=dpo data=preference data.path=README.md data.tokenizer=README.md model.memory_len=9 data.order=contiguous": (
+        "data.order _rows, model.memory_len _training"
+    ),
+    "do=dpo data=preference data.path=README.md data.tokenizer=README.md model=v3_moe size=tiny parallel.dp=2 "
+    "parallel.zero_stage=1 trainer.global_batch_seqs=8 trainer.micro_batch_seqs=2": "model.n_mtp_layers _training",
+    **{
+        f"do=grpo data=prompts data.path=README.md data.tokenizer=README.md {line}": problems
+        for line, problems in {
+            "grpo.max_new_tokens=1000": "grpo.max_new_tokens _reinforcement",
+            "grpo.group_size=3": "trainer.global_batch_seqs _reinforcement",
+            "parallel.tp=2 parallel.zero_stage=1": "parallel.tp _reinforcement",
+            "parallel=zero3 parallel.dp=2 trainer.micro_batch_seqs=4 trainer.global_batch_seqs=16": (
+                "parallel.zero_stage _reinforcement"
+            ),
+            "trainer.compile=true": "trainer.compile _reinforcement",
+            "model=v2_moe size=tiny grpo.max_new_tokens=8 model.moe.capacity_factor=1.25": (
+                "model.moe.capacity_factor _reinforcement"
+            ),
+            "~grpo.rewards.answer": "grpo.rewards _rewards",
+            "grpo.rewards.answer._target_=os.system": "grpo.rewards.answer._target_ _reward",
+            "grpo.rewards.answer._target_=recipes.rewards.mine": "grpo.rewards.answer._target_ _reward",
+            "grpo.rewards.answer._target_=deepseek_exp.finetune.rewards.exact": "grpo.rewards.answer._target_ _reward",
+            "+grpo.rewards.answer.tolerance=1": "grpo.rewards.answer.tolerance _arguments",
+            "+grpo.rewards.answer.weight=x": "grpo.rewards.answer.weight _arguments",
+            "+grpo.rewards.x={weight:1}": "grpo.rewards.x _reward",
+            "grpo.rewards.answer._target_=deepseek_exp.finetune.rewards.regex_match": (
+                "grpo.rewards.answer.pattern _arguments"
+            ),
+            "grpo.rewards.answer._target_=deepseek_exp.finetune.rewards.regex_match "
+            "+grpo.rewards.answer.pattern='(x'": "grpo.rewards.answer.pattern _arguments",
+        }.items()
+    },
 }
 
 

@@ -35,6 +35,8 @@ DOMAIN_PATHS = [
     for domain in ("general", "finance", "medical", "law")
     for key in ("path", "valid_path")
 ]
+# the path that composing looks at; that the rows are none is found later
+ROWS = [f"data.path={ROOT / 'README.md'}", "data.valid_path=null", f"data.tokenizer={ROOT / 'README.md'}"]
 # what an option needs beside itself
 NEEDS = {
     "kernels=fused": ["do=plan"],  # which needs no GPU
@@ -45,6 +47,9 @@ NEEDS = {
     "data=mixture": [f"+data.mixture.readme.path={ROOT / 'README.md'}"],
     "data=chat": ["do=sft", f"data.path={ROOT / 'README.md'}"],
     "data=text": [f"data.path={ROOT / 'README.md'}"],
+    "data=preference": ["do=dpo", *ROWS],
+    "data=prompts": ["do=grpo", *ROWS],
+    "recipes=arithmetic_grpo": ROWS,
     "recipes=domains": DOMAIN_PATHS,
     "recipes=domains_dense": DOMAIN_PATHS,
     "recipes=shakespeare": [f"data.path={ROOT / 'README.md'}"],
@@ -67,8 +72,8 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 
 def test_the_files_are_found():
-    assert len(FILES) == 49
-    assert len(RECIPES) == 10
+    assert len(FILES) == 53
+    assert len(RECIPES) == 11
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

@@ -64,6 +64,7 @@ QWEN = {**SIZE, "use_sliding_window": True, "sliding_window": 9, "max_window_lay
 QWEN3_MOE = {
     **SIZE, "head_dim": 24, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
 }  # fmt: skip
+NO_PAD = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": 1}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SIZE),
     "llama_tied_llama3": ("llama", {**SIZE, "tie_word_embeddings": True, "rope_parameters": LLAMA3}),
@@ -80,6 +81,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe_dense_window": (
         "qwen3_moe",
         {**QWEN3_MOE, "mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 9},
+    ),
+    "phi3": ("phi3", {**SIZE, **NO_PAD}),
+    "phi3_window_tied": ("phi3", {**SIZE, **NO_PAD, "sliding_window": 9, "tie_word_embeddings": True}),
+    "phi3_partial": ("phi3", {**SIZE, **NO_PAD, "partial_rotary_factor": 0.75}),
+    "glm4": ("glm4", {**SIZE, **NO_PAD, "head_dim": 24}),
+    "glm4_linear_no_bias": (
+        "glm4",
+        {
+            **SIZE,
+            **NO_PAD,
+            "head_dim": 32,
+            "attention_bias": False,
+            "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.25},
+        },
     ),
     "deepseek_v2": ("deepseek_v2", V2),
     "deepseek_v2_no_q_lora": ("deepseek_v2", {**V2, "q_lora_rank": None}),

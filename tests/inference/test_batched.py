@@ -100,6 +100,17 @@ def test_frequencies(temperature, top_p):
     torch.testing.assert_close(found, wanted, rtol=0, atol=2 / n)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_that_the_tokenizer_does_not_have_are_not_selected(temperature):
+    logits = torch.tensor([[0.0, 1.0, 5.0, 9.0]]).expand(5, -1)
+    draw = torch.linspace(0, 0.999, 5, dtype=torch.float64)
+    for top_p in (1.0, 0.9):
+        token, log_prob = _pick(logits, temperature, top_p, draw, 2)
+        assert token.max() == 1 and (temperature == 0.0) == (token.min() == 1)
+        wanted = logits[0].log_softmax(-1)[token]
+        torch.testing.assert_close(log_prob, wanted)
+
+
 def test_the_largest_number_selects_the_last_possible_token():
     draw = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
     logits = torch.tensor([[0.0, 1.0, 0.5, -torch.inf, -torch.inf]])

@@ -51,7 +51,8 @@ def test_every_version(version):
 
 
 def test_heads_with_norms_and_biases():
-    changes = ("model.qk_norm=true", "model.qkv_bias=true", "model.n_kv_heads=1")
+    changes = ("model.qk_norm=true", "model.qkv_bias=true", "model.n_kv_heads=1", "model.rotary_dim=8")
+    changes = (*changes, "model.sandwich_norm=true")
     exp = composed("model=v4_distill", "size=tiny", "model.n_layers=2", "kernels=fused", "do=plan", *changes)
     assert_same(gradients(exp.model, resolve(exp.kernels)), gradients(exp.model, TORCH))
 

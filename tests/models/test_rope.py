@@ -126,3 +126,9 @@ def test_a_table_made_in_inference_can_be_trained_with():
     with torch.inference_mode():
         cos, _ = rope_table(BASE, 34, 5, CPU)
     assert not cos.is_inference()
+
+
+def test_a_part_of_a_head_turns():
+    part = rope_table(dataclasses.replace(BASE, rotary_dim=8), 16, 50, CPU)
+    for table, whole, still in zip(part, rope_table(BASE, 8, 50, CPU), (1.0, 0.0), strict=True):
+        assert torch.equal(table[:, :4], whole) and torch.equal(table[:, 4:], torch.full((50, 4), still))

@@ -21,6 +21,7 @@ FULL = "trainer.activation_checkpointing=full"
 V2 = ["model=v2_moe", "model.moe.aux_loss_weight=1", "model.moe.sequence_loss_weight=1"]
 V3 = ["model=v3_moe", "model.moe.bias_update_rate=0.01"]
 # what is trained, in which layout, and what one process does not know of
+GLM4 = ["model=v4_distill", "model.qkv_bias=true", "model.rotary_dim=8", "model.sandwich_norm=true"]
 CASES = {
     "v1 pp2 tp2": (["model=v1_dense"], {"pp": 2, "tp": 2}, []),
     "v1 tp2 dp2, sequences cut": (["model=v1_dense"], {"tp": 2, "dp": 2}, [SEQUENCE]),
@@ -45,8 +46,10 @@ CASES = {
         {"tp": 4},
         ["trainer.activation_checkpointing=selective"],
     ),
+    "norms after, pp2 tp2": (GLM4, {"pp": 2, "tp": 2}, []),
+    "norms after, tp2 dp2, sequences cut": (GLM4, {"tp": 2, "dp": 2}, [SEQUENCE]),
+    "norms after, dp2 ep2": ([*V3, "model.sandwich_norm=true"], {"dp": 2, "ep": 2}, []),
 }
-
 
 # every engine, every axis, and every collective at least once
 QUICK = {

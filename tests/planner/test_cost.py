@@ -101,6 +101,7 @@ class TestParametersByHand:
             (hand(), Parameters(total=15056, active=10256, mtp=0, embedding=4800)),
             (hand(tie_embeddings=True), Parameters(10256, 10256, 0, 4800)),
             (hand(qkv_bias=True, qk_norm=True), Parameters(15056 + 2 * (64 + 16), 10256 + 2 * (64 + 16), 0, 4800)),
+            (hand(sandwich_norm=True), Parameters(15056 + 2 * 32, 10256 + 2 * 32, 0, 4800)),
             (hand(window=4, n_global_tokens=1), Parameters(15056 + 2 * 4, 10256 + 2 * 4, 0, 4800)),
             (hand(window=4), Parameters(15056, 10256, 0, 4800)),
             (hand(n_global_tokens=1), Parameters(15056, 10256, 0, 4800)),

@@ -101,7 +101,7 @@ def test_the_training_loss_adds_the_mtp_loss(tmp_path):
     lit = build.build_parts(composed(*model, "data=synthetic", "device=cpu", f"output_dir={tmp_path}")).lit
     tokens = torch.randint(0, 512, (3, 17), generator=torch.Generator().manual_seed(0))
     batch = MicroBatch(tokens, None)
-    loss, nll, mtp_loss, _ = lit.objective.from_tokens(lit.model, batch)
+    loss, nll, mtp_loss, *_ = lit.objective.from_tokens(lit.model, batch)
     logits, ahead = logits_ahead(lit.model, tokens)
 
     def mean_nll(logits, targets):

@@ -33,6 +33,12 @@ def chat_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     if unknown or not d.train_on:
         rule = f"has {unknown[0]!r}, which is no role" if unknown else "names no role, so that no token is supervised"
         yield Problem("data.train_on", list(d.train_on), rule, f"use some of {', '.join(ROLES)}, as in [assistant]")
+    yield from template_problems(exp)
+
+
+def template_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Yield a problem if the chat template is neither one of ours nor a file."""
+    d = exp.data
     if d.template not in ("auto", *TEMPLATES) and not is_file(expand(d.template)):
         rule = f"is neither auto, {', '.join(TEMPLATES)} nor the path of a file"
         yield Problem("data.template", d.template, rule, "use one of them, or name a Jinja file")
@@ -61,8 +67,9 @@ def unread_chat_problems(exp: ExperimentConfig, named: Collection[str]) -> Itera
     """
     if exp.data.source is Source.chat:
         return
+    renders = exp.data.source in (Source.preference, Source.prompts)
     for name in OF_CHAT:
         path = f"data.{name}"
-        if path in named:
+        if path in named and not (name == "template" and renders):
             rule = f"does nothing while data.source='{exp.data.source.value}'"
             yield Problem(path, getattr(exp.data, name), rule, f"leave {path} out, or add data=chat")

@@ -18,6 +18,15 @@ from deepseek_exp.config.schema import ExperimentConfig, MixturePart
 from deepseek_exp.disk import expand
 from deepseek_exp.errors import Problem
 
+# The files that a source reads, by path.
+ROWS = ".jsonl .jsonl.gz"
+KINDS = {
+    Source.text: ".txt .md .jsonl .jsonl.gz .parquet",
+    Source.chat: ROWS,
+    Source.preference: ROWS,
+    Source.prompts: ROWS,
+}
+
 
 def vocabulary_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     """Yield a problem if the tokenizer has more entries than the embedding has rows."""
@@ -31,11 +40,10 @@ def vocabulary_problems(exp: ExperimentConfig) -> Iterator[Problem]:
 def data_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     """Yield problems for texts that do not exist or that `data.source` does not read."""
     d = exp.data
-    reads = d.source is Source.text or (d.source is Source.chat and not d.mixture)
+    reads = d.source in KINDS and not (d.source is Source.chat and d.mixture)
     if reads and d.path is None:
-        kinds = ".jsonl .jsonl.gz" if d.source is Source.chat else ".txt .md .jsonl .jsonl.gz .parquet"
         rule = f"is needed for data.source='{d.source.value}'"
-        yield Problem("data.path", None, rule, f"set data.path to a file, folder or glob of {kinds}")
+        yield Problem("data.path", None, rule, f"set data.path to a file, folder or glob of {KINDS[d.source]}")
     for name in ("path", "valid_path"):
         value = getattr(d, name)
         if value is not None and not reads:

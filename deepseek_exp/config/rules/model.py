@@ -53,6 +53,12 @@ def _heads(exp: ExperimentConfig) -> Iterator[Problem]:
     if m.head_dim % 2:
         rule = "is odd, and the rotary embedding turns pairs"
         yield Problem("model.head_dim", m.head_dim, rule, f"use model.head_dim={m.head_dim + 1}")
+    if m.rotary_dim % 2:
+        rule = "is odd, and the rotary embedding turns pairs"
+        yield Problem("model.rotary_dim", m.rotary_dim, rule, f"use model.rotary_dim={m.rotary_dim + 1}")
+    if m.rotary_dim > m.head_dim and m.attention is AttentionKind.gqa:
+        rule = f"is more than model.head_dim={m.head_dim}"
+        yield Problem("model.rotary_dim", m.rotary_dim, rule, f"use {m.head_dim} or less; 0 turns all")
 
 
 def _latent_attention(exp: ExperimentConfig) -> Iterator[Problem]:
@@ -64,10 +70,10 @@ def _latent_attention(exp: ExperimentConfig) -> Iterator[Problem]:
         if m.qk_rope_head_dim % 2:
             rule = "is odd, and the rotary embedding turns pairs"
             yield Problem("model.qk_rope_head_dim", m.qk_rope_head_dim, rule, f"use {m.qk_rope_head_dim + 1}")
-        for name in ("qkv_bias", "qk_norm"):
-            if getattr(m, name):
+        for name, off in (("qkv_bias", "false"), ("qk_norm", "false"), ("rotary_dim", "0")):
+            if value := getattr(m, name):
                 rule = "is for model.attention='gqa' and not for 'mla'"
-                yield Problem(f"model.{name}", True, rule, f"set model.{name}=false")
+                yield Problem(f"model.{name}", value, rule, f"set model.{name}={off}")
     s = m.rope_scaling
     if s.kind is RopeScalingKind.none and s.factor != 1:
         rule = "does nothing while model.rope_scaling.kind='none'"

@@ -10,6 +10,7 @@ from deepseek_exp.config.rules.bounds import range_problems
 from deepseek_exp.config.rules.chat import chat_problems, isolation_problems
 from deepseek_exp.config.rules.classes import class_problems
 from deepseek_exp.config.rules.data import data_problems, mixture_problems, vocabulary_problems
+from deepseek_exp.config.rules.finetune import finetune_problems
 from deepseek_exp.config.rules.kernels import (
     adamw_problems,
     device_problems,
@@ -51,6 +52,7 @@ def problems(exp: ExperimentConfig, machine: Machine) -> list[Problem]:
         *mixture_problems(exp),
         *chat_problems(exp),
         *isolation_problems(exp),
+        *finetune_problems(exp),
         *tracking_problems(exp),
         *class_problems(exp),
         *device_problems(exp, machine),

@@ -15,7 +15,7 @@ LAYER = {
     "experiment": 2, "models": 2,
     "adapt": 3, "huggingface.weights": 3, "huggingface.export": 3, "huggingface.adapters": 3,
     "inference": 4,
-    "parallel": 5, "finetune": 5,
+    "parallel": 5, "finetune": 5, "evaluate": 5,
     "train": 6,
     "commands": 7,
     "run": 8,

@@ -95,6 +95,10 @@ class VerifyError(UserError):
     """A parallel layout does not compute the same result as one process."""
 
 
+class ChainError(UserError):
+    """A chain of stages cannot start, or a stage has met a condition that stops it."""
+
+
 class DiskError(UserError):
     """A file or folder cannot be read or written: a full disk, or no permission."""
 
@@ -130,6 +134,7 @@ KINDS: dict[str, type[UserError]] = {
         CheckpointError,
         TrackingError,
         VerifyError,
+        ChainError,
         DiskError,
         DeviceError,
         RankError,

@@ -15,6 +15,7 @@ from hydra.core.utils import configure_log
 from omegaconf import DictConfig
 
 from deepseek_exp import config, console, planner
+from deepseek_exp.commands.chain import run_chain
 from deepseek_exp.commands.export import export
 from deepseek_exp.commands.recorded import record
 from deepseek_exp.commands.sample import sample
@@ -57,6 +58,9 @@ def run_single(composed: Composed, machine: Machine) -> None:
     configure_log(section.hydra.job_logging, section.hydra.verbose)
     overrides, size = list(section.hydra.overrides.task), section.hydra.runtime.choices["size"]
     try:
+        if composed.stages:
+            with hydra_ready(composed.config_dir):
+                return run_chain(composed.stages, composed.exp, section.hydra.runtime.choices["recipes"], overrides)
         with hydra_ready(composed.config_dir):  # a checkpoint's tree is merged with what the command line composes
             job = make_job(composed.tree, overrides, size, None, machine, composed.exp)
         run(job)

@@ -1,5 +1,6 @@
 """Configuration: the typed schema, composition of the Hydra tree, and validation rules."""
 
+from deepseek_exp.config.chain_section import ChainConfig, StageConfig
 from deepseek_exp.config.enums import (
     ActivationCheckpointing,
     AttentionKind,
@@ -19,6 +20,7 @@ from deepseek_exp.config.enums import (
     Order,
     Precision,
     PreferenceLoss,
+    Reuse,
     RopeScalingKind,
     Score,
     Source,
@@ -52,6 +54,7 @@ __all__ = [
     "ActivationCheckpointing",
     "AttentionKind",
     "Balance",
+    "ChainConfig",
     "ClusterConfig",
     "DPOConfig",
     "DataConfig",
@@ -81,11 +84,13 @@ __all__ = [
     "ParallelConfig",
     "Precision",
     "PreferenceLoss",
+    "Reuse",
     "RopeScalingConfig",
     "RopeScalingKind",
     "SampleConfig",
     "Score",
     "Source",
+    "StageConfig",
     "Tracker",
     "TrackingConfig",
     "TrainerConfig",

@@ -29,6 +29,14 @@ class Do(StrEnum):
         return self in (Do.train, Do.sft, Do.dpo, Do.grpo)
 
 
+class Reuse(StrEnum):
+    """Which finished stages of a chain are not run again."""
+
+    unchanged = "unchanged"
+    strict = "strict"
+    never = "never"
+
+
 class ExportFormat(StrEnum):
     """Format of a checkpoint exported for other programs."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from deepseek_exp.config.chain_section import ChainConfig
 from deepseek_exp.config.enums import (
     ActivationCheckpointing,
     AttentionKind,
@@ -489,6 +490,7 @@ class ExperimentConfig:
     verify: VerifyConfig = MISSING
     dpo: DPOConfig = MISSING
     grpo: GRPOConfig = MISSING
+    chain: ChainConfig = MISSING
 
     @property
     def last_step(self) -> int:

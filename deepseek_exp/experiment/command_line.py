@@ -32,11 +32,13 @@ from deepseek_exp.config.enums import Do
 from deepseek_exp.config.explain import parse_one
 from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.rules import hydra_section
+from deepseek_exp.config.rules.chain import unchained_problems
 from deepseek_exp.config.rules.chat import unread_chat_problems
 from deepseek_exp.config.rules.model import unread_problems
 from deepseek_exp.config.rules.values import text_problems, untracked_problems
 from deepseek_exp.config.schema import ExperimentConfig
 from deepseek_exp.errors import ConfigError, Problem
+from deepseek_exp.experiment.chain import Stage, compose_stages
 from deepseek_exp.experiment.init_from import names_a_run, start_from
 
 
@@ -46,15 +48,18 @@ class Composed:
 
     Attributes:
         tree: the tree that Hydra composes; with `init_from=<Hugging Face checkpoint>`, that model's section.
-        exp: the tree as dataclasses, validated; None if the job depends on a checkpoint of a run.
+        exp: the tree as dataclasses, validated; None if the job depends on a checkpoint of a run. Of a chain, only what
+            its stages share is validated.
         hydra: the section `hydra` of the tree; None in a sweep, whose jobs Hydra composes.
         config_dir: where the user's options are, as in --config-dir.
+        stages: of a chain, each after the one it starts from; empty if the command line is no chain.
     """
 
     tree: DictConfig
     exp: ExperimentConfig | None
     hydra: DictConfig | None = None
     config_dir: str | None = None
+    stages: tuple[Stage, ...] = ()
 
 
 def with_text_run_ids(argv: Sequence[str]) -> list[str]:
@@ -138,6 +143,12 @@ def _composed(overrides: Sequence[str], machine: Machine, *, in_sweep: bool) -> 
     if flaws:
         return None, found + flaws
     exp = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg))
+    if exp.chain.stages:
+        stages, more = compose_stages(cfg, good, machine)
+        if in_sweep:
+            fix = "run one chain at a time, without -m"
+            more = [Problem("chain.stages", "a chain", "cannot be combined with -m", fix)]
+        return Composed(cfg, exp, section, stages=tuple(stages)), found + more
     flaws = [p for p in text_problems(exp) if p.key == "init_from"]
     if flaws:
         return None, found + flaws
@@ -146,6 +157,7 @@ def _composed(overrides: Sequence[str], machine: Machine, *, in_sweep: bool) -> 
         cfg, more = start_from(cfg, overrides)
         found += more
     # Values from a checkpoint are checked once the checkpoint's own configuration is known.
+    found += unchained_problems(exp, {override_key(o) for o in good})
     of_a_run = takes_checkpoint(cfg) or (cfg.get("init_from") is not None and not release)
     if not of_a_run:
         named = {override_key(o) for o in good}

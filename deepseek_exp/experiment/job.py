@@ -54,6 +54,7 @@ NOT_TRAINING = (
         "verify",
         "init_from",
         "lora.path",
+        "chain",
     ),
     *(f"data.{name}" for name in resume.PLACES),
 )
@@ -203,7 +204,7 @@ def make_job(
         if fixed:
             raise ConfigError(*fixed)
         if cfg.tracking.new_run or resume.differing(before, cfg, NOT_TRAINING):
-            continues = _origin(checkpoint)
+            continues = origin(checkpoint)
         else:
             _check_where_recorded(checkpoint, before, cfg, overrides)
     named_by = overrides if history is None else history
@@ -227,6 +228,17 @@ def make_job(
     )
 
 
+def resumed(job: Job, checkpoint: Path) -> Job:
+    """Return a training job that continues from a checkpoint of the same configuration, such as one that was killed.
+
+    It continues the run of the checkpoint, or a new one if a parameter of the training differs, such as its layout.
+    """
+    before = resume.saved_experiment(saved_config.read(checkpoint))
+    if resume.differing(before, job.cfg, NOT_TRAINING):
+        return dataclasses.replace(job, checkpoint=checkpoint, continues=origin(checkpoint))
+    return dataclasses.replace(job, checkpoint=checkpoint, run_dir=manifest.run_dir_of(checkpoint))
+
+
 def _located(resume: str, composed: DictConfig) -> Path:
     checkpoint, passed_over = manifest.locate(resume, Path(composed.output_dir))
     for sentence in passed_over:
@@ -246,7 +258,7 @@ def _with_weights_of(composed: DictConfig, overrides: Sequence[str]) -> tuple[Di
     composed, problems = init_from.start_from(composed, overrides, checkpoint)
     if problems:
         raise ConfigError(*problems)
-    return composed, None if checkpoint is None else _origin(checkpoint)
+    return composed, None if checkpoint is None else origin(checkpoint)
 
 
 def _with_reference(composed: DictConfig) -> DictConfig:
@@ -270,7 +282,8 @@ def _with_reference(composed: DictConfig) -> DictConfig:
     return composed
 
 
-def _origin(checkpoint: Path) -> Origin:
+def origin(checkpoint: Path) -> Origin:
+    """Return which run a checkpoint belongs to."""
     saved = manifest.read_manifest(checkpoint)
     return Origin(saved.run_id, checkpoint.resolve().parent.parent, saved.step)
 

@@ -4,6 +4,7 @@ The training process appends events to a journal on disk (`TrackedRun`); a secon
 MLflow. Neither MLflow nor Lightning is imported here; the Lightning adapter is `deepseek_exp.tracking.logger`.
 """
 
+from deepseek_exp.tracking.chain import ChainRun
 from deepseek_exp.tracking.run import RunLog, TrackedRun, copy_history
 from deepseek_exp.tracking.sweep import (
     SweepRow,
@@ -16,6 +17,7 @@ from deepseek_exp.tracking.sweep import (
 )
 
 __all__ = [
+    "ChainRun",
     "RunLog",
     "SweepRow",
     "TrackedRun",

@@ -336,6 +336,43 @@ REFUSED = {
             "+grpo.rewards.answer.pattern='(x'": "grpo.rewards.answer.pattern _arguments",
         }.items()
     },
+    "chain.reuse=strict": "chain.reuse unchained_problems",
+    "+chain.stages.a=7": "chain.stages.a _form_problems",
+    "+chain.stages.a.doo=train": "chain.stages.a.doo _form_problems, chain.stages.a.do _form_problems",
+    "+chain.stages.a={do:train,start:7}": "chain.stages.a.start _form_problems",
+    "+chain.stages.a={do:train,set:7}": "chain.stages.a.set _form_problems",
+    "+chain.stages.last.do=train": "chain.stages _stage_problems",
+    "+chain.stages.a.do=plan": "chain.stages.a.do _stage_problems",
+    "+chain.stages.a.do=eval": "chain.stages.a.start _start_problems",
+    "+chain.stages.a={do:train,set:{tracking:none}}": "chain.stages.a.set.tracking _stage_problems",
+    "+chain.stages.a={do:train,set:{do:eval}}": "chain.stages.a.set.do _stage_problems",
+    "+chain.stages.a.do=train do=sample": "do chain_problems",
+    "+chain.stages.a.do=train resume=last": "resume chain_problems",
+    "+chain.stages.a.do=train launch=torchrun": "launch.launcher chain_problems",
+    "+chain.stages.a.do=train chain.only=[b]": "chain.only chain_problems",
+    "+chain.stages.a.do=train chain.yardstick.tokens=-1": "chain.yardstick.tokens range_problems",
+    "+chain.stages.a.do=train chain.yardstick.tokens=0 chain.stop_if.loss_rise_percent=5": (
+        "chain.stop_if.loss_rise_percent chain_problems"
+    ),
+    "+chain.stages.a={do:train,start:b} +chain.stages.b={do:train,start:a}": (
+        "chain.stages.a.start _start_problems, chain.stages.b.start _start_problems"
+    ),
+    "+chain.stages.a.do=train +chain.stages.b.do=eval +chain.stages.c={do:train,start:b}": (
+        "chain.stages.c.start _start_problems"
+    ),
+    "+chain.stages.a={do:train,start:nothing_like_it}": "a: start _from_outside",
+    "+chain.stages.a.do=train init_from=last": "a: start _from_outside",
+    "+chain.stages.a.do=train trainer.keep_checkpoints=0": "a: trainer.keep_checkpoints _keeping_problems",
+    "+chain.stages.a={do:train,set:{optim:{lrr:1}}} +chain.stages.b={do:train,set:{seed:x}} optim.lr=-1": (
+        "a: optim.lrr override_words, a, b: optim.lr range_problems, b: seed value_words"
+    ),
+    "+chain.stages.a.do=train +chain.stages.b={do:train,set:{model:v3_moe}}": "b: model _with_model_of",
+    "+chain.stages.a.do=train +chain.stages.b={do:train,set:{model:{n_layers:3}}}": "b: model.n_layers _with_model_of",
+    "+chain.stages.a.do=train +chain.stages.b={do:train,set:{data:{tokenizer:README.md}}}": (
+        "b: data.tokenizer _with_model_of"
+    ),
+    "+chain.stages.a.do=train +chain.stages.b={do:train,set:{data:{seq_len:999}}}": "b: data.seq_len length_problems",
+    "-m +chain.stages.a.do=train seed=1,2": "chain.stages _composed",
 }
 
 

@@ -72,7 +72,7 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 
 def test_the_files_are_found():
-    assert len(FILES) == 53
+    assert len(FILES) == 54
     assert len(RECIPES) == 11
 
 

@@ -18,7 +18,10 @@ from deepseek_exp.errors import Problem
 # Strings that may be empty.
 MAY_BE_EMPTY = ("sample.prompt",)
 # Keys that hold a path. Those in `EXPANDED` may begin with ~.
-EXPANDED = ("data.path", "data.valid_path", "data.tokenizer", "data.template", "lora.path")
+EXPANDED = (
+    *("data.path", "data.valid_path", "data.tokenizer", "data.template", "lora.path"),
+    "chain.yardstick.path",
+)
 PATHS = (*EXPANDED, "output_dir", "resume", "init_from", "data.cache_dir", "export.path")
 # Names of runs, folders and experiments, with the maximum length of each (MLflow's databases accept 250 characters).
 NAMES = {"model.version": 100, "tracking.run_name": 250, "tracking.experiment": 250}

@@ -94,7 +94,12 @@ def peft(cfg: ExperimentConfig, device: torch.device) -> tuple[nn.Module, Callab
         model = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
     model = model.to(device, torch.bfloat16).train()
     step = torch.compile(model) if cfg.trainer.compile else model
-    return model, lambda tokens: step(input_ids=tokens[:, :-1], labels=tokens[:, 1:], shift_labels=tokens[:, 1:]).loss
+
+    def loss_of(tokens: Tensor) -> Tensor:
+        targets = tokens[:, 1:].contiguous()
+        return step(input_ids=tokens[:, :-1], labels=targets, shift_labels=targets).loss
+
+    return model, loss_of
 
 
 def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:

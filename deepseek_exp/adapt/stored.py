@@ -58,21 +58,27 @@ def fold(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     return found
 
 
-def load_merged(checkpoint: Path) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a checkpoint of any layout, with its adapters added if it has some."""
-    return fold(load_weights(checkpoint), saved_scale(checkpoint))
+def load_merged(checkpoint: Path, *, use_ema: bool = False) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a checkpoint of any layout, with its adapters added if it has some.
+
+    Args:
+        checkpoint: its folder.
+        use_ema: read the moving average of what was trained instead.
+    """
+    return fold(load_weights(checkpoint, use_ema=use_ema), saved_scale(checkpoint))
 
 
 @contextmanager
-def merged(checkpoint: Path, target: Path) -> Iterator[Path]:
+def merged(checkpoint: Path, target: Path, *, use_ema: bool = False) -> Iterator[Path]:
     """Yield a checkpoint whose weights are in one model.safetensors and include its adapters, if it has some.
 
     Args:
         checkpoint: of any layout.
         target: a temporary folder next to this path holds what has to be written.
+        use_ema: take the moving average of what was trained instead.
     """
     scale = saved_scale(checkpoint)
-    with in_one_file(checkpoint, target) as single:
+    with in_one_file(checkpoint, target, use_ema=use_ema) as single:
         if not scale:
             yield single
             return

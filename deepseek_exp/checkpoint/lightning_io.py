@@ -31,7 +31,7 @@ from torch import Tensor
 
 from deepseek_exp.checkpoint import manifest
 from deepseek_exp.checkpoint.manifest import MODEL, STATE, TREE, Lineage
-from deepseek_exp.checkpoint.shards import SHARDED, WEIGHT, State, Whole, open_state, shard_name
+from deepseek_exp.checkpoint.shards import SHARDED, WEIGHT, State, Whole, averaged, open_state, shard_name
 from deepseek_exp.checkpoint.tensors import NAMES, decode, encode, read_tree, readable, write_tensors
 
 PREFIX = "model."
@@ -131,8 +131,18 @@ def part_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.part")
 
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the model's parameters and buffers of a checkpoint, tied ones under each of their names."""
+def load_weights(folder: Path, *, use_ema: bool = False) -> dict[str, Tensor]:
+    """Read the model's parameters and buffers of a checkpoint, tied ones under each of their names.
+
+    Args:
+        folder: the checkpoint.
+        use_ema: read the moving average of the parameters instead.
+
+    Raises:
+        CheckpointError: it holds no moving average.
+    """
+    if use_ema:
+        return _weights(averaged(open_state(folder)))
     if not (folder / MODEL).is_file():
         return _weights(open_state(folder))
     with readable(folder), safe_open(folder / MODEL, framework="pt") as file:
@@ -142,24 +152,25 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def in_one_file(checkpoint: Path, target: Path) -> Iterator[Path]:
+def in_one_file(checkpoint: Path, target: Path, *, use_ema: bool = False) -> Iterator[Path]:
     """Yield a checkpoint whose weights are in one model.safetensors; it exists only inside the context.
 
     Args:
         checkpoint: of any layout; a checkpoint of one process is yielded unchanged.
         target: a temporary folder next to this path holds the merged shards.
+        use_ema: take the moving average of the weights instead.
     """
-    if (checkpoint / MODEL).is_file():
+    if (checkpoint / MODEL).is_file() and not use_ema:
         yield checkpoint
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.merged.", dir=target.parent) as name:
-        state = open_state(checkpoint)
+        state = averaged(open_state(checkpoint)) if use_ema else open_state(checkpoint)
         like = {n: torch.empty(state.shape(n), dtype=state.dtype, device="meta") for n in state.names}
         like |= {n: state.buffer(n) for n in state.buffers}
         write_tensors(Path(name) / MODEL, like, {"aliases": json.dumps(state.aliases)}, state.whole)
         for path in checkpoint.iterdir():
-            if path.name not in (STATE, TREE, manifest.MANIFEST) and not path.name.startswith("shard-"):
+            if path.name not in (MODEL, STATE, TREE, manifest.MANIFEST) and not path.name.startswith("shard-"):
                 shutil.copy(path, name)
         yield Path(name)
 

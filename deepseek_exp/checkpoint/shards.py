@@ -13,7 +13,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ Box = tuple[tuple[int, int], ...]
 SHARDED = "sharded"  # the key in state.json
 FROZEN = "frozen"  # the key in state.json of one process: names of the parameters that are not trained, if any
 WEIGHT = "weight"
+AVERAGE = "ema"  # the optimizer's state that is a moving average of the weights
 BUFFER = "buffer."
 
 
@@ -266,6 +267,20 @@ def open_state(folder: Path) -> State:
     with readable(folder):
         tree = read_tree(folder)
         return _open_shards(folder, tree) if SHARDED in tree else _open_single(folder, tree)
+
+
+def averaged(state: State) -> State:
+    """Return a checkpoint whose weights are the moving average that it holds of them; frozen ones are as they are.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    if not any(AVERAGE in stored for stored in state._stored.values()):
+        rule = "holds no moving average of its weights, which use_ema=true asks for"
+        fix = "set use_ema=false, or name a run that was trained with optim.ema_decay"
+        raise CheckpointError(Problem("resume", str(state.folder), rule, fix))
+    stored = {name: {**kinds, WEIGHT: kinds.get(AVERAGE, kinds[WEIGHT])} for name, kinds in state._stored.items()}
+    return replace(state, _stored=stored)
 
 
 class _Tensors(dict[str, Any]):

@@ -47,7 +47,7 @@ def _model(job: Job, target: Path) -> list[str]:
     """Write the whole model, with its adapters added, and return the files' names."""
     from deepseek_exp import adapt, inference
 
-    with adapt.merged(job.checkpoint, target) as checkpoint:
+    with adapt.merged(job.checkpoint, target, use_ema=job.cfg.use_ema) as checkpoint:
         return inference.export_hf(job.cfg.model, checkpoint, target)
 
 

@@ -15,6 +15,8 @@ from deepseek_exp.config.schema import TrackingConfig
 from deepseek_exp.console import shown
 
 if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
     from deepseek_exp.experiment.job import Job
     from deepseek_exp.train.build import Parts
 
@@ -133,8 +135,7 @@ def summary(
     lines = [f"\ndone in {duration(seconds)}"]
     step, last_step = trainer.global_step, job.cfg.last_step
     if step < last_step:
-        callbacks = ", ".join(job.cfg.trainer.callbacks)
-        lines.append(f"stopped     after step {step:,} of {last_step:,} by a callback (trainer.callbacks: {callbacks})")
+        lines.append(f"stopped     after step {step:,} of {last_step:,} by {_what_stopped(job, trainer)}")
     lines += validation_lines(trainer.callback_metrics)
     if speed is not None:
         lines.append(f"speed       {speed:,.0f} tokens/s (mean over all steps, excluding validation)")
@@ -146,6 +147,18 @@ def summary(
     commands = list(next_commands(job, run_id))
     width = max((len(line) for line, _ in commands if len(line) <= 80), default=0)
     return "\n".join([*lines, "\nnext:", *(f"  {line:{width}}  # {what}" for line, what in commands)])
+
+
+def _what_stopped(job: Job, trainer: Trainer) -> str:
+    """Return what ended a training before its last step."""
+    from deepseek_exp.train.patience import Patience
+
+    waited = next((c for c in trainer.callbacks if isinstance(c, Patience)), None)
+    if waited is None or waited.n_waited < waited.patience:
+        return f"a callback (trainer.callbacks: {', '.join(job.cfg.trainer.callbacks)})"
+    best = job.run_dir / manifest.FOLDER / manifest.checkpoint_name(waited.best_step)
+    where = f", {shown(best)}" if best.is_dir() else ""
+    return f"trainer.patience={waited.patience}\nbest        loss {waited.best:.3f} at step {waited.best_step:,}{where}"
 
 
 def validation_lines(metrics: Mapping[str, Any]) -> list[str]:

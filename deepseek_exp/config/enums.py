@@ -117,6 +117,21 @@ class OnNonfinite(StrEnum):
     skip = "skip"
 
 
+class Schedule(StrEnum):
+    """Learning-rate schedule after the warm-up."""
+
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class DecayShape(StrEnum):
+    """How the learning rate falls at the end of schedule=wsd."""
+
+    linear = "linear"
+    sqrt = "sqrt"
+    cosine = "cosine"
+
+
 class Order(StrEnum):
     """Order in which the sequences of the token stream are visited."""
 

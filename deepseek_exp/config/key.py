@@ -16,6 +16,7 @@ def key(
     le: float | None = None,
     lt: float | None = None,
     default: Any = MISSING,
+    default_factory: Any = None,
 ) -> Any:
     """Declare a configuration key: its meaning (with its unit) and the range of its value.
 
@@ -23,4 +24,7 @@ def key(
     lack; all other values are in conf/.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    return field(default=default, metadata={"doc": doc, "bounds": {k: v for k, v in bounds.items() if v is not None}})
+    metadata = {"doc": doc, "bounds": {k: v for k, v in bounds.items() if v is not None}}
+    if default_factory is not None:
+        return field(default_factory=default_factory, metadata=metadata)
+    return field(default=default, metadata=metadata)

@@ -17,6 +17,7 @@ from deepseek_exp.config.enums import (
     ActivationCheckpointing,
     AttentionKind,
     Balance,
+    DecayShape,
     Device,
     Do,
     ExportFormat,
@@ -32,6 +33,7 @@ from deepseek_exp.config.enums import (
     Order,
     Precision,
     RopeScalingKind,
+    Schedule,
     Score,
     Source,
     Tracker,
@@ -239,6 +241,27 @@ class OptimConfig:
     warmup_steps: int = key("steps of linear warm-up", ge=0, le=10**12)
     weight_decay: float = key("decoupled weight decay of matrices; vectors are not decayed", ge=0, le=1000)
     clip_norm: float = key("maximum global gradient norm; 0: no clipping", ge=0)
+    schedule: Schedule = key(
+        "learning rate after the warm-up: cosine decay; or wsd (warm-up, stable, decay): constant, then a decay in the "
+        "last steps",
+        default=Schedule.cosine,
+    )
+    decay_fraction: float = key("schedule=wsd: length of the decay / trainer.max_steps", gt=0, le=1, default=0.2)
+    decay_shape: DecayShape = key(
+        "schedule=wsd: the learning rate falls linearly, as 1 - sqrt or as a cosine", default=DecayShape.linear
+    )
+    lr_multipliers: dict[str, Any] = key(
+        "pattern of parameter names -> factor on the learning rate; the factors of all patterns that match a name "
+        "multiply, as in +optim.lr_multipliers={embedding.*:0.1,blocks.0.*:0.5}",
+        default_factory=dict,
+    )
+    ema_decay: float = key(
+        "decay per step of a moving average of the weights, kept with the optimizer's state (4 bytes per weight) and "
+        "read by use_ema=true; 0: none",
+        ge=0,
+        lt=1,
+        default=0.0,
+    )
 
 
 @dataclass
@@ -280,6 +303,19 @@ class TrainerConfig:
     )
     max_skipped_steps: int = key(
         "total number of steps that trainer.on_nonfinite=skip may skip before the run stops", ge=0, le=10**6
+    )
+    patience: int = key(
+        "end the run after this many validations in a row without a new best val/loss, which is saved whenever it is "
+        "reached; 0: never",
+        ge=0,
+        le=10**6,
+        default=0,
+    )
+    min_delta: float = key(
+        "patience: nats per token by which val/loss must fall below the best to be a new best",
+        ge=0,
+        le=1e6,
+        default=0.0,
     )
     callbacks: dict[str, Any] = key("additional Lightning callbacks: name -> `_target_` and arguments")
 
@@ -473,6 +509,11 @@ class ExperimentConfig:
     init_from: str | None = key(
         "folder of a Hugging Face checkpoint to start from: its config.json sets the model section, its "
         "tokenizer.json the tokenizer; null: weights from the seed"
+    )
+    use_ema: bool = key(
+        "read the moving average of a run's weights (optim.ema_decay) instead of its last weights: for do=eval, sample "
+        "and export, and for init_from",
+        default=False,
     )
     output_dir: str = key("folder for runs, the MLflow database and caches")
     model: ModelConfig = MISSING

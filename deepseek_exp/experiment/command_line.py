@@ -35,6 +35,7 @@ from deepseek_exp.config.rules import hydra_section
 from deepseek_exp.config.rules.chain import unchained_problems
 from deepseek_exp.config.rules.chat import unread_chat_problems
 from deepseek_exp.config.rules.model import unread_problems
+from deepseek_exp.config.rules.optim import unread_optim_problems
 from deepseek_exp.config.rules.values import text_problems, untracked_problems
 from deepseek_exp.config.schema import ExperimentConfig
 from deepseek_exp.errors import ConfigError, Problem
@@ -162,6 +163,7 @@ def _composed(overrides: Sequence[str], machine: Machine, *, in_sweep: bool) -> 
     if not of_a_run:
         named = {override_key(o) for o in good}
         found += [*unread_problems(exp, named), *unread_chat_problems(exp, named), *untracked_problems(exp, named)]
+        found += unread_optim_problems(exp, named)
     checked, more = check_tree(cfg, found, None if of_a_run else machine)
     return Composed(cfg, None if of_a_run else checked, section), found + more
 

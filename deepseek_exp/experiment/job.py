@@ -42,20 +42,8 @@ NAMED_KEYS = (
 COMMAND_FILE = "command.json"
 # Parameters that a resume may change within one MLflow run: locations, and what is done after training.
 NOT_TRAINING = (
-    *(
-        "do",
-        "resume",
-        "output_dir",
-        "tracking",
-        "launch",
-        "cluster",
-        "sample",
-        "export",
-        "verify",
-        "init_from",
-        "lora.path",
-        "chain",
-    ),
+    *("do", "resume", "init_from", "use_ema", "output_dir", "lora.path", "chain"),
+    *("tracking", "launch", "cluster", "sample", "export", "verify"),
     *(f"data.{name}" for name in resume.PLACES),
 )
 

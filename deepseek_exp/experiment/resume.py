@@ -35,6 +35,7 @@ def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Prob
     if now.do.is_training:
         fixed["seed"] = saved.seed, now.seed
         fixed["optim.optimizer"] = saved.optim.optimizer, now.optim.optimizer
+        fixed["optim.lr_multipliers"] = saved.optim.lr_multipliers, now.optim.lr_multipliers
         batch = ("global_batch_seqs",) if now.data.order is Order.contiguous else ()
         micro_batch = ("micro_batch_seqs",) if now.model.memory_len else ()
         for key in ("precision", *batch, *micro_batch):
@@ -106,7 +107,7 @@ USED_BY = {
 OF_THE_MACHINE = ("tracking", "launch", "output_dir", "data.cache_dir")
 
 
-OF_THE_COMMAND = ("do", "resume", "tracking.new_run")
+OF_THE_COMMAND = ("do", "resume", "use_ema", "tracking.new_run")
 
 
 def merge_saved(saved: dict[str, Any], overrides: Sequence[str], *, is_own: bool = True) -> DictConfig:

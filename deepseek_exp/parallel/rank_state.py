@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from deepseek_exp.checkpoint.shards import WEIGHT, Piece, State, Whole
 from deepseek_exp.checkpoint.tensors import readable
+from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.config.parameter_groups import GroupSettings, group_names
 from deepseek_exp.errors import CheckpointError, Problem
 from deepseek_exp.parallel.groups import Groups
 from deepseek_exp.parallel.partition import TABLE, ModelShard, ParamShard
@@ -143,25 +145,43 @@ def buffers(shard: ModelShard, groups: Groups) -> dict[str, Tensor]:
     return {name: value for name, value in shard.model.state_dict().items() if name not in parameters}
 
 
-def whole(shard: ModelShard, optimizer: Any, *, is_tied: bool) -> Whole:
+def whole(shard: ModelShard, optimizer: Any, exp: ExperimentConfig) -> Whole:
     """Return the metadata common to all ranks' pieces.
 
     Args:
-        shard: of this rank, which has matrices and vectors.
+        shard: of this rank, which has a matrix.
         optimizer: DeepSpeed's.
-        is_tied: the output head shares the embedding's table.
+        exp: the experiment. Its tied output head shares the embedding's table.
     """
     base = getattr(optimizer, "optimizer", optimizer)
-    names = {True: [n for n, ndim in shard.trained if ndim >= 2], False: [n for n, ndim in shard.trained if ndim < 2]}
+    here = {_settings(group): group for group in base.param_groups}
     groups = []
-    for group in base.param_groups:
+    for settings, names in group_names(exp.optim, dict(shard.trained)).items():
+        group = here.get(settings) or _like(base.param_groups[0], settings, exp)
         kept = {key: value for key, value in group.items() if key != "params"}
-        groups.append({**kept, "param_names": names[group["decays"]]})
+        groups.append({**kept, "param_names": names})
     state = next(iter(base.state.values()), {})
     scalars = {kind: float(v) for kind, v in state.items() if isinstance(v, Tensor) and not v.ndim}
     dtype = next(shard.model.parameters()).dtype
-    tables = [TABLE, *(name for name, _ in shard.trained if name.startswith(f"{TABLE}."))] if is_tied else []
+    tables = (
+        [TABLE, *(name for name, _ in shard.trained if name.startswith(f"{TABLE}."))]
+        if exp.model.tie_embeddings
+        else []
+    )
     return Whole(dtype, groups, scalars, {name.replace(TABLE, "head.weight"): name for name in tables})
+
+
+def _settings(group: Mapping[str, Any]) -> GroupSettings:
+    return GroupSettings(group["decays"], group.get("orthogonal", False), group.get("lr_multiplier", 1.0))
+
+
+def _like(group: Mapping[str, Any], settings: GroupSettings, exp: ExperimentConfig) -> dict[str, Any]:
+    """Return the entries of a group whose parameters are all on other stages."""
+    factor = settings.lr_multiplier / group["lr_multiplier"]
+    rates = {key: group[key] * factor for key in ("lr", "initial_lr") if key in group}
+    decay = exp.optim.weight_decay if settings.decays else 0.0
+    own = {"decays": settings.decays, "weight_decay": decay, "lr_multiplier": settings.lr_multiplier}
+    return {**group, **rates, **own}
 
 
 def _parameters(shard: ModelShard) -> Iterator[tuple[ParamShard, nn.Parameter]]:

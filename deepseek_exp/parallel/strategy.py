@@ -103,7 +103,7 @@ class DeepSpeed3DStrategy(DDPStrategy):
         mine = save_shard(folder, groups.rank, pieces(self.shard, groups, optimizer), buffers(self.shard, groups))
         shards = {name: record for each in groups.gather(mine) for name, record in each.items()}
         if groups.rank == 0:
-            said = whole(self.shard, optimizer, is_tied=self.exp.model.tie_embeddings)
+            said = whole(self.shard, optimizer, self.exp)
             self.folder_io.finish(folder, target, checkpoint, said, shards)
         groups.barrier()
 

@@ -14,7 +14,9 @@ from deepseek_exp.config import (
     ModelConfig,
 )
 from deepseek_exp.config.limits import ATTENTION_PAD, tokens_of_chunk
+from deepseek_exp.config.parameter_groups import is_muon
 from deepseek_exp.config.topology import Degrees
+from deepseek_exp.planner.cost import parameters
 from deepseek_exp.planner.layers import Layers, largest_gathered
 
 # Assumed usable fraction of a GPU's memory; the rest is the driver's, communication buffers and fragmentation.
@@ -70,11 +72,22 @@ def input_bytes(exp: ExperimentConfig) -> int:
     return 1 if exp.trainer.precision.computes_in_fp8 else element_bytes(exp)
 
 
-def optimizer_bytes(exp: ExperimentConfig) -> float:
-    """Return the bytes of optimizer state per parameter, including the fp32 master of a bf16 parameter."""
+def optimizer_bytes(exp: ExperimentConfig, n_params: float | None = None) -> float:
+    """Return the bytes of optimizer state per parameter, including the fp32 master of a bf16 parameter.
+
+    Args:
+        exp: provides the optimizer and the precision.
+        n_params: parameters of the rank, the tables among them, of which this is the mean; None: of the whole model.
+    """
     state: float = STATE_BYTES.get(str(exp.optim.optimizer.get("_target_")), ADAM_BYTES)
+    if is_muon(exp.optim):  # one moment for each weight of a block; vectors are too few to count
+        n_tables = 0 if exp.lora.rank else 1 if exp.model.tie_embeddings else 2  # adapters are trained without them
+        tables = n_tables * exp.model.vocab_size * exp.model.d_model
+        counted = parameters(exp.model)
+        state = 4 + 4 * tables / (n_params or counted.total + counted.mtp)
     if exp.optim.state_bits == 8:  # and an fp32 scale for each 256 elements of the two
         state = 2 + 2 * 4 / 256
+    state += 4 if exp.optim.ema_decay else 0
     return state + (4 if exp.trainer.precision.keeps_masters else 0)
 
 
@@ -109,7 +122,7 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     n_adapters = stage.adapters_on_rank(d.ep)
     n_trained = n_adapters if exp.lora.rank else n
     e, shards, zero = element_bytes(exp), d.n_data, layout.zero_stage
-    state = optimizer_bytes(exp)
+    state = optimizer_bytes(exp, n)
     tokens = layout.micro_batch_seqs * exp.data.seq_len
     n_kept = min(d.pp - index, layout.n_micro_batches(exp.trainer.global_batch_seqs))
     kept, once = _activations(exp, stage, layout)

@@ -18,7 +18,7 @@ from lightning_fabric.plugins.environments import LightningEnvironment
 from deepseek_exp import adapt
 from deepseek_exp.checkpoint import manifest
 from deepseek_exp.checkpoint.lightning_io import FolderCheckpointIO
-from deepseek_exp.checkpoint.shards import open_state
+from deepseek_exp.checkpoint.shards import State, averaged, open_state
 from deepseek_exp.checkpoint.tensors import readable
 from deepseek_exp.config import Device, Do, ExperimentConfig, PreferenceLoss
 from deepseek_exp.config.matrices import adapted, adapter_size
@@ -51,6 +51,7 @@ from deepseek_exp.train.callbacks import Checkpoints, Metrics, Progress
 from deepseek_exp.train.finite import FiniteSteps, first_nonfinite
 from deepseek_exp.train.lit import LanguageModel
 from deepseek_exp.train.local_engine import LocalEngine
+from deepseek_exp.train.patience import Patience
 from deepseek_exp.train.policy_rounds import PolicyRounds
 from deepseek_exp.train.reference import with_reference
 
@@ -189,7 +190,7 @@ def _build_rank(cfg: ExperimentConfig, layout: Degrees, device: torch.device, we
     if cfg.lora.rank:
         shard = attach_adapters(cfg, shard, groups, first_adapters(cfg))
     if weights is not None:
-        load_shard(shard, open_state(weights))
+        load_shard(shard, _stored(weights, cfg))
         _check_weights(first_nonfinite(shard.model.state_dict().items()), weights)
     for p in shard.model.parameters():
         p.data = p.data.to(getattr(torch, cfg.trainer.precision.dtype_name))
@@ -199,16 +200,21 @@ def _build_rank(cfg: ExperimentConfig, layout: Degrees, device: torch.device, we
     return Parts(device, data, _build_datamodule(cfg, data, device, groups), lit, groups, shard)
 
 
+def _stored(folder: Path, cfg: ExperimentConfig) -> State:
+    """Open a checkpoint, with the moving average for its weights if use_ema asks for it."""
+    return averaged(open_state(folder)) if cfg.use_ema else open_state(folder)
+
+
 def _load_shard_from(shard: ModelShard, cfg: ExperimentConfig) -> None:
     """Set a rank's weights from `init_from`: a checkpoint of a run, or the folder of a Hugging Face checkpoint."""
     source = Path(str(cfg.init_from))
     if manifest.is_checkpoint(source) and not adapt.saved_scale(source):
-        load_shard(shard, open_state(source))
+        load_shard(shard, _stored(source, cfg))
         return
     whole = Transformer(cfg.model, TORCH)
     if manifest.is_checkpoint(source):
         with readable(source):
-            whole.load_state_dict(adapt.load_merged(source))
+            whole.load_state_dict(adapt.load_merged(source, use_ema=cfg.use_ema))
     else:
         load_release(whole, cfg.model, source)
     copy_weights(shard, whole)
@@ -287,7 +293,7 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
         weights = Path(cfg.init_from)
     if weights is not None:
         with readable(weights):
-            model.load_state_dict(adapt.load_merged(weights))
+            model.load_state_dict(adapt.load_merged(weights, use_ema=cfg.use_ema))
         _check_weights(first_nonfinite(model.state_dict().items()), weights)
     elif cfg.init_from is not None:
         load_release(model, cfg.model, Path(cfg.init_from))
@@ -375,7 +381,8 @@ def build_trainer(
     silence_expected()
     t = cfg.trainer
     steps, metrics = FiniteSteps(cfg), Metrics(cfg)
-    checkpoints = Checkpoints(cfg, run.run_dir, steps)
+    patience = Patience(cfg) if t.patience else None
+    checkpoints = Checkpoints(cfg, run.run_dir, steps, patience)
     progress = Progress(cfg, metrics)
     folder_io, groups, strategy = FolderCheckpointIO(texts, run_id, lineage), parts.groups, "auto"
     if groups is not None:
@@ -388,7 +395,7 @@ def build_trainer(
         num_nodes=groups.degrees.world_size // int(os.environ["LOCAL_WORLD_SIZE"]) if groups is not None else 1,
         strategy=strategy,
         logger=JournalLogger(run),
-        callbacks=[steps, metrics, *third_party, progress, checkpoints],
+        callbacks=[steps, metrics, *third_party, *([patience] if patience else []), progress, checkpoints],
         # With one process, the environment of a Slurm job does not apply.
         plugins=[folder_io, *([LightningEnvironment()] if groups is None else [])],
         max_epochs=-1,

@@ -30,6 +30,7 @@ from deepseek_exp.models.block import Block
 from deepseek_exp.models.moe import FeedForward, routing_metrics
 from deepseek_exp.train.finite import FiniteSteps, check_finite, to_host
 from deepseek_exp.train.lit import LanguageModel
+from deepseek_exp.train.patience import Patience
 
 NAMES = ("loss", "nats", "bytes", "grad_norm")
 
@@ -228,15 +229,18 @@ def _cannot_save(folder: Path, step: int, n_bytes: int, error: Exception) -> Use
 class Checkpoints(Callback):
     """Saves when due, at the end, and when SIGTERM, SIGINT or SIGHUP asks the run to stop.
 
-    A step that is validated is saved after its validation, so that the checkpoint contains its loss. A signal lets that
+    A step that is validated is saved after its validation, so that the checkpoint contains its loss; with
+    trainer.patience, so is every new best. A signal lets that
     validation finish, so that a stopped and resumed run validates at the same steps as an uninterrupted one.
 
     Nothing is saved, and so no older checkpoint is removed, unless the losses and gradient norms of all steps so far,
     the validation loss, the weights and the optimizer's state are finite.
     """
 
-    def __init__(self, cfg: ExperimentConfig, run_dir: Path, steps: FiniteSteps) -> None:
-        self.cfg, self.run_dir, self.steps = cfg, run_dir, steps
+    def __init__(
+        self, cfg: ExperimentConfig, run_dir: Path, steps: FiniteSteps, patience: Patience | None = None
+    ) -> None:
+        self.cfg, self.run_dir, self.steps, self.patience = cfg, run_dir, steps, patience
         self.signum: int | None = None
         self.saved: Path | None = None
 
@@ -265,7 +269,8 @@ class Checkpoints(Callback):
             self.steps.check_all()  # report the first cause, not what follows from it
             check_finite("val/loss", pl_module.val_loss, trainer.global_step, self.cfg)
             due = trainer.global_step % self.cfg.trainer.checkpoint_every_steps == 0
-            self._save_if(trainer, pl_module, due or trainer.should_stop)
+            is_best = self.patience is not None and self.patience.improved
+            self._save_if(trainer, pl_module, due or is_best or trainer.should_stop)
 
     def _save_if(self, trainer: pl.Trainer, pl_module: pl.LightningModule, due: bool) -> None:
         asked = worker.STOP if worker.stop_asked() else self.signum

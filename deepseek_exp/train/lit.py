@@ -25,10 +25,12 @@ from deepseek_exp.models import MicroBatch, Objective, Transformer
 from deepseek_exp.models.moe import MoE, routing_metrics
 from deepseek_exp.parallel.engines import Engine, Evaluation
 from deepseek_exp.parallel.ranks import Ranks
+from deepseek_exp.train.ema import drop_average, update_average
 from deepseek_exp.train.finite import check_skipped, check_state, first_nonfinite
 from deepseek_exp.train.isolation import check_isolation
-from deepseek_exp.train.optim import build_optimizer, lr_factor
+from deepseek_exp.train.optim import build_optimizer
 from deepseek_exp.train.policy_rounds import PolicyRounds
+from deepseek_exp.train.schedule import schedule_of
 
 
 class LanguageModel(pl.LightningModule):
@@ -110,8 +112,8 @@ class LanguageModel(pl.LightningModule):
             optimizer have changed.
         """
         self.val_loss = None
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        lr = float(optimizer.param_groups[0]["lr"])
+        schedule = self.lr_schedulers()
+        lr = self.cfg.optim.lr * schedule.lr_lambdas[0](schedule.last_epoch)  # groups may have factors on it
         extra_metrics: dict[str, Tensor] = {}
         if self.rounds is not None:
             batch, sampled = self.rounds.batch_of_step(self, batch)
@@ -124,6 +126,8 @@ class LanguageModel(pl.LightningModule):
         (nats, mtp_loss, n_bytes, *sums), counts = self.ranks.sum(mine, self._counts())
         if result.applied:
             self.update_biases()
+            if self.cfg.optim.ema_decay:
+                update_average(self.engine.optimizer, self.cfg.optim.ema_decay)
         elif self.cfg.trainer.on_nonfinite is OnNonfinite.skip:
             self.skipped_steps += 1
             check_skipped(self.skipped_steps, self.trainer.global_step, self.cfg)
@@ -217,10 +221,13 @@ class LanguageModel(pl.LightningModule):
             rule = f"holds infinite or NaN numbers in {wrong}: its training had diverged"
             raise CheckpointError(Problem("resume", str(self.trainer.ckpt_path), rule, "name an older checkpoint"))
         schedule, optim = self.lr_schedulers(), self.cfg.optim
-        schedule.base_lrs = [optim.lr] * len(schedule.base_lrs)
-        for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
-            group["initial_lr"] = optim.lr
-            group["lr"] = optim.lr * factor(schedule.last_epoch)
+        if not optim.ema_decay:
+            drop_average(self.engine.optimizer)
+        groups = schedule.optimizer.param_groups
+        schedule.base_lrs = [optim.lr * group.get("lr_multiplier", 1.0) for group in groups]
+        for group, factor, lr in zip(groups, schedule.lr_lambdas, schedule.base_lrs, strict=True):
+            group["initial_lr"] = lr
+            group["lr"] = lr * factor(schedule.last_epoch)
             group["weight_decay"] = optim.weight_decay if group["decays"] else 0.0
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -354,8 +361,8 @@ class LanguageModel(pl.LightningModule):
         several, zero = degrees(self.cfg).world_size > 1, self.cfg.parallel.zero_stage > 0
         kinds = {"masters": not (several and zero), "wide_gradients": several and not zero}
         optimizer = build_optimizer(self.cfg.optim, self.model, self.cfg.kernels.adamw, **kinds)
-        warmup, ratio, steps = self.cfg.optim.warmup_steps, self.cfg.optim.min_lr_ratio, self.cfg.trainer.max_steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, warmup, steps, ratio))
+        factor = schedule_of(self.cfg.optim, self.cfg.trainer.max_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

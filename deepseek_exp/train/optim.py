@@ -1,8 +1,7 @@
-"""The optimizer, its fp32 master weights and its learning-rate schedule."""
+"""The optimizer, its parameter groups and its fp32 master weights."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from deepseek_exp.config import Kernel, OptimConfig
+from deepseek_exp.config.parameter_groups import GroupSettings, group_names, is_muon
 
 
 def build_optimizer(
@@ -23,8 +23,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the configured optimizer, over fp32 masters if the weights are bf16.
 
-    Matrices decay with cfg.weight_decay, vectors (norm scales, gates) do not. The groups hold the parameters' names, so
-    that the optimizer's state can be identified in a checkpoint.
+    Matrices decay with cfg.weight_decay, vectors (norm scales, gates) do not; see `settings_of` for what else makes a
+    group. The groups hold the parameters' names, so that the optimizer's state can be identified in a checkpoint.
 
     Args:
         cfg: class, learning rate and decay.
@@ -36,12 +36,11 @@ def build_optimizer(
     Returns:
         The optimizer.
     """
-    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
-        {"params": [x for x in params if x[1].ndim >= 2], "weight_decay": cfg.weight_decay, "decays": True},
-        {"params": [x for x in params if x[1].ndim < 2], "weight_decay": 0.0, "decays": False},
+        {"params": [(name, params[name]) for name in names], **_of_group(cfg, settings)}
+        for settings, names in group_names(cfg, {name: p.ndim for name, p in params.items()}).items()
     ]
-    groups = [g for g in groups if g["params"]]
     if kernel is Kernel.triton:
         from deepseek_exp.kernels.triton.adamw import FusedAdamW
 
@@ -52,8 +51,18 @@ def build_optimizer(
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return instantiate(cfg.optimizer, _partial_=True, _recursive_=False, _convert_="all")(groups, lr=cfg.lr)
 
-    needed = masters and any(p.dtype == torch.bfloat16 for _, p in params)
+    needed = masters and any(p.dtype == torch.bfloat16 for p in params.values())
     return MasterWeights(groups, make) if needed else make(groups)
+
+
+def _of_group(cfg: OptimConfig, settings: GroupSettings) -> dict[str, Any]:
+    """Return the entries of an optimizer group; a choice that the configuration does not make has no entry."""
+    entries = {"weight_decay": cfg.weight_decay if settings.decays else 0.0, "decays": settings.decays}
+    if is_muon(cfg):
+        entries["orthogonal"] = settings.orthogonal
+    if cfg.lr_multipliers:
+        entries |= {"lr_multiplier": settings.lr_multiplier, "lr": cfg.lr * settings.lr_multiplier}
+    return entries
 
 
 class MasterWeights(torch.optim.Optimizer):
@@ -107,23 +116,6 @@ def _move_gradient(master: Tensor) -> Callable[[Tensor], None]:
         param.grad = None
 
     return hook
-
-
-def lr_factor(step: int, warmup_steps: int, max_steps: int, min_ratio: float) -> float:
-    """Return the learning rate of a step as a fraction of the peak: linear warm-up, then cosine decay to `min_ratio`.
-
-    Source: Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts.
-
-    Args:
-        step: number of steps done, 0 before the first.
-        warmup_steps: number of steps until the peak.
-        max_steps: total number of steps.
-        min_ratio: the factor at max_steps.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:

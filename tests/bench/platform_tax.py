@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek_exp.config import ROOT
 from deepseek_exp.tracking import TrackedRun
 from deepseek_exp.train import build
-from deepseek_exp.train.optim import build_optimizer, clip_gradients, lr_factor
+from deepseek_exp.train.optim import build_optimizer, clip_gradients
+from deepseek_exp.train.schedule import lr_factor
 from tests.config.test_config import composed
 
 WARM_UP = 20

@@ -16,7 +16,8 @@ import torch
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.data import Batch
 from deepseek_exp.train import build
-from deepseek_exp.train.optim import build_optimizer, clip_gradients, lr_factor
+from deepseek_exp.train.optim import build_optimizer, clip_gradients
+from deepseek_exp.train.schedule import lr_factor
 from tests.config.test_config import MODELS, composed
 
 HERE = Path(__file__).parent

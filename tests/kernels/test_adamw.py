@@ -10,6 +10,7 @@ import torch
 from deepseek_exp.kernels.reference import dequantize_blocks, quantize_blocks
 from deepseek_exp.kernels.triton.adamw import FusedAdamW
 from deepseek_exp.kernels.triton.multi_tensor import gradient_norm
+from deepseek_exp.train.ema import update_average
 from deepseek_exp.train.optim import MasterWeights, clip_gradients
 from deepseek_exp.train.optim import gradient_norm as norm_by_definition
 from tests.kernels.fused import BOUND
@@ -215,6 +216,18 @@ def step_of_masters(optimizer, params, seed, micro_batches=1):
         sums = [s + g.double() for s, g in zip(sums, grads, strict=True)]
     optimizer.step()
     return sums
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.bfloat16, 32), (torch.float32, 8)])
+def test_an_average_of_the_weights_is_saved_and_restored(dtype, bits):
+    first, second = (trainable(dtype, [(30, 41)]) for _ in range(2))
+    optimizer, again = (FusedAdamW(params, state_bits=bits) for params in (first, second))
+    for seed in range(2):
+        step_of_masters(optimizer, first, seed)
+        update_average(optimizer, 0.5)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    (held,), (restored,) = optimizer.state.values(), again.state.values()
+    assert torch.equal(held["ema"], restored["ema"]) and held.keys() == restored.keys()
 
 
 class TestMasters:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.kernels import routed_experts as operation
+from deepseek_exp.models import Transformer, init_weights
 from deepseek_exp.models.moe import MoE
 from deepseek_exp.planner import parameters
 from deepseek_exp.planner.layers import largest_gathered, layers_of
@@ -21,6 +22,7 @@ from deepseek_exp.planner.memory import (
     experts_at_work_bytes,
     product_bytes,
 )
+from deepseek_exp.train.optim import build_optimizer
 from tests.planner.plan_parts import Products, blocks, experiment, layout, planned, saved_bytes
 
 DENSE = ("model=v4_distill", "size=small")
@@ -34,6 +36,7 @@ class TestStates:
             ((), 4 + 4 + 8),  # weight, gradient, two moments
             (("trainer.precision=bf16",), 2 + 4 + 8 + 4),  # and the fp32 master
             (("optim=adafactor",), 4 + 4),
+            (("optim.ema_decay=0.9",), 4 + 4 + 8 + 4),
         ],
     )
     @pytest.mark.parametrize("model", [DENSE, EXPERTS])
@@ -42,6 +45,19 @@ class TestStates:
         (m,) = planned(exp, layout()).memory
         counted = parameters(exp.model)
         assert m.weights + m.gradients + m.optimizer == per_parameter * (counted.total + counted.mtp)
+
+    @pytest.mark.parametrize("model", [("model=v1_dense", "size=tiny"), ("model=v3_moe", "size=tiny")])
+    def test_muon_has_one_moment_for_the_blocks(self, model):
+        exp = experiment(*model, "optim=muon")
+        (m,) = planned(exp, layout()).memory
+        whole = Transformer(exp.model, TORCH)
+        init_weights(whole, exp.model, 0)
+        optimizer = build_optimizer(exp.optim, whole)
+        for p in whole.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        held = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if v.ndim)
+        assert m.optimizer == pytest.approx(held, rel=0.01)
 
     @pytest.mark.parametrize(("zero", "divided"), [(0, 0), (1, 8), (2, 12), (3, 16)])
     def test_zero_divides_more_and_more(self, zero, divided):

@@ -141,6 +141,25 @@ def test_early_stopping_saves_its_last_step(fit):
     assert stopped is None and saved == [4]
 
 
+PATIENT = ("trainer.patience=2", "trainer.min_delta=100", "trainer.eval_every_steps=1", "trainer.keep_checkpoints=1")
+
+
+def test_patience_ends_the_run_and_keeps_the_best(fit):
+    """No validation is better than the first by 100 nats, and only validated steps that are best or last are saved."""
+    stopped, saved, recorder = fit(overrides=PATIENT)
+    assert stopped is None and recorder.steps("val/loss") == [1, 2, 3] and saved[-1] == 3
+    _, saved, recorder = fit(
+        overrides=("trainer.patience=2", "trainer.eval_every_steps=1", "trainer.keep_checkpoints=9")
+    )
+    assert saved == recorder.steps("val/loss") == [1, 2, 3, 4, 5, 6]  # each is better than the one before
+
+
+def test_patience_goes_on_counting_after_a_resume(fit, tmp_path):
+    fit(Signal("on_train_batch_start", 1), overrides=PATIENT)  # stops after step 2, which was the first in vain
+    _, _, recorder = fit(overrides=PATIENT, checkpoint=tmp_path / "checkpoints" / "step-00000002")
+    assert recorder.steps("val/loss") == [3]
+
+
 def test_a_diverged_state_is_not_saved(fit, tmp_path):
     """Every step is checked, logged or not: here the gradients are NaN a step before the loss is."""
     overrides = (

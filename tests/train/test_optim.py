@@ -10,8 +10,10 @@ import math
 import pytest
 import torch
 
+from deepseek_exp.config import DecayShape
 from deepseek_exp.kernels import reference
-from deepseek_exp.train.optim import MasterWeights, build_optimizer, clip_gradients, lr_factor
+from deepseek_exp.train.optim import MasterWeights, build_optimizer, clip_gradients
+from deepseek_exp.train.schedule import lr_factor, schedule_of, wsd_factor
 from tests.config.test_config import composed
 from tests.models.test_transformer import build, some_tokens
 
@@ -120,6 +122,35 @@ class TestSchedule:
 
     def test_is_the_cosine(self):
         assert lr_factor(25, 0, 100, 0.0) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+
+    def test_wsd_stays_at_the_peak_and_falls_at_the_end(self):
+        factors = [wsd_factor(s, 10, 100, 0.1, 0.2, DecayShape.linear) for s in range(101)]
+        assert factors[:10] == [lr_factor(s, 10, 100, 0.1) for s in range(10)]
+        assert factors[10:81] == [1.0] * 71 and factors[90::10] == pytest.approx([0.55, 0.1])
+
+    def test_wsd_before_the_decay_does_not_know_the_length(self):
+        short, long = ([wsd_factor(s, 5, n, 0.0, 0.25, DecayShape.sqrt) for s in range(61)] for n in (80, 800))
+        assert short == long
+
+    @pytest.mark.parametrize(("shape", "quarter"), [("linear", 0.75), ("sqrt", 0.5), ("cosine", (2 + 2**0.5) / 4)])
+    def test_shapes_of_the_decay(self, shape, quarter):
+        factors = [wsd_factor(s, 0, 40, 0.0, 1.0, DecayShape(shape)) for s in range(41)]
+        assert (factors[0], factors[40]) == (1.0, 0.0) and factors[10] == pytest.approx(quarter)
+
+    def test_the_configuration_chooses(self):
+        wsd = schedule_of(composed("optim=wsd", "optim.warmup_steps=1").optim, 100)
+        assert (wsd(50), wsd(80), wsd(100)) == (1.0, 1.0, 0.0) and wsd(85) == pytest.approx(0.5)
+        cosine = schedule_of(dataclasses.replace(CFG, warmup_steps=10), 100)
+        assert [cosine(s) for s in range(101)] == [lr_factor(s, 10, 100, CFG.min_lr_ratio) for s in range(101)]
+
+
+def test_factors_on_the_learning_rate_make_groups():
+    cfg = dataclasses.replace(CFG, lr_multipliers={"embedding.*": 0.1, "*norm*": 0.5})
+    groups = build_optimizer(cfg, build()).param_groups
+    found = {(g["decays"], g["lr_multiplier"]): (g["lr"], g["weight_decay"], g["param_names"]) for g in groups}
+    assert found[True, 0.1][0] == pytest.approx(0.001) and found[True, 0.1][2] == ["embedding.weight"]
+    assert found[True, 1.0][:2] == (0.01, cfg.weight_decay) and found[False, 0.5][:2] == (0.005, 0.0)
+    assert sum(len(names) for _, _, names in found.values()) == len(list(build().parameters()))
 
 
 def test_clipping_scales_all_gradients_together():

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek_exp.config import ROOT, ExperimentConfig
+from deepseek_exp.config.parameter_groups import MUON
 from deepseek_exp.errors import Problem
 
 OPTIMIZER_MODULE, CALLBACK_MODULE, OWN_MODULE = (
@@ -22,8 +23,9 @@ OPTIMIZER_MODULE, CALLBACK_MODULE, OWN_MODULE = (
     "pytorch_lightning.callbacks",
     "deepseek_exp.train.callbacks",
 )
+MUON_MODULE = MUON.rpartition(".")[0]
 # A YAML file can only import classes of these modules.
-ALLOWED_MODULES = (OPTIMIZER_MODULE, CALLBACK_MODULE, OWN_MODULE)
+ALLOWED_MODULES = (OPTIMIZER_MODULE, MUON_MODULE, CALLBACK_MODULE, OWN_MODULE)
 # Optimizer arguments that are set by keys of `optim`.
 SET_ELSEWHERE = {"lr": "optim.lr", "weight_decay": "optim.weight_decay"}
 # Our callbacks that are part of every run.
@@ -124,6 +126,9 @@ OPTIMIZERS: dict[str, dict[str, Kind]] = {
     "Rprop": {"etas": ETAS, "step_sizes": STEPS, "foreach": SWITCH},
     "ASGD": {"lambd": NOT_NEGATIVE, "alpha": NOT_NEGATIVE, "t0": NOT_NEGATIVE, "foreach": SWITCH},
 }
+OWN_OPTIMIZERS: dict[str, dict[str, Kind]] = {
+    "Muon": {"momentum": UNIT, "nesterov": FLAG, "ns_steps": COUNT, "betas": BETAS, "eps": NOT_NEGATIVE},
+}
 CALLBACKS: dict[str, dict[str, Kind]] = {
     "EarlyStopping": {
         "monitor": METRIC, "min_delta": NUMBER, "patience": COUNT, "verbose": FLAG, "mode": _one_of("min", "max"),
@@ -142,7 +147,8 @@ REQUIRED = {"EarlyStopping": "monitor", "Timer": "duration"}
 
 def class_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     """Yield problems for classes that are not supported, and for arguments that they do not accept."""
-    yield from _node_problems("optim.optimizer", exp.optim.optimizer, {OPTIMIZER_MODULE: OPTIMIZERS})
+    optimizers = {OPTIMIZER_MODULE: OPTIMIZERS, MUON_MODULE: OWN_OPTIMIZERS}
+    yield from _node_problems("optim.optimizer", exp.optim.optimizer, optimizers)
     for name, node in exp.trainer.callbacks.items():
         known = {CALLBACK_MODULE: CALLBACKS, OWN_MODULE: own_callbacks()}
         yield from _node_problems(f"trainer.callbacks.{name}", node, known)

@@ -12,6 +12,7 @@ from deepseek_exp.config import (
     ModelConfig,
 )
 from deepseek_exp.config.limits import FP8_MULTIPLE
+from deepseek_exp.config.parameter_groups import is_muon
 from deepseek_exp.config.topology import AUTO, Degrees, degrees, divisors, n_gpus
 from deepseek_exp.errors import Problem
 
@@ -139,6 +140,8 @@ def _zero(exp: ExperimentConfig, d: Degrees) -> Iterator[Problem]:
         why = "it cuts gradients while they are made, before they can be summed over tp and ep"
         fix = f"set parallel.zero_stage=1, or {cut.partition('=')[0]}=1"
         yield Problem(key, zero, f"cannot be used with {cut} ({why})", fix)
+    if is_muon(exp.optim) and d.tp == 1:
+        cut = None  # experts are whole matrices, on whichever rank
     if (zero or cut) and d.world_size > 1 and not is_elementwise(exp):
         why = "ZeRO cuts flattened parameters" if zero else "a rank has a part of a matrix"
         with_what = f"{key}={zero}" if zero else str(cut)

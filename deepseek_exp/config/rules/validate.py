@@ -21,10 +21,17 @@ from deepseek_exp.config.rules.kernels import (
 from deepseek_exp.config.rules.launch import launch_problems
 from deepseek_exp.config.rules.lora import lora_problems
 from deepseek_exp.config.rules.model import model_problems
+from deepseek_exp.config.rules.optim import lr_multiplier_problems
 from deepseek_exp.config.rules.parallel import layout_problems
 from deepseek_exp.config.rules.trainer import batch_problems, length_problems
 from deepseek_exp.config.rules.values import text_problems, tracking_problems
-from deepseek_exp.config.rules.verbs import export_problems, sample_problems, temperature_problems, verify_problems
+from deepseek_exp.config.rules.verbs import (
+    average_problems,
+    export_problems,
+    sample_problems,
+    temperature_problems,
+    verify_problems,
+)
 from deepseek_exp.errors import Problem
 
 
@@ -45,9 +52,11 @@ def problems(exp: ExperimentConfig, machine: Machine) -> list[Problem]:
         *sample_problems(exp),
         *temperature_problems(exp),
         *export_problems(exp),
+        *average_problems(exp),
         *length_problems(exp),
         *vocabulary_problems(exp),
         *batch_problems(exp),
+        *lr_multiplier_problems(exp),
         *data_problems(exp),
         *mixture_problems(exp),
         *chat_problems(exp),

@@ -50,6 +50,13 @@ def export_problems(exp: ExperimentConfig) -> Iterator[Problem]:
         yield Problem("export.path", exp.export.path, rule, fix)
 
 
+def average_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Yield a problem if nothing that the verb reads can hold a moving average of weights."""
+    if exp.use_ema and exp.init_from is None and exp.do not in (Do.eval, Do.sample, Do.export):
+        rule = f"is not read by do={exp.do.value} without init_from"
+        yield Problem("use_ema", True, rule, "set use_ema=false, or start from the average with init_from=<run>")
+
+
 def verify_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     """Yield problems that prevent a layout from being compared with one process."""
     if exp.do is not Do.verify:

@@ -301,6 +301,9 @@ class FusedAdamW(torch.optim.Optimizer):
                 for name in MOMENTS:  # one at a time: 8-bit moments are never all fp32 at once
                     moment = inner["state"][index][name].to(master, copy=True)
                     state.update(self._kept(name, moment.contiguous()))
+                # what others keep in the state, such as a moving average of the weights
+                rest = {k: v for k, v in inner["state"][index].items() if k not in ("step", *MOMENTS)}
+                state.update({k: v.to(master, copy=True) for k, v in rest.items() if isinstance(v, Tensor)})
         if self._copies:
             for master, saved in zip(self.masters, state_dict["masters"], strict=True):
                 master.copy_(saved)
@@ -329,4 +332,5 @@ def _addresses(state: dict[str, Tensor]) -> tuple[int, ...]:
 
 def _widened(state: dict[str, Tensor]) -> dict[str, Tensor]:
     moments = {name: dequantize_blocks(state[name], state[f"{name}_largest"]).cpu() for name in MOMENTS}
-    return {"step": state["step"], **moments}
+    rest = {name: value for name, value in state.items() if not name.startswith(MOMENTS)}
+    return {**rest, **moments}

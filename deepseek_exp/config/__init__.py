@@ -26,8 +26,10 @@ from deepseek_exp.config.enums import (
     Schedule,
     Score,
     Source,
+    TaskKind,
     Tracker,
 )
+from deepseek_exp.config.evaluate_section import EvaluateConfig, TaskConfig
 from deepseek_exp.config.finetune_sections import DPOConfig, GRPOConfig
 from deepseek_exp.config.resolvers import register
 from deepseek_exp.config.schema import (
@@ -63,6 +65,7 @@ __all__ = [
     "DecayShape",
     "Device",
     "Do",
+    "EvaluateConfig",
     "ExperimentConfig",
     "ExportConfig",
     "ExportFormat",
@@ -95,6 +98,8 @@ __all__ = [
     "Score",
     "Source",
     "StageConfig",
+    "TaskConfig",
+    "TaskKind",
     "Tracker",
     "TrackingConfig",
     "TrainerConfig",

@@ -132,6 +132,17 @@ class DecayShape(StrEnum):
     cosine = "cosine"
 
 
+class TaskKind(StrEnum):
+    """What a task of an evaluation asks, and what counts as right."""
+
+    text = "text"
+    gsm8k = "gsm8k"
+    numeric = "numeric"
+    choice = "choice"
+    code = "code"
+    lm_eval = "lm_eval"
+
+
 class Order(StrEnum):
     """Order in which the sequences of the token stream are visited."""
 

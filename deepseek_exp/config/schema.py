@@ -38,6 +38,7 @@ from deepseek_exp.config.enums import (
     Source,
     Tracker,
 )
+from deepseek_exp.config.evaluate_section import EvaluateConfig
 from deepseek_exp.config.finetune_sections import DPOConfig, GRPOConfig
 from deepseek_exp.config.key import key
 
@@ -527,6 +528,7 @@ class ExperimentConfig:
     launch: LaunchConfig = MISSING
     tracking: TrackingConfig = MISSING
     sample: SampleConfig = MISSING
+    evaluate: EvaluateConfig = MISSING
     export: ExportConfig = MISSING
     verify: VerifyConfig = MISSING
     dpo: DPOConfig = MISSING

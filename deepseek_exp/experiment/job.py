@@ -43,7 +43,7 @@ COMMAND_FILE = "command.json"
 # Parameters that a resume may change within one MLflow run: locations, and what is done after training.
 NOT_TRAINING = (
     *("do", "resume", "init_from", "use_ema", "output_dir", "lora.path", "chain"),
-    *("tracking", "launch", "cluster", "sample", "export", "verify"),
+    *("tracking", "launch", "cluster", "sample", "evaluate", "export", "verify"),
     *(f"data.{name}" for name in resume.PLACES),
 )
 

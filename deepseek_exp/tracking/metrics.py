@@ -101,6 +101,17 @@ METRICS: dict[str, Metric] = {
     "val/reward_margin": Metric("nats", "mean implicit reward of the chosen minus that of the rejected completion"),
     "val/chosen_reward": Metric("nats", "mean implicit reward of the chosen completion"),
     "val/rejected_reward": Metric("nats", "mean implicit reward of the rejected completion"),
+    "eval/<task>/loss": Metric("nats per token", "cross entropy of the task's texts"),
+    "eval/<task>/bits_per_byte": Metric("bits per byte", "the same per byte of normalized text"),
+    "eval/<task>/agreement": Metric("0..1", "tokens at whose place evaluate.agree_with finds the same one most likely"),
+    "eval/<task>/loss_change": Metric("nats per token", "loss of the task's texts minus that of evaluate.agree_with"),
+    "eval/<task>/accuracy": Metric("0..1", "rows whose right choice is the most likely one"),
+    "eval/<task>/accuracy_per_byte": Metric("0..1", "the same by log-likelihood per byte of the choice"),
+    "eval/<task>/most_frequent_label": Metric("0..1", "accuracy of the answer that is right most often"),
+    "eval/<task>/exact_match": Metric("0..1", "rows whose generated answer is the right number"),
+    "eval/<task>/answered": Metric("0..1", "rows whose generated answer has a number"),
+    "eval/<task>/pass_at_1": Metric("0..1", "problems whose generated program passes its tests"),
+    "eval/<task>/<metric>": Metric("as the task says", "a metric of lm-eval; with _stderr, a standard error"),
     "sweep/best_val_loss": Metric("nats per token", "lowest final val/loss among the runs of a sweep"),
 }
 

@@ -10,6 +10,7 @@ from deepseek_exp.config.rules.bounds import range_problems
 from deepseek_exp.config.rules.chat import chat_problems, isolation_problems
 from deepseek_exp.config.rules.classes import class_problems
 from deepseek_exp.config.rules.data import data_problems, mixture_problems, vocabulary_problems
+from deepseek_exp.config.rules.evaluate import evaluate_problems
 from deepseek_exp.config.rules.finetune import finetune_problems
 from deepseek_exp.config.rules.kernels import (
     adamw_problems,
@@ -52,6 +53,7 @@ def problems(exp: ExperimentConfig, machine: Machine) -> list[Problem]:
         *sample_problems(exp),
         *temperature_problems(exp),
         *export_problems(exp),
+        *evaluate_problems(exp),
         *average_problems(exp),
         *length_problems(exp),
         *vocabulary_problems(exp),

@@ -21,8 +21,9 @@ MAY_BE_EMPTY = ("sample.prompt",)
 EXPANDED = (
     *("data.path", "data.valid_path", "data.tokenizer", "data.template", "lora.path"),
     "chain.yardstick.path",
+    *("evaluate.folder", "evaluate.texts"),
 )
-PATHS = (*EXPANDED, "output_dir", "resume", "init_from", "data.cache_dir", "export.path")
+PATHS = (*EXPANDED, "output_dir", "resume", "init_from", "data.cache_dir", "export.path", "evaluate.agree_with")
 # Names of runs, folders and experiments, with the maximum length of each (MLflow's databases accept 250 characters).
 NAMES = {"model.version": 100, "tracking.run_name": 250, "tracking.experiment": 250}
 LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes that file systems accept

@@ -31,6 +31,7 @@ from deepseek_exp.config.enums import (
 )
 from deepseek_exp.config.evaluate_section import EvaluateConfig, TaskConfig
 from deepseek_exp.config.finetune_sections import DPOConfig, GRPOConfig
+from deepseek_exp.config.optim_section import OptimConfig
 from deepseek_exp.config.resolvers import register
 from deepseek_exp.config.schema import (
     ROOT,
@@ -44,7 +45,6 @@ from deepseek_exp.config.schema import (
     MixturePart,
     ModelConfig,
     MoEConfig,
-    OptimConfig,
     ParallelConfig,
     RopeScalingConfig,
     SampleConfig,

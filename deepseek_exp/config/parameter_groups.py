@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from deepseek_exp.config.enums import AttentionKind
-from deepseek_exp.config.schema import ModelConfig, OptimConfig
+from deepseek_exp.config.optim_section import OptimConfig
+from deepseek_exp.config.schema import ModelConfig
 
 MUON = "deepseek_exp.train.muon.Muon"
 

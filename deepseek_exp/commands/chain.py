@@ -317,7 +317,7 @@ def run_chain(stages: Sequence[Stage], exp: ExperimentConfig, recipe: str | None
         chain = Chain(name, exp, stages, ChainFile.load(folder), Machine.here())
         chain.check_only()
         if exp.tracking.backend is Tracker.mlflow:
-            chain.run = ChainRun.open(
+            chain.run = ChainRun.start(
                 exp.tracking,
                 name=name,
                 tags={"do": "chain", "overrides": " ".join(map(redact, overrides)), "chain.folder": str(folder)},

@@ -1,11 +1,11 @@
-"""The sections `dpo` and `grpo` of the schema."""
+"""The sections `lora`, `dpo` and `grpo` of the schema."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from deepseek_exp.config.enums import PreferenceLoss
+from deepseek_exp.config.enums import LoraInit, PreferenceLoss
 from deepseek_exp.config.key import key
 
 
@@ -47,4 +47,27 @@ class GRPOConfig:
     sampling_seqs: int = key("completions sampled at once on one rank; 0: all of a step", ge=0, le=10**6)
     rewards: dict[str, Any] = key(
         "name -> `_target_` (a function), its arguments and weight (default: 1); the reward is their weighted sum"
+    )
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters: instead of a matrix W, W + alpha / rank * B A is used, and only A and B are trained."""
+
+    rank: int = key(
+        "rank of the adapters: A has this many rows and B as many columns; 0: none, W is trained", ge=0, le=65_536
+    )
+    alpha: float = key("scale of the adapters: their product is multiplied by alpha / rank", gt=0, le=1e6)
+    targets: list[str] = key(
+        "matrices that get an adapter: patterns of parameter names with the wildcards * ? [...], matched without a "
+        "final .weight; *.w* matches every matrix of attention, feed-forward networks and experts"
+    )
+    exclude: list[str] = key("patterns of those of lora.targets that get none")
+    init: LoraInit = key(
+        "A at the start: kaiming, uniform within +- 1 / sqrt(d_in), or gaussian with standard deviation 1 / rank; "
+        "B starts at 0, so that the first output is that of W alone"
+    )
+    path: str | None = key(
+        "folder of an adapter to start from: of do=export with export.format=adapter or peft, or of the peft library; "
+        "rank and alpha must be its own; null: as `init` says"
     )

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from deepseek_exp.config.enums import AttentionKind
-from deepseek_exp.config.schema import LoraConfig, ModelConfig
+from deepseek_exp.config.finetune_sections import LoraConfig
+from deepseek_exp.config.schema import ModelConfig
 
 Shape = tuple[int, ...]
 WEIGHT = ".weight"

@@ -24,7 +24,6 @@ from deepseek_exp.config.enums import (
     Kernel,
     Launcher,
     Linears,
-    LoraInit,
     OnBadLine,
     OnEmptyMask,
     OnLongRow,
@@ -37,7 +36,7 @@ from deepseek_exp.config.enums import (
     Tracker,
 )
 from deepseek_exp.config.evaluate_section import EvaluateConfig
-from deepseek_exp.config.finetune_sections import DPOConfig, GRPOConfig
+from deepseek_exp.config.finetune_sections import DPOConfig, GRPOConfig, LoraConfig
 from deepseek_exp.config.key import key
 from deepseek_exp.config.optim_section import OptimConfig
 
@@ -304,29 +303,6 @@ class KernelsConfig:
     experts: Kernel = key("permute tokens, apply the experts, and sum per token, if all experts are on one rank")
     linear_cross_entropy: Kernel = key("output projection and loss; triton never materializes all logits")
     adamw: Kernel = key("AdamW: master weights, clipping, update and rounding to bf16")
-
-
-@dataclass
-class LoraConfig:
-    """Low-rank adapters: instead of a matrix W, W + alpha / rank * B A is used, and only A and B are trained."""
-
-    rank: int = key(
-        "rank of the adapters: A has this many rows and B as many columns; 0: none, W is trained", ge=0, le=65_536
-    )
-    alpha: float = key("scale of the adapters: their product is multiplied by alpha / rank", gt=0, le=1e6)
-    targets: list[str] = key(
-        "matrices that get an adapter: patterns of parameter names with the wildcards * ? [...], matched without a "
-        "final .weight; *.w* matches every matrix of attention, feed-forward networks and experts"
-    )
-    exclude: list[str] = key("patterns of those of lora.targets that get none")
-    init: LoraInit = key(
-        "A at the start: kaiming, uniform within +- 1 / sqrt(d_in), or gaussian with standard deviation 1 / rank; "
-        "B starts at 0, so that the first output is that of W alone"
-    )
-    path: str | None = key(
-        "folder of an adapter to start from: of do=export with export.format=adapter or peft, or of the peft library; "
-        "rank and alpha must be its own; null: as `init` says"
-    )
 
 
 @dataclass

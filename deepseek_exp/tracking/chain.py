@@ -31,7 +31,7 @@ class ChainRun:
         self._client, self._cfg, self._experiment_id, self.run_id = client, cfg, experiment_id, run_id
 
     @classmethod
-    def open(
+    def start(
         cls,
         cfg: TrackingConfig,
         *,

@@ -46,6 +46,7 @@ NEEDS = {
     "parallel=zero3": ["device=cpu", "trainer.micro_batch_seqs=1"],
     "data=mixture": [f"+data.mixture.readme.path={ROOT / 'README.md'}"],
     "data=chat": ["do=sft", f"data.path={ROOT / 'README.md'}"],
+    "evaluate=code": ["evaluate.allow_code_execution=true"],
     "data=text": [f"data.path={ROOT / 'README.md'}"],
     "data=preference": ["do=dpo", *ROWS],
     "data=prompts": ["do=grpo", *ROWS],
@@ -72,7 +73,7 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 
 def test_the_files_are_found():
-    assert len(FILES) == 54
+    assert len(FILES) == 59
     assert len(RECIPES) == 11
 
 

@@ -40,7 +40,7 @@ def test_a_row_may_stand_for_many_names() -> None:
 
 def test_description_lists_only_known_metrics_that_were_logged() -> None:
     text = describe(["val/loss", "callback/x"])
-    assert "| `val/loss` | nats per token | cross entropy of the validation set |" in text
+    assert "| `val/loss` | nats per token | loss of the validation set: of text its cross entropy |" in text
     assert "callback" not in text and "train/loss" not in text
     assert describe(["callback/x"]) == ""
 

@@ -30,7 +30,7 @@ from deepseek_exp.config.enums import (
     Tracker,
 )
 from deepseek_exp.config.evaluate_section import EvaluateConfig, TaskConfig
-from deepseek_exp.config.finetune_sections import DPOConfig, GRPOConfig
+from deepseek_exp.config.finetune_sections import DPOConfig, GRPOConfig, LoraConfig
 from deepseek_exp.config.optim_section import OptimConfig
 from deepseek_exp.config.resolvers import register
 from deepseek_exp.config.schema import (
@@ -41,7 +41,6 @@ from deepseek_exp.config.schema import (
     ExportConfig,
     KernelsConfig,
     LaunchConfig,
-    LoraConfig,
     MixturePart,
     ModelConfig,
     MoEConfig,

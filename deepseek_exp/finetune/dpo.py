@@ -39,13 +39,14 @@ class PreferenceObjective:
         A pair with an empty completion, which only pads a validation, does not count.
         """
         mask, reference = batch.loss_mask, batch.reference
-        assert mask is not None and reference is not None, "preference data has masks and reference log-probabilities"
+        assert mask is not None, "preference data has masks"
+        pairs = None if reference is None else reference.unflatten(0, (-1, 2))  # (pairs, 2)
         n_tokens = mask.sum(1).unflatten(0, (-1, 2))  # (pairs, 2)
         counts = (n_tokens > 0).all(1)  # (pairs,)
 
         def loss_of(log_probs: Tensor) -> tuple[Tensor, Tensor]:
             policy = completion_log_probs(log_probs, mask).unflatten(0, (-1, 2))  # (pairs, 2)
-            found = preference_loss(self.cfg, policy, reference.unflatten(0, (-1, 2)), n_tokens.clamp(min=1))
+            found = preference_loss(self.cfg, policy, pairs, n_tokens.clamp(min=1))
             chosen, rejected = found.rewards.unbind(1)
             each = [found.loss.detach(), accuracy(found.rewards), chosen - rejected, chosen, rejected]
             sums = torch.stack([*each, torch.ones_like(chosen)]) * counts  # (metrics + 1, pairs)

@@ -27,7 +27,7 @@ class Preference(NamedTuple):
     rewards: Tensor
 
 
-def preference_loss(cfg: DPOConfig, policy: Tensor, reference: Tensor, n_tokens: Tensor) -> Preference:
+def preference_loss(cfg: DPOConfig, policy: Tensor, reference: Tensor | None, n_tokens: Tensor) -> Preference:
     """Return the loss and the implicit rewards of pairs.
 
     With r = log pi(y | x) - log pi_ref(y | x) for the chosen (c) and the rejected (r) completion y:
@@ -44,7 +44,7 @@ def preference_loss(cfg: DPOConfig, policy: Tensor, reference: Tensor, n_tokens:
     Args:
         cfg: loss, beta and label_smoothing.
         policy: (pairs, 2), log-probability of each completion.
-        reference: (pairs, 2), the same under the reference; not used by orpo.
+        reference: (pairs, 2), the same under the reference; None for orpo, which has none.
         n_tokens: (pairs, 2), number of tokens of each completion, at least 1.
     """
     if cfg.loss is PreferenceLoss.orpo:
@@ -52,6 +52,7 @@ def preference_loss(cfg: DPOConfig, policy: Tensor, reference: Tensor, n_tokens:
         odds = mean - _log_complement(mean)  # (pairs, 2)
         loss = -mean[:, 0] - cfg.beta * F.logsigmoid(odds[:, 0] - odds[:, 1])
         return Preference(loss, cfg.beta * mean.detach())
+    assert reference is not None, "dpo and ipo compare with a reference"
     ratio = policy - reference
     rewards = cfg.beta * ratio.detach()
     if cfg.loss is PreferenceLoss.ipo:

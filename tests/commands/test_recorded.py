@@ -13,6 +13,7 @@ OPENING = """
 import sys
 from types import SimpleNamespace
 from deepseek_exp.commands import recorded
+from deepseek_exp.config.enums import Do
 
 def wait_ready(seconds):
     print(all(name in sys.modules for name in ("torch", "pytorch_lightning")))
@@ -23,7 +24,7 @@ recorded.check_data = lambda job: None
 recorded.TrackedRun = SimpleNamespace(start=lambda *_, **__: tracked)
 recorded.saved_config = SimpleNamespace(parse=lambda _: {})
 recorded._sizes = recorded._tags = lambda _: {}
-do, tracking = recorded.Do.train, None
+do, tracking = Do.train, None
 cfg = SimpleNamespace(do=do, tracking=tracking, output_dir=".")
 fields = dict(checkpoint=None, continues=None, run_dir=".", name="a", shown_yaml="")
 assert "torch" not in sys.modules

@@ -47,8 +47,9 @@ def test_the_loss_starts_at_log_2_and_falls(whole):
 
 
 def same(a, b):
+    """Initial weights moved by a unit in the last place alone lead to weights 1.2e-5 apart (four seeds)."""
     found = difference(a, b)
-    assert found.loss <= 5e-6 and found.grad_norm <= 1e-5 and found.weight <= 1e-5, found
+    assert found.loss <= 5e-6 and found.grad_norm <= 1e-5 and found.weight <= 3e-5, found
     for name in ("val/reward_margin", "train/preference_accuracy", "val/preference_accuracy"):
         assert a.trace(name) == pytest.approx(b.trace(name), abs=1e-5)
 

@@ -9,9 +9,9 @@ from tests.fuzz import training
 
 @pytest.mark.long
 def test_what_is_accepted_runs(tmp_path):
-    counts = training.run(40, 15, tmp_path)
+    counts = training.run(15, 15, tmp_path)
     assert counts.defects == []
-    assert counts.outcomes["ran"] >= 3
+    assert counts.outcomes["ran"] >= 1
 
 
 def test_a_run_that_fails_is_seen(tmp_path, monkeypatch):

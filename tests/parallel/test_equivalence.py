@@ -40,6 +40,7 @@ CASES = {
         [],
     ),
     "v1 dp2, no ZeRO": (["model=v1_dense"], {"dp": 2, "zero_stage": 0}, []),
+    "v1 dp2, no ZeRO, unclipped": (["model=v1_dense", "optim.clip_norm=100"], {"dp": 2, "zero_stage": 0}, []),
     "v3 dp2, ZeRO 3": (V3, {"dp": 2, "zero_stage": 3}, []),
     "v4 tp4, one key head": (
         ["model=v4_distill", "model.n_kv_heads=1", "model.qkv_bias=true"],
@@ -58,6 +59,7 @@ QUICK = {
     "v2 dp2 ep2, rows dropped",
     "v3 pp2 dp2 ep2, recomputed",
     "v1 dp2, no ZeRO",
+    "v1 dp2, no ZeRO, unclipped",
     "v3 dp2, ZeRO 3",
 }
 

@@ -77,6 +77,7 @@ def test_a_layout_trains_what_one_process_trains(layouts, alone, rows, model, de
 @pytest.mark.long
 def test_fused_kernels_train_the_same(alone, rows):
     shape = (*FEW, *DATA, rows, "model=v3_moe", "model.n_layers=2", "trainer.max_steps=2", "trainer.eval_every_steps=2")
+    shape = (*shape, "trainer.global_batch_seqs=2", "trainer.eval_seqs=1")
     same(alone(*shape), alone(*shape, "kernels=fused"))
 
 

@@ -51,7 +51,9 @@ def same(a, b):
     found = difference(a, b)
     assert found.loss <= 5e-6 and found.grad_norm <= 1e-5 and found.weight <= 3e-5, found
     for name in ("val/reward_margin", "train/preference_accuracy", "val/preference_accuracy"):
-        assert a.trace(name) == pytest.approx(b.trace(name), abs=1e-5)
+        # At the first step policy and reference are equal, so rounding alone decides which completion is preferred.
+        first = 1 if name.startswith("train/") else 0
+        assert a.trace(name)[first:] == pytest.approx(b.trace(name)[first:], abs=1e-5)
 
 
 def test_micro_batches_of_one_and_of_four_pairs_train_the_same(layouts, data, whole):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_exp.config.limits import ATTENTION_PAD
-from deepseek_exp.kernels.reference import attention_mask, document_mask
+from deepseek_exp.kernels.masks import attention_mask, document_mask
 
 
 def local_global_attention(

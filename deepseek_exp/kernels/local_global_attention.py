@@ -5,7 +5,7 @@
     dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij do_i,
     dgate = - sum of ds_ij over the global keys j
 
-over the pairs (i, j) that reference.attention_mask shows. Softmax is invariant to a shift of all scores, so only the
+over the pairs (i, j) that masks.attention_mask shows. Softmax is invariant to a shift of all scores, so only the
 global keys' log(1 - g) - log(g) = -gate remains of the definition's two factors. o, and therefore delta, is rounded to
 the inputs' type; dgate is corrected for that, see backward_queries.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepseek_exp.config import ModelConfig, RopeScalingConfig, RopeScalingKind
 from deepseek_exp.kernels import Ops
-from deepseek_exp.kernels.reference import positions_in_documents
+from deepseek_exp.kernels.masks import positions_in_documents
 
 SCALING = tuple(f.name for f in dataclasses.fields(RopeScalingConfig))
 

@@ -3,10 +3,10 @@
     python tests/bench/lora.py [--size 150m] [--rank 16] [--steps 30] [--only "NAME;NAME"] [--json FILE]
 
 Every row starts from the same Llama with the same adapters of all seven linear layers of a block, sees the same random
-tokens, and has bf16 weights, fp32 masters of what it trains, and fused AdamW without clipping. Each runs in a process
-of its own. Printed: the median of the steps' tokens/s after a fifth of them, the peak of memory, and the loss of the
-first and the last step, which are the same for all rows except the one that trains all weights. On a CPU, for a check:
---size tiny --device cpu.
+tokens, and has bf16 weights, fp32 masters of what it trains, and fused AdamW without clipping. Each runs in a
+separate process. Printed: the median of the steps' tokens/s without the first fifth of the steps, peak memory, and the
+losses of the first and the last step, which are the same for all rows except the one that trains all weights. To check
+it on a CPU: --size tiny --device cpu.
 """
 
 from __future__ import annotations

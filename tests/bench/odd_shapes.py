@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from deepseek_exp.kernels import attention, reference
+from deepseek_exp.kernels import attention, masks, reference
 from deepseek_exp.kernels.local_global_attention import local_global_attention
 from deepseek_exp.kernels.routed_experts import routed_experts
 from tests.bench.kernel_cases import DEVICE, DTYPE, Inputs, attended, grouped_experts, mixture
@@ -135,7 +135,7 @@ def rounded_delta(inputs: Inputs, above: Tensor) -> Tensor:
     q, k, v, gate, scale, n_memory, window, n_global = inputs
     n_rep = q.shape[1] // k.shape[1]
     q, k, v = q.float(), *(t.float().repeat_interleave(n_rep, dim=1) for t in (k, v))
-    visible, is_global = reference.attention_mask(
+    visible, is_global = masks.attention_mask(
         q.shape[2], k.shape[2], n_memory, window, n_global, q.device
     )  # (queries, keys), (keys,)
     scores = q @ k.transpose(-1, -2) * scale - gate.float()[:, None, None] * is_global

@@ -70,7 +70,7 @@ def mixture_cfg(cfg: DataConfig, tmp_path: Path) -> DataConfig:
 
 @pytest.fixture
 def chat_cfg(cfg: DataConfig, tmp_path: Path) -> Callable[..., DataConfig]:
-    """Give a function that writes rows of instruction data and makes their section, with other values for some keys."""
+    """Return a function that writes rows of instruction data and returns their data section, with some keys changed."""
 
     def make(rows: list, **changes: object) -> DataConfig:
         path = tmp_path / "rows.jsonl"

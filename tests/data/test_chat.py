@@ -23,7 +23,7 @@ TALK = [
     {"role": "user", "content": " and three?"},
     {"role": "assistant", "content": "seven."},
 ]
-# as Llama 2's, but for the system prompt
+# Llama 2's, without its system prompt
 LLAMA = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
     "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + ' ' + eos_token }}"

@@ -20,7 +20,7 @@ PAIRS = [
 
 
 def by_hand(tokens, version="v4_distill"):
-    """Give the log-probability of each token after the first, and the most likely ones."""
+    """Return the log-probability of each token after the first, and the most likely ones."""
     logits = model(version)(torch.tensor([tokens]))[0, :-1].double()
     found = logits.log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None]).squeeze(-1)
     return found, logits.argmax(-1)

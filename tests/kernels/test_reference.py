@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from deepseek_exp.kernels import TORCH, attention, reference
-from deepseek_exp.kernels.reference import attention_mask
+from deepseek_exp.kernels.masks import attention_mask
 from deepseek_exp.models.rope import rope_table
 from tests.config.test_config import composed
 

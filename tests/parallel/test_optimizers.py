@@ -44,7 +44,7 @@ def largest(a, b):
 
 
 def settings(folder):
-    """Give what the groups of a checkpoint's optimizer have in common, by its parameters' names."""
+    """Return the settings of each parameter group of a checkpoint's optimizer, by the names of its parameters."""
     state = open_state(manifest.list_checkpoints(folder)[-1])
     return {name: (group["lr"], group["weight_decay"]) for group in state.param_groups for name in group["param_names"]}
 

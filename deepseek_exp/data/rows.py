@@ -203,15 +203,9 @@ class RowEncoder:
             DataError: it cannot be used.
         """
         self.template = Template.of(cfg)
-        self._encoder, self._seq_len, self._end_id = (
-            ChatEncoder(self.template, tokenizer),
-            cfg.seq_len,
-            tokenizer.end_id,
-        )
-        ids, is_reply = self._encoder.encode([_conversation("a", "b")], ["assistant"])[0]
-        special = set(tokenizer.special_tokens.values())
-        ends = [i for i, of_reply in zip(ids, is_reply, strict=True) if of_reply and i in special]
-        self.stop_id = ends[-1] if ends else tokenizer.end_id
+        self._encoder = ChatEncoder(self.template, tokenizer)
+        self._seq_len, self._end_id = cfg.seq_len, tokenizer.end_id
+        self.stop_id = self._encoder.end_id
 
     def pair(self, prompt: str, completions: Sequence[str]) -> list[Encoded] | None:
         """Return the ids of a prompt with each of its completions, in at most seq_len + 1 tokens.

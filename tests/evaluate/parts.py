@@ -40,7 +40,7 @@ def scorer(version: str = "v4_distill", batch_seqs: int = 3, seed: int = 0) -> S
     return Scorer(model(version, seed), tokenizer(), batch_seqs)
 
 
-class Told(Scorer):
+class Scripted(Scorer):
     """Continues each prompt as told, and finds a continuation as likely as told."""
 
     def __init__(self, completions=None, log_probs=None):

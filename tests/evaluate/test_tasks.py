@@ -16,7 +16,7 @@ from deepseek_exp.evaluate.results import mean, ratio
 from deepseek_exp.evaluate.tasks import make_task, text_tasks
 from deepseek_exp.tracking.metrics import check_names
 from tests.config.test_config import composed
-from tests.evaluate.parts import TEXTS, Told, scorer, write_rows
+from tests.evaluate.parts import TEXTS, Scripted, scorer, write_rows
 
 
 def config(folder, **changed) -> EvaluateConfig:
@@ -98,9 +98,9 @@ def test_gsm8k_counts_the_marked_number(tmp_path):
     rows = [{"question": f"What is {i} + {i}?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(1, 5)]
     write_rows(tmp_path / "q.jsonl", rows)
     task = TaskConfig("gsm8k", "q.jsonl", prompt="Q: {question}\nA:", answer="answer", stops=["\nQ:"])
-    told = Told([" #### 2", " it is 4", " x\n#### 6.0", " 8\nQ: more #### 8"])
-    assert values(make_task("gsm8k", task, config(tmp_path)).run(told)) == {"exact_match": 0.5, "answered": 0.5}
-    assert told.asked[0] == "Q: What is 1 + 1?\nA:"
+    scripted = Scripted([" #### 2", " it is 4", " x\n#### 6.0", " 8\nQ: more #### 8"])
+    assert values(make_task("gsm8k", task, config(tmp_path)).run(scripted)) == {"exact_match": 0.5, "answered": 0.5}
+    assert scripted.asked[0] == "Q: What is 1 + 1?\nA:"
     limited = TaskConfig("gsm8k", "q.jsonl", 2, prompt="{question}", answer="answer")
     assert len(make_task("gsm8k", limited, config(tmp_path)).prompts) == 2
 
@@ -110,7 +110,7 @@ def test_numeric_answers_are_right_within_a_tolerance(tmp_path):
     write_rows(tmp_path / "n.jsonl", rows)
     task = make_task("n", TaskConfig("numeric", "n.jsonl", prompt="{p}", answer="r"), config(tmp_path))
     assert task.n_skipped == 1  # an answer of two numbers
-    assert values(task.run(Told([" 2,010,000", " 0.12", "none"]))) == {
+    assert values(task.run(Scripted([" 2,010,000", " 0.12", "none"]))) == {
         "exact_match": pytest.approx(1 / 3),
         "answered": pytest.approx(2 / 3),
     }
@@ -120,10 +120,10 @@ def test_choices_are_ranked_by_likelihood(tmp_path):
     rows = [{"prompt": str(i), "label": label} for i, label in enumerate(["yes", "no", "maybe", "yes"])]
     write_rows(tmp_path / "c.jsonl", rows)
     cfg = TaskConfig("choice", "c.jsonl", prompt="{prompt}?", answer="label", choices=["yes", "no", "maybe"])
-    told = Told(log_probs={" yes": -4.0, " no": -3.5, " maybe": -5.0})
-    found = values(make_task("c", cfg, config(tmp_path)).run(told))
+    scripted = Scripted(log_probs={" yes": -4.0, " no": -3.5, " maybe": -5.0})
+    found = values(make_task("c", cfg, config(tmp_path)).run(scripted))
     assert found == {"accuracy": 0.25, "accuracy_per_byte": 0.25, "most_frequent_label": 0.5}
-    assert told.asked[:2] == [("0?", " yes"), ("0?", " no")]
+    assert scripted.asked[:2] == [("0?", " yes"), ("0?", " no")]
 
 
 def test_programs_pass_their_tests(tmp_path):
@@ -133,8 +133,8 @@ def test_programs_pass_their_tests(tmp_path):
     ]
     write_rows(tmp_path / "h.jsonl", rows)
     task = make_task("h", TaskConfig("code", "h.jsonl"), config(tmp_path, allow_code_execution=True))
-    told = Told(["    return 0\ndef other(:", "    return x", "    exit(0)"])
-    assert values(task.run(told)) == {"pass_at_1": pytest.approx(2 / 3)}
+    scripted = Scripted(["    return 0\ndef other(:", "    return x", "    exit(0)"])
+    assert values(task.run(scripted)) == {"pass_at_1": pytest.approx(2 / 3)}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
     x (W + s B A)^T = x W^T + s (x A^T) B^T
 
 The right side needs neither the sum of the weights nor its gradient: for T tokens and a frozen W, backward has one wide
-product instead of two, and nothing of the size of W is kept for it.
+product instead of two, and nothing of the size of W is kept for it. In fp8 the second product is still computed, and
+discarded.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,6 +41,26 @@ def is_adapter(name: str) -> bool:
     return name.endswith((f".{A}", f".{B}"))
 
 
+def check_adapters(checkpoint: Path, names: Iterable[str], scale: float) -> None:
+    """Raise if adapters in a checkpoint would be left out of its weights.
+
+    Args:
+        checkpoint: its folder.
+        names: of its stored tensors.
+        scale: from `saved_scale`.
+
+    Raises:
+        CheckpointError: one of A and B is missing, or the configuration has no rank and alpha for them.
+    """
+    stored = set(names)
+    adapted = sorted({name.rpartition(".")[0] for name in stored if is_adapter(name)})
+    if adapted and not scale:
+        raise damaged(checkpoint, f"holds an adapter of {adapted[0]}, and its configuration has no lora.rank")
+    for name in adapted:
+        if not {f"{name}.{A}", f"{name}.{B}"} <= stored:
+            raise damaged(checkpoint, f"holds only one of the two matrices of the adapter of {name}")
+
+
 @torch.no_grad()
 def fold(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Return weights with their adapters added and left out, equal bit for bit to what a model with them computes with.
@@ -65,7 +85,9 @@ def load_merged(checkpoint: Path, *, use_ema: bool = False) -> dict[str, Tensor]
         checkpoint: its folder.
         use_ema: read the moving average of what was trained instead.
     """
-    return fold(load_weights(checkpoint, use_ema=use_ema), saved_scale(checkpoint))
+    weights, scale = load_weights(checkpoint, use_ema=use_ema), saved_scale(checkpoint)
+    check_adapters(checkpoint, weights, scale)
+    return fold(weights, scale)
 
 
 @contextmanager
@@ -79,13 +101,14 @@ def merged(checkpoint: Path, target: Path, *, use_ema: bool = False) -> Iterator
     """
     scale = saved_scale(checkpoint)
     with in_one_file(checkpoint, target, use_ema=use_ema) as single:
+        file = open_tensors(single / MODEL)
+        stored = set(file.keys())
+        check_adapters(checkpoint, stored, scale)
         if not scale:
             yield single
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.adapted.", dir=target.parent) as name:
-            file = open_tensors(single / MODEL)
-            stored = set(file.keys())
             aliases = json.loads(file.metadata()["aliases"])
             kept = {n: o for n, o in aliases.items() if not is_adapter(n)}
 

@@ -58,7 +58,8 @@ def _adapters(job: Job, target: Path) -> list[str]:
     from deepseek_exp.inference.adapters import stored_adapters
 
     m, lora = job.cfg.model, job.cfg.lora
-    base, adapters = saved_config.read(job.checkpoint).get("init_from"), stored_adapters(job.checkpoint)
+    base = saved_config.read(job.checkpoint).get("init_from")
+    adapters = stored_adapters(job.checkpoint, use_ema=job.cfg.use_ema)
     with new_folder(target, "export.path") as folder:
         if job.cfg.export.format is ExportFormat.adapter:
             files.write_adapter(folder, adapters, lora.rank, lora.alpha, m.version)

@@ -35,6 +35,9 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
+    # the other initializations subtract the first adapter from the weights, or replace them
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva", "mica"),
+    **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config"), (None, False)),
     **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "use_qalora", "fan_in_fan_out"), (None, False)),
 }
 
@@ -68,7 +71,8 @@ def write_peft(
     lost = [name for name in adapters if name not in entries or (is_moe and ".feed_forward." in name)]
     if lost:
         rule = f"has no place for adapters of {lost[0]}, one of {len(lost)} matrices that peft cannot load adapters for"
-        fix = "train with lora.exclude=['*.feed_forward.*','mtp.*'], or use export.format=hf or adapter"
+        excluded = "'embedding'" if lost == [EMBEDDING] else "'*.feed_forward.*','mtp.*'"
+        fix = f"train with lora.exclude=[{excluded}], or use export.format=hf or adapter"
         raise ConfigError(Problem("export.format", "peft", rule, fix))
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in adapters.items():
@@ -147,13 +151,15 @@ def read_peft(
 def _entries(m: ModelConfig, *, interleaved: bool) -> dict[str, Entry]:
     """Return the matrices that are linear layers or the embedding in transformers, by our names.
 
-    A matrix that is a part of a layer there has none, since the layer has one adapter for all its parts.
+    A matrix that is a part of a layer there has none, since the layer has one adapter for all its parts. Nor has a tied
+    embedding: ours adapts the one table in both places, peft the embedding alone.
 
     Raises:
         ConfigError: no Hugging Face family can express the model.
     """
     every = table(m, family_of(m), interleaved=interleaved)
     modules = [e for e in every if not (e.copy or e.stacked or e.fused or ".router." in e.ours)]
+    modules = [e for e in modules if not (m.tie_embeddings and e.ours == EMBEDDING)]
     return {e.ours: e for e in modules if not e.ours.startswith("mtp.") and not e.ours.endswith("norm.weight")}
 
 

@@ -44,8 +44,8 @@ def read_adapter(
     raise CheckpointError(Problem(key, str(folder), rule, "name a folder with an adapter"))
 
 
-def stored_adapters(checkpoint: Path) -> dict[str, Adapter]:
-    """Return the adapters in a checkpoint of any layout."""
-    weights = load_weights(checkpoint)
+def stored_adapters(checkpoint: Path, *, use_ema: bool = False) -> dict[str, Adapter]:
+    """Return the adapters in a checkpoint of any layout, or with `use_ema` their moving average."""
+    weights = load_weights(checkpoint, use_ema=use_ema)
     names = [name.removesuffix(f".{A}") for name in weights if name.endswith(f".{A}")]
     return {name: Adapter(weights[f"{name}.{A}"], weights[f"{name}.{B}"]) for name in names}

@@ -135,5 +135,6 @@ def _windowed(
         return attention.local_global_attention(q, k, v, gate, scale, n_memory, window, n_global_tokens, document)
     from deepseek_exp.kernels.local_global_attention import local_global_attention
 
-    assert document is None, "the kernel sees no documents, as the rules of the configuration say"
+    if document is not None:
+        raise ValueError("the fused attention kernel sees no documents; use kernels.local_global_attention=torch")
     return local_global_attention(q, k, v, gate, scale, n_memory, window, n_global_tokens)

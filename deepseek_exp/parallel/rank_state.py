@@ -8,6 +8,7 @@ it, or the fp32 master of a bf16 parameter.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -177,11 +178,10 @@ def _settings(group: Mapping[str, Any]) -> GroupSettings:
 
 def _like(group: Mapping[str, Any], settings: GroupSettings, exp: ExperimentConfig) -> dict[str, Any]:
     """Return the entries of a group whose parameters are all on other stages."""
-    factor = settings.lr_multiplier / group["lr_multiplier"]
+    factor = settings.lr_multiplier / group.get("lr_multiplier", 1.0)
     rates = {key: group[key] * factor for key in ("lr", "initial_lr") if key in group}
-    decay = exp.optim.weight_decay if settings.decays else 0.0
-    own = {"decays": settings.decays, "weight_decay": decay, "lr_multiplier": settings.lr_multiplier}
-    return {**group, **rates, **own}
+    own = {key: value for key, value in dataclasses.asdict(settings).items() if key in group}
+    return {**group, **rates, **own, "weight_decay": exp.optim.weight_decay if settings.decays else 0.0}
 
 
 def _parameters(shard: ModelShard) -> Iterator[tuple[ParamShard, nn.Parameter]]:

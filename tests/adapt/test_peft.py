@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -102,11 +103,23 @@ def test_round_trip_and_what_is_refused(folders):
     assert (rank, alpha) == (4, 12.0) and found.keys() == pairs.keys()
     assert all(torch.equal(found[n].a, pairs[n].a) and torch.equal(found[n].b, pairs[n].b) for n in names)
     values = json.loads((adapter / CONFIG).read_text())
-    for change in ({"use_dora": True}, {"rank_pattern": {"x": 2}}, {"modules_to_save": ["lm_head"]}):
+    for change in (
+        {"use_dora": True},
+        {"rank_pattern": {"x": 2}},
+        {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"use_bdlora": {"nblocks": 2}},
+    ):
         (adapter / CONFIG).write_text(json.dumps(values | change))
         with pytest.raises(ConfigError, match=f"{next(iter(change))}=.*asks for more than low-rank adapters"):
             read_peft(m, adapter, "lora.path")
-    (adapter / CONFIG).write_text(json.dumps(values))
+    (adapter / CONFIG).write_text(json.dumps(values | {"init_lora_weights": "gaussian"}))
+    assert read_peft(m, adapter, "lora.path")[0].keys() == pairs.keys()
+    tied = dataclasses.replace(m, tie_embeddings=True)  # peft adapts the embedding alone, and ours the one table
+    with pytest.raises(CheckpointError, match=r"has base_model.model.lm_head.*, one of \d+ tensors for which"):
+        read_peft(tied, adapter, "lora.path")
+    with pytest.raises(ConfigError, match=r"no place for adapters of embedding.weight.*lora.exclude=\['embedding'\]"):
+        write_peft(tied, {"embedding.weight": pairs["embedding.weight"]}, 4, 12.0, adapter, None)
     fewer = model_config({**read_release(folder).model, "n_layers": 2})
     with pytest.raises(CheckpointError, match=r"has base_model.model.model.layers.2.* for which .* has no matrix"):
         read_peft(fewer, adapter, "lora.path")

@@ -9,12 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deepseek_exp.adapt.stored import fold, load_merged
+from deepseek_exp.adapt.files import read_adapter
+from deepseek_exp.adapt.stored import check_adapters, fold, is_adapter, load_merged
+from deepseek_exp.errors import CheckpointError
 from deepseek_exp.inference import from_pretrained
+from deepseek_exp.inference.adapters import stored_adapters
 from tests import forks, runs
 from tests.adapt.adapters import SCALE
 
 LORA = ("lora=default", "lora.rank=4", "lora.alpha=8", "optim.lr=1e-2", "trainer.keep_checkpoints=3")
+AVERAGED = (*LORA, "optim.ema_decay=0.5")
 BASE = ("model=v3_moe", *runs.QUICK, "device=cpu", "trainer.max_steps=2", "trainer.eval_every_steps=2")
 
 
@@ -26,7 +30,7 @@ def finished(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     (base,) = runs.run_dirs(folder)
     same = [word for word in runs.QUICK if not word.startswith("size=")]
-    done = forks.run(folder, *same, f"init_from={base}", *LORA, "device=cpu", "data.seq_len=64")
+    done = forks.run(folder, *same, f"init_from={base}", *AVERAGED, "device=cpu", "data.seq_len=64")
     assert done.returncode == 0, done.stderr
     (adapted,) = (run_dir for run_dir in runs.run_dirs(folder) if run_dir != base)
     return folder, base, adapted, done.stdout
@@ -76,6 +80,18 @@ def test_a_run_is_loaded_with_its_adapters_added(finished):
     assert not torch.equal(logits, from_pretrained(base).model(tokens))
 
 
+def test_an_adapter_without_its_other_half_or_its_scale_is_damage(finished):
+    _, _, adapted, _ = finished
+    folder = checkpoint(adapted, 12)
+    names = list(runs.weights(adapted, 12))
+    check_adapters(folder, names, SCALE)
+    some = next(name for name in names if is_adapter(name))
+    with pytest.raises(CheckpointError, match="holds only one of the two matrices of the adapter of"):
+        check_adapters(folder, set(names) - {some}, SCALE)
+    with pytest.raises(CheckpointError, match=r"its configuration has no lora\.rank"):
+        check_adapters(folder, names, 0.0)
+
+
 @pytest.mark.long
 def test_other_verbs_take_the_run_as_one_model(finished, tmp_path):
     folder, _, adapted, _ = finished
@@ -112,6 +128,14 @@ def test_an_adapter_alone_starts_another_training(finished, tmp_path):
     _, base, adapted, _ = finished
     done = forks.run(tmp_path, "do=export", f"resume={adapted}", "export.format=adapter", "export.path=mine")
     assert done.returncode == 0 and "adapter.json, adapter.safetensors" in done.stdout, done.stderr
+    done = forks.run(
+        tmp_path, "do=export", f"resume={adapted}", "export.format=adapter", "export.path=mean", "use_ema=true"
+    )
+    assert done.returncode == 0, done.stderr
+    raw, mean = (read_adapter(tmp_path / name, "lora.path")[0] for name in ("mine", "mean"))
+    wanted = stored_adapters(checkpoint(adapted, 12), use_ema=True)
+    assert all(torch.equal(mean[name].a, wanted[name].a) for name in wanted)
+    assert any(not torch.equal(mean[name].a, raw[name].a) for name in wanted)
     same = ("data=synthetic", "data.seq_len=64", "trainer.max_steps=1", "trainer.eval_seqs=8", "optim.warmup_steps=0")
     words = (f"init_from={base}", *LORA, "optim.lr=1e-9", "lora.path=mine", *same, "tracking=none", "device=cpu")
     done = forks.run(tmp_path, *words)

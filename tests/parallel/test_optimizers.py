@@ -9,6 +9,9 @@ import pytest
 
 from deepseek_exp.checkpoint import manifest
 from deepseek_exp.checkpoint.shards import open_state
+from deepseek_exp.config.parameter_groups import GroupSettings
+from deepseek_exp.parallel.rank_state import _like
+from tests.config.test_config import composed
 from tests.parallel.layouts import difference, layout
 
 STEPS = (
@@ -95,3 +98,13 @@ def test_factors_hold_in_a_layout(layouts, alone, degrees):
     assert found.keys() == expected.keys()
     assert all(found[name] == pytest.approx(expected[name], rel=1e-12) for name in found)
     assert found["embedding.weight"][0] == pytest.approx(0.2 * found["blocks.0.attention.wq.weight"][0])
+
+
+@pytest.mark.parametrize("multiplier", [{}, {"lr_multiplier": 2.0}], ids=["equal rates", "factors"])
+def test_a_group_of_another_stage_keeps_its_own_settings(multiplier):
+    """A stage with matrices of Muon alone saves the AdamW group of the others."""
+    here = {"lr": 0.2, "decays": True, "weight_decay": 0.1, "orthogonal": True, **multiplier}
+    elsewhere = GroupSettings(decays=False, orthogonal=False)
+    found = _like(here, elsewhere, composed("optim=muon"))
+    assert found.keys() == here.keys() and (found["orthogonal"], found["decays"]) == (False, False)
+    assert found["weight_decay"] == 0.0 and found["lr"] == (0.1 if multiplier else 0.2)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deepseek_exp import planner
 from deepseek_exp.checkpoint import manifest
 from deepseek_exp.commands.next_commands import next_commands
+from deepseek_exp.config.batch_sizes import batch_sizes
 from deepseek_exp.config.enums import Do, Tracker
 from deepseek_exp.config.schema import TrackingConfig
 from deepseek_exp.console import shown
@@ -26,12 +27,15 @@ PART = "val/loss/"
 def plan_text(job: Job, parts: Parts, run_id: str) -> str:
     """Return a description of what will be trained, on which data, and how long it will take."""
     cfg, data, m, t = job.cfg, parts.data, job.cfg.model, job.cfg.trainer
-    steps = t.max_steps - (manifest.read_manifest(job.checkpoint).step if job.checkpoint else 0)
-    tokens = steps * t.global_batch_seqs * cfg.data.seq_len
+    done = manifest.read_manifest(job.checkpoint).step if job.checkpoint else 0
+    steps, sizes = t.max_steps - done, batch_sizes(t)
+    n_seqs = sizes.total(done, t.max_steps)
+    tokens = n_seqs * cfg.data.seq_len
     counted = planner.parameters(m)
     n_params = counted.total + counted.mtp
     meets = f" ({counted.active:,} active)" if m.moe.n_routed_experts or m.d_ff_active else ""
     mask = f"window {m.window} + {m.n_global_tokens} global tokens" if m.window else "full causal attention"
+    ramp = f"{sizes.seqs_from(sizes.total(0, done))} to " if done < sizes.n_ramp_steps else ""
     rows = {
         "run": f"{job.name}, {_recorded_as(cfg.tracking, run_id)}",
         "model": f"{m.version}, {n_params:,} parameters{meets}: {m.n_layers} layers, d_model {m.d_model}, {mask}",
@@ -39,10 +43,10 @@ def plan_text(job: Job, parts: Parts, run_id: str) -> str:
         "data": f"{_source(parts)}, {data.n_train_tokens:,} tokens (valid {data.n_valid_tokens:,}), "
         f"vocabulary {data.tokenizer.vocab_size:,}",
         **_supervised(parts),
-        "training": f"{steps:,} steps x {t.global_batch_seqs} sequences x {cfg.data.seq_len} tokens = {tokens:,} "
-        f"tokens ({_epochs(parts, steps, tokens):.2f} epochs), {t.precision.value}",
+        "training": f"{steps:,} steps x {ramp}{t.global_batch_seqs} sequences x {cfg.data.seq_len} tokens = {tokens:,} "
+        f"tokens ({_epochs(parts, n_seqs):.2f} epochs), {t.precision.value}",
         "device": _device_name(parts),
-        **_how_it_runs(job, parts, steps),
+        **_how_it_runs(job, parts, n_seqs / t.global_batch_seqs),
     }
     if job.checkpoint is not None:
         rows["resumes"] = str(job.checkpoint)
@@ -51,11 +55,11 @@ def plan_text(job: Job, parts: Parts, run_id: str) -> str:
     return "\n".join(f"{key:9} {value}" for key, value in rows.items())
 
 
-def _epochs(parts: Parts, steps: int, tokens: int) -> float:
+def _epochs(parts: Parts, n_seqs: int) -> float:
     """Return the passes over the data: of text by its tokens, of padded rows by their number."""
     if parts.data.parts:
-        return tokens / parts.data.n_train_tokens
-    return steps * parts.lit.cfg.trainer.global_batch_seqs / parts.datamodule.n_train_sequences
+        return n_seqs * parts.lit.cfg.data.seq_len / parts.data.n_train_tokens
+    return n_seqs / parts.datamodule.n_train_sequences
 
 
 def _supervised(parts: Parts) -> dict[str, str]:
@@ -79,8 +83,8 @@ def _recorded_as(tracking: TrackingConfig, run_id: str) -> str:
     return f"MLflow run {run_id[:12]} in {tracking.uri}"
 
 
-def _how_it_runs(job: Job, parts: Parts, steps: int) -> dict[str, str]:
-    """Return the parallel layout, or the expected time of one process."""
+def _how_it_runs(job: Job, parts: Parts, steps: float) -> dict[str, str]:
+    """Return the parallel layout, or the expected time of one process for this number of steps of the whole batch."""
     if job.n_ranks > 1:
         d, cfg = job.degrees, job.cfg
         ends = planner.stage_bounds(cfg, d.pp)

@@ -236,6 +236,14 @@ class TrainerConfig:
         "total number of passes over the training sequences, instead of max_steps; null: max_steps", gt=0, le=1e9
     )
     global_batch_seqs: int = key("sequences per optimizer step", ge=1, le=10**6)
+    batch_ramp_seqs: int = key(
+        "do=train: sequences of the first optimizer step, from which steps grow in multiples of it to "
+        "global_batch_seqs, which it divides; 0: no ramp",
+        ge=0,
+        le=10**6,
+        default=0,
+    )
+    batch_ramp_steps: int = key("batch_ramp_seqs: steps until global_batch_seqs", ge=0, le=10**6, default=0)
     micro_batch_seqs: int = key("sequences per forward and backward pass; divides global_batch_seqs", ge=1, le=10**6)
     precision: Precision = key(
         "bf16 keeps fp32 master weights and accumulates gradients in fp32; fp8: bf16, and the matrix products of the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
 from deepseek_exp.config import DataConfig, Order
+from deepseek_exp.config.batch_sizes import BatchSizes
 from deepseek_exp.data.order import Contiguous, Grouped, Mixed, Paired, Shuffled
 from deepseek_exp.data.packing import Supervision, supervision
 from deepseek_exp.data.prepare import PreparedData
@@ -24,10 +24,11 @@ class TokenDataModule(LightningDataModule):
     """Serves training and validation batches.
 
     A training batch holds all sequences of one optimizer step: those at the global indices
-    position .. position + global_batch_seqs - 1 (order.py). With several data-parallel ranks, each has an equal
-    contiguous range of these rows, so a step consists of the same sequences for every dp. The loader does not know what
-    was trained on: the training loop calls `advance` for each step, before a checkpoint of that step is saved. (In
-    Lightning that is in `training_step` or `optimizer_step`; callbacks run before the module's `on_train_batch_end`.)
+    position .. position + global_batch_seqs - 1 (order.py), or fewer in a ramp of the batch. With several data-parallel
+    ranks, each has an equal contiguous range of these rows, so a step consists of the same sequences for every dp. The
+    loader does not know what was trained on: the training loop calls `advance` for each step, before a checkpoint of
+    that step is saved. (In Lightning that is in `training_step` or `optimizer_step`; callbacks run before the module's
+    `on_train_batch_end`.)
 
     Attributes:
         position: number of sequences consumed so far.
@@ -49,6 +50,7 @@ class TokenDataModule(LightningDataModule):
         pin_memory: bool = False,
         group_size: int = 1,
         iterations: int = 1,
+        sizes: BatchSizes | None = None,
     ) -> None:
         """Set up the module without reading anything.
 
@@ -65,6 +67,7 @@ class TokenDataModule(LightningDataModule):
             pin_memory: put batches into page-locked memory, for a GPU.
             group_size: rows of a training batch with the same prompt, one after the other (data.source=prompts).
             iterations: training batches with the same rows, one after the other (data.source=prompts).
+            sizes: rows of each training batch; None: all have global_batch_seqs.
 
         Raises:
             DataError: order=contiguous and fewer training sequences than lanes.
@@ -76,6 +79,7 @@ class TokenDataModule(LightningDataModule):
         self._n_workers, self._pin_memory = cfg.n_workers, pin_memory
         self._global_batch_seqs, self._micro_batch_seqs = global_batch_seqs, micro_batch_seqs
         self._eval_seqs, self._dp, self._dp_rank, self._fill_up = eval_seqs, dp, dp_rank, fill_up
+        self._sizes = sizes or BatchSizes(global_batch_seqs, global_batch_seqs)
         self._is_contiguous = cfg.order is Order.contiguous
         if isinstance(data, PreparedRows):
             shuffled = Shuffled(self._train.n_sequences // data.unit, seed)
@@ -96,8 +100,7 @@ class TokenDataModule(LightningDataModule):
         """Return an endless loader of this rank's rows of each global batch, starting at `position`."""
         if self._n_workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise tokenizers warns at each fork
-        share = self._global_batch_seqs // self._dp
-        steps = _Steps(self._order, self._global_batch_seqs, self._dp_rank * share, share, lambda: self.position)
+        steps = _Steps(self._order, self._sizes, self._dp, self._dp_rank, lambda: self.position)
         return self._loader(self._train, steps, self._n_workers)
 
     def val_dataloader(self) -> DataLoader:
@@ -217,16 +220,21 @@ class _Steps(Sampler[list[int]]):
     def __init__(
         self,
         order: Contiguous | Grouped | Mixed | Paired | Shuffled,
-        rows: int,
-        first: int,
-        share: int,
+        sizes: BatchSizes,
+        dp: int,
+        dp_rank: int,
         position: Callable[[], int],
     ) -> None:
-        self._order, self._rows, self._first, self._share, self._position = order, rows, first, share, position
+        self._order, self._sizes, self._dp, self._dp_rank, self._position = order, sizes, dp, dp_rank, position
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in itertools.count(self._position() + self._first, self._rows):
-            yield [self._order.sequence_at(index) for index in range(start, start + self._share)]
+        start = self._position()
+        while True:
+            rows = self._sizes.seqs_from(start)
+            share = rows // self._dp
+            first = start + self._dp_rank * share
+            yield [self._order.sequence_at(index) for index in range(first, first + share)]
+            start += rows
 
 
 def _as_is(batch: Batch) -> Batch:

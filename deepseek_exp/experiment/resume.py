@@ -37,8 +37,10 @@ def resume_problems(saved: ExperimentConfig, now: ExperimentConfig) -> list[Prob
         fixed["optim.optimizer"] = saved.optim.optimizer, now.optim.optimizer
         fixed["optim.lr_multipliers"] = saved.optim.lr_multipliers, now.optim.lr_multipliers
         batch = ("global_batch_seqs",) if now.data.order is Order.contiguous else ()
+        ramp = ("batch_ramp_seqs", "batch_ramp_steps")  # the step that a position belongs to depends on it
+        ramp += ("global_batch_seqs",) if saved.trainer.batch_ramp_seqs or now.trainer.batch_ramp_seqs else ()
         micro_batch = ("micro_batch_seqs",) if now.model.memory_len else ()
-        for key in ("precision", *batch, *micro_batch):
+        for key in ("precision", *batch, *ramp, *micro_batch):
             fixed[f"trainer.{key}"] = getattr(saved.trainer, key), getattr(now.trainer, key)
     fixed |= section_leaves("model", saved.model, now.model)
     fixed |= section_leaves("lora", saved.lora, now.lora, ("init", "path"))

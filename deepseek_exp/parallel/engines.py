@@ -222,7 +222,7 @@ class PipelineEngine:
 
     def train(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Do one optimizer step on this rank's micro-batches."""
-        sums = _sums(self.exp, self.groups)
+        sums = _sums(micro_batches, self.groups)
         self.stage.run(lambda: self.engine.train_batch(_inputs(micro_batches)), micro_batches, sums.add)
         self._count()
         return _result_of(self.engine, sums, self.groups.device)
@@ -260,7 +260,7 @@ class ZeroEngine:
 
     def train(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Do one optimizer step on this rank's micro-batches."""
-        sums = _sums(self.exp, self.groups)
+        sums = _sums(micro_batches, self.groups)
         self.engine.train()
 
         def call() -> None:
@@ -307,7 +307,7 @@ class DataParallelEngine:
 
     def train(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Do one optimizer step on this rank's micro-batches."""
-        sums = _sums(self.exp, self.groups)
+        sums = _sums(micro_batches, self.groups)
         self.stage.model.train()
         for batch in micro_batches:
             losses = self.stage(batch.tokens[:, :-1], batch)
@@ -351,8 +351,8 @@ class DataParallelEngine:
         return square.sqrt()
 
 
-def _sums(exp: ExperimentConfig, groups: Groups) -> LossSums:
-    return LossSums(exp.trainer.global_batch_seqs // exp.trainer.micro_batch_seqs, groups.device)
+def _sums(micro_batches: Sequence[MicroBatch], groups: Groups) -> LossSums:
+    return LossSums(len(micro_batches) * groups.degrees.dp, groups.device)
 
 
 def _evaluation_of(found: Sequence[Losses], groups: Groups) -> Evaluation:

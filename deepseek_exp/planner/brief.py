@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deepseek_exp.config import ExperimentConfig
+from deepseek_exp.config.batch_sizes import batch_sizes
 from deepseek_exp.planner.cost import parameters
 from deepseek_exp.planner.layers import layers_of
 from deepseek_exp.planner.memory import USABLE
@@ -43,12 +44,13 @@ def brief(exp: ExperimentConfig) -> Brief:
         plan = best_plans(exp, 1)[0]
     else:
         plan = make_plan(exp, asked_layout(exp), layers_of(exp.model, exp.data.seq_len))
-    counted, steps, step_seconds = parameters(exp.model), exp.trainer.max_steps, plan.speed.step_seconds
+    counted, step_seconds = parameters(exp.model), plan.speed.step_seconds
+    n_seqs = batch_sizes(exp.trainer).total(0, exp.trainer.max_steps)
     return Brief(
         counted.total + counted.mtp,
         max(memory.total for memory in plan.memory),
         USABLE * exp.cluster.memory_bytes,
         step_seconds,
-        steps * step_seconds,
-        steps * exp.trainer.global_batch_seqs * exp.data.seq_len,
+        n_seqs / exp.trainer.global_batch_seqs * step_seconds,
+        n_seqs * exp.data.seq_len,
     )

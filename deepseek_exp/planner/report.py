@@ -48,9 +48,11 @@ def _head(exp: ExperimentConfig, layout: Layout) -> Iterator[str]:
     if exp.lora.rank:
         yield f"adapters  {coverage(exp).sentence()}"
     tokens = t.global_batch_seqs * exp.data.seq_len
+    ramp = f"; {t.batch_ramp_seqs:,} sequences at first, and all after {t.batch_ramp_steps:,} steps"
+    ramp *= bool(t.batch_ramp_seqs)
     yield (
         f"step      {t.global_batch_seqs:,} sequences x {exp.data.seq_len:,} tokens = {tokens:,} tokens, "
-        f"{t.precision.value}"
+        f"{t.precision.value}{ramp}"
     )
     yield f"cluster   {c.n_nodes} x {c.gpus_per_node} {c.gpu}, {c.memory_bytes / GB:,.0f} GB each"
     n = layout.n_micro_batches(t.global_batch_seqs)

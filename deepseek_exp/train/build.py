@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from deepseek_exp.checkpoint.lightning_io import FolderCheckpointIO
 from deepseek_exp.checkpoint.shards import State, averaged, open_state
 from deepseek_exp.checkpoint.tensors import readable
 from deepseek_exp.config import Device, Do, ExperimentConfig, PreferenceLoss
+from deepseek_exp.config.batch_sizes import batch_sizes
 from deepseek_exp.config.matrices import adapted, adapter_size
 from deepseek_exp.config.topology import Axis, Degrees, degrees
 from deepseek_exp.data import PreparedData, PreparedRows, TokenDataModule, prepare
@@ -80,7 +80,7 @@ class Parts:
 def with_steps(cfg: ExperimentConfig) -> ExperimentConfig:
     """Return an experiment with trainer.max_epochs as trainer.max_steps: passes over its sequences, rounded up."""
     n_sequences = sequences_of(prepare(cfg.data), cfg.data, "train").n_sequences
-    steps = math.ceil(n_sequences * (cfg.trainer.max_epochs or 0) / cfg.trainer.global_batch_seqs)
+    steps = batch_sizes(cfg.trainer).steps_for(n_sequences * (cfg.trainer.max_epochs or 0))
     return dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, max_steps=steps))
 
 
@@ -274,6 +274,7 @@ def _build_datamodule(
         pin_memory=device.type == "cuda",
         group_size=cfg.grpo.group_size if cfg.do is Do.grpo else 1,
         iterations=cfg.grpo.iterations if cfg.do is Do.grpo else 1,
+        sizes=batch_sizes(cfg.trainer),
     )
 
 

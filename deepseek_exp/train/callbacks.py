@@ -48,10 +48,11 @@ class Metrics(Callback):
         self.pending: deque[tuple[int, list[str], Tensor, Any, dict[str, float]]] = deque()
         self.last: dict[str, float] = {}
         self._since = (0.0, 0)
+        self._position = 0  # in the data at that time
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._since = (time.perf_counter(), trainer.global_step)
+        self._since, self._position = (time.perf_counter(), trainer.global_step), trainer.datamodule.position
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -62,8 +63,10 @@ class Metrics(Callback):
         if due or not outputs["applied"]:
             now, (then, before) = time.perf_counter(), self._since
             seconds = (now - then) / max(1, step - before)
-            self._since = (now, step)
-            host = {"optim/lr": outputs["lr"], **self._host_metrics(trainer, pl_module, seconds, batch)}
+            n_seqs = (trainer.datamodule.position - self._position) / max(1, step - before)  # of a step, on average
+            self._since, self._position = (now, step), trainer.datamodule.position
+            rate = n_seqs * (batch.tokens.shape[1] - 1) / seconds
+            host = {"optim/lr": outputs["lr"], **self._host_metrics(trainer, pl_module, seconds, rate)}
             if self.cfg.trainer.on_nonfinite is OnNonfinite.skip:
                 host["optim/skipped_steps"] = float(pl_module.skipped_steps)
             scalars = {n: outputs[n] for n in NAMES} | outputs["extra_metrics"]
@@ -97,12 +100,12 @@ class Metrics(Callback):
         self._log(trainer, wait=True)
 
     def _host_metrics(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float, batch: Batch
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, seconds: float, rate: float
     ) -> dict[str, float]:
         data = trainer.datamodule
         metrics = {
             "perf/step_seconds": seconds,
-            "perf/tokens_per_second": self.cfg.trainer.global_batch_seqs * (batch.tokens.shape[1] - 1) / seconds,
+            "perf/tokens_per_second": rate,
             "data/position": float(data.position),
             "data/tokens": float(data.position * self.cfg.data.seq_len),
             "data/epoch": data.position / data.n_train_sequences,
@@ -160,8 +163,8 @@ class Progress(Callback):
         self.last_step, self.metrics = cfg.last_step, metrics
         self.bar: tqdm | None = None
         self.speed: float | None = None  # tokens per second of the whole training, set at its end
-        self._step_tokens = cfg.trainer.global_batch_seqs * cfg.data.seq_len
-        self._began, self._validating = (0.0, 0), 0.0
+        self._seq_len = cfg.data.seq_len
+        self._began, self._validating = (0.0, 0), 0.0  # time and position in the data
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar, at the step that a resumed run continues from."""
@@ -176,7 +179,7 @@ class Progress(Callback):
             mininterval=0.5 if tty else self.LINE_SECONDS,
             maxinterval=1.0 if tty else self.LINE_SECONDS,
         )
-        self._began = (time.perf_counter(), trainer.global_step)
+        self._began = (time.perf_counter(), trainer.datamodule.position)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record when a validation begins: its time is excluded from the speed."""
@@ -184,8 +187,8 @@ class Progress(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Exclude the validation's time."""
-        then, step = self._began
-        self._began = (then + time.perf_counter() - self._validating, step)
+        then, position = self._began
+        self._began = (then + time.perf_counter() - self._validating, position)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -201,9 +204,10 @@ class Progress(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the bar, and compute the speed."""
         self._close()
-        then, step = self._began
-        if trainer.global_step > step:
-            self.speed = (trainer.global_step - step) * self._step_tokens / (time.perf_counter() - then)
+        then, position = self._began
+        if trainer.datamodule.position > position:
+            n_seqs = trainer.datamodule.position - position
+            self.speed = n_seqs * self._seq_len / (time.perf_counter() - then)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Close the bar, so that an error starts on its own line."""

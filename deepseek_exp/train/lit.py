@@ -76,7 +76,7 @@ class LanguageModel(pl.LightningModule):
         self.register_buffer("unigram_bits", unigram_bits, persistent=False)
         self.val_memories: dict[int, Tensor | None] = {}  # batch of a validation step -> the memory of its texts
         self.moe_layers = [m for m in model.modules() if isinstance(m, MoE)]
-        self._set_loss_scale()
+        self._set_loss_scale(cfg.trainer.global_batch_seqs)
         domains, parts = cfg.model.moe.domains, list(cfg.data.mixture)
         of_part = [domains.index(name) if name in domains else -1 for name in parts] + [-1]  # the last: no part
         self.register_buffer("domain_of_part", torch.tensor(of_part) if domains else None, persistent=False)
@@ -89,14 +89,21 @@ class LanguageModel(pl.LightningModule):
         self.skipped_steps = 0  # of the whole run, by trainer.on_nonfinite=skip
         self._rng: dict[str, Any] | None = None
 
-    def _set_loss_scale(self) -> None:
+    def _set_loss_scale(self, n_seqs: int) -> None:
         """Weigh the losses that are attached to MoE layers as the mean over the step's micro-batches does.
 
         Each rank has 1 / dp of the micro-batches; gradients are averaged over dp and summed over tp and ep.
+
+        Args:
+            n_seqs: sequences of the step, over all ranks.
         """
         t, d = self.cfg.trainer, degrees(self.cfg)
         for layer in self.moe_layers:
-            layer.loss_scale = t.micro_batch_seqs / t.global_batch_seqs * (d.dp / (d.tp * d.ep))
+            layer.loss_scale = t.micro_batch_seqs / n_seqs * (d.dp / (d.tp * d.ep))
+
+    def _n_seqs(self, batch: Batch) -> int:
+        """Return the sequences of a step, over all ranks."""
+        return len(batch.tokens) * degrees(self.cfg).dp
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Do one optimizer step.
@@ -120,7 +127,9 @@ class LanguageModel(pl.LightningModule):
             extra_metrics = {name: torch.tensor(value, device=self.device) for name, value in sampled.items()}
         n_bytes = self._counted(self.token_bytes[batch.tokens[:, 1:]], batch).sum()
         self.reset_counts()
-        n_targets = self._n_targets(batch)
+        n_targets, n_seqs = self._n_targets(batch), self._n_seqs(batch)
+        if self.cfg.trainer.batch_ramp_seqs:
+            self._set_loss_scale(n_seqs)
         result = self.engine.train(self.micro_batches(batch, n_targets))
         mine = [result.nats, result.mtp_loss, n_bytes, *self._objective_sums(result.sums)]
         (nats, mtp_loss, n_bytes, *sums), counts = self.ranks.sum(mine, self._counts())
@@ -132,7 +141,6 @@ class LanguageModel(pl.LightningModule):
             self.skipped_steps += 1
             check_skipped(self.skipped_steps, self.trainer.global_step, self.cfg)
         schedule.step()
-        n_seqs = self.cfg.trainer.global_batch_seqs
         # here, since callbacks save before the module's own batch end
         self.trainer.datamodule.advance(n_seqs)
         loss = nats / n_targets
@@ -161,7 +169,7 @@ class LanguageModel(pl.LightningModule):
         """
         t, whole = self.cfg.trainer, self.micro_batch(batch)
         masked = batch.loss_mask is not None and n_targets is not None
-        mean_targets = n_targets * t.micro_batch_seqs / t.global_batch_seqs if masked else None
+        mean_targets = n_targets * t.micro_batch_seqs / self._n_seqs(batch) if masked else None
         n = len(batch.tokens) // t.micro_batch_seqs
         split = [[None] * n if field is None else field.split(t.micro_batch_seqs) for field in whole]
         return [MicroBatch(*fields)._replace(mean_targets=mean_targets) for fields in zip(*split, strict=True)]
@@ -181,7 +189,7 @@ class LanguageModel(pl.LightningModule):
     def _n_targets(self, batch: Batch) -> Tensor | int:
         """Return how many targets of the whole step count, over all ranks."""
         if batch.loss_mask is None:
-            return self.cfg.trainer.global_batch_seqs * (batch.tokens.shape[1] - 1)
+            return self._n_seqs(batch) * (batch.tokens.shape[1] - 1)
         (n_targets,), _ = self.ranks.sum([batch.loss_mask.sum()], [])
         return n_targets.clamp(min=1)
 

@@ -240,6 +240,21 @@ REFUSED = {
     "optim.ema_decay=1": "optim.ema_decay range_problems",
     "use_ema=true": "use_ema average_problems",
     "trainer.patience=-1": "trainer.patience range_problems",
+    "trainer.batch_ramp_seqs=4": "trainer.batch_ramp_steps ramp_problems",
+    "trainer.batch_ramp_steps=4": "trainer.batch_ramp_seqs ramp_problems",
+    "trainer.batch_ramp_seqs=3 trainer.batch_ramp_steps=9 trainer.micro_batch_seqs=1": (
+        "trainer.batch_ramp_seqs ramp_problems"
+    ),
+    "trainer.batch_ramp_seqs=4 trainer.batch_ramp_steps=9": "trainer.batch_ramp_seqs ramp_problems",
+    "trainer.batch_ramp_seqs=8 trainer.batch_ramp_steps=500": "trainer.batch_ramp_steps ramp_problems",
+    "trainer.batch_ramp_seqs=4 trainer.batch_ramp_steps=9 trainer.micro_batch_seqs=2 do=verify": (
+        "trainer.batch_ramp_seqs ramp_problems"
+    ),
+    "trainer.batch_ramp_seqs=4 trainer.batch_ramp_steps=9 trainer.micro_batch_seqs=2 data.order=contiguous": (
+        "trainer.batch_ramp_seqs ramp_problems"
+    ),
+    "trainer.batch_ramp_seqs=4 trainer.batch_ramp_steps=9 trainer.micro_batch_seqs=2 parallel.dp=2 "
+    "parallel.zero_stage=1 do=plan": "trainer.batch_ramp_seqs ramp_problems",
     "optim.schedule=linear": "optim.schedule value_words",
     "optim.decay_fraction=0.5": "optim.decay_fraction unread_optim_problems",
     "optim=wsd optim.decay_fraction=0": "optim.decay_fraction range_problems",

@@ -56,6 +56,15 @@ def test_micro_batches_of_one_and_of_four_train_the_same(alone, rows, model):
     assert len(set(one.trace("train/loss"))) == len(one.trace("train/loss"))
 
 
+def test_a_growing_batch_weighs_its_supervised_tokens_as_one_of_its_size(alone, rows):
+    shape = (*FEW, *DATA, rows, "model=v1_dense", "trainer.batch_ramp_seqs=2", "trainer.batch_ramp_steps=2")
+    one, two = (alone(*shape, "trainer.global_batch_seqs=4", f"trainer.micro_batch_seqs={n}") for n in (1, 2))
+    same(one, two)
+    small = alone(*FEW, *DATA, rows, "model=v1_dense", "trainer.global_batch_seqs=2", "trainer.micro_batch_seqs=1")
+    for name in ("train/loss", "optim/grad_norm"):
+        assert small.trace(name)[0] == one.trace(name)[0]
+
+
 CASES = {
     "v1 dp2": (["model=v1_dense"], {"dp": 2}, []),
     "v1 dp2, no ZeRO": (["model=v1_dense"], {"dp": 2, "zero_stage": 0}, []),

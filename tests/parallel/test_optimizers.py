@@ -108,3 +108,29 @@ def test_a_group_of_another_stage_keeps_its_own_settings(multiplier):
     found = _like(here, elsewhere, composed("optim=muon"))
     assert found.keys() == here.keys() and (found["orthogonal"], found["decays"]) == (False, False)
     assert found["weight_decay"] == 0.0 and found["lr"] == (0.1 if multiplier else 0.2)
+
+
+RAMP = (
+    *("model=v3_moe", *STEPS, "trainer.global_batch_seqs=8", "trainer.micro_batch_seqs=1"),
+    *("trainer.batch_ramp_seqs=2", "trainer.batch_ramp_steps=3"),
+)
+
+
+@pytest.mark.long
+def test_a_growing_batch_has_the_same_sequences_in_a_layout_and_after_a_resume_inside_the_ramp(
+    layouts, alone, tmp_path
+):
+    want = alone(*RAMP)
+    assert want.trace("data/position") == [2, 6, 12, 20]
+    small = alone("model=v3_moe", *STEPS, "trainer.global_batch_seqs=2", "trainer.micro_batch_seqs=1")
+    for name in ("train/loss", "optim/grad_norm"):
+        assert small.trace(name)[0] == want.trace(name)[0]
+    dp2 = layout(dp=2, zero_stage=0)
+    found = difference(layouts.run(2, *RAMP, *dp2), want)
+    assert found.loss <= 2e-6 and found.grad_norm <= 1e-4 and found.weight <= 5e-5
+    half = halfway(want, tmp_path)
+    resumed = layouts.run(1, *RAMP, resume=half)
+    assert resumed.trace("train/loss") == want.trace("train/loss")[2:]
+    assert largest(states(resumed.folder), states(want.folder)) == 0.0
+    resumed = layouts.run(2, *RAMP, *dp2, resume=halfway(want, tmp_path / "dp2"))
+    assert largest(states(resumed.folder), states(want.folder)) <= 5e-5

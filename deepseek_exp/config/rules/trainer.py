@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from deepseek_exp.config.enums import Do, Order
 from deepseek_exp.config.schema import ExperimentConfig
-from deepseek_exp.config.topology import divisors
+from deepseek_exp.config.topology import degrees, divisors
 from deepseek_exp.errors import Problem
 
 
@@ -29,6 +29,45 @@ def length_problems(exp: ExperimentConfig) -> Iterator[Problem]:
     if m.memory_len and d.order is not Order.contiguous:
         rule = f"needs each sequence to continue the previous one, and data.order is '{d.order.value}'"
         yield Problem("model.memory_len", m.memory_len, rule, "set data.order=contiguous, or model.memory_len=0")
+
+
+def ramp_problems(exp: ExperimentConfig) -> Iterator[Problem]:
+    """Yield problems for a ramp of the batch that cannot be divided, or that the engine or the verb does not have."""
+    t, key = exp.trainer, "trainer.batch_ramp_seqs"
+    first = t.batch_ramp_seqs
+    if bool(first) is not bool(t.batch_ramp_steps):
+        name, other = ("batch_ramp_steps", key) if first else ("batch_ramp_seqs", "trainer.batch_ramp_steps")
+        rule = f"makes no ramp of {other}={first or t.batch_ramp_steps}"
+        yield Problem(f"trainer.{name}", 0, rule, f"set both, or {other}=0")
+        return
+    if not first:
+        return
+    if t.global_batch_seqs % first:
+        near = min(divisors(t.global_batch_seqs), key=lambda d: abs(d - first))
+        rule = f"does not divide trainer.global_batch_seqs={t.global_batch_seqs}"
+        yield Problem(key, first, rule, f"use {key}={near}")
+    if t.max_epochs is None and t.batch_ramp_steps >= t.max_steps:
+        rule = f"leaves no step of trainer.max_steps={t.max_steps} with trainer.global_batch_seqs={t.global_batch_seqs}"
+        fix = f"set trainer.batch_ramp_steps={t.max_steps // 10}, or train for more steps"
+        yield Problem("trainer.batch_ramp_steps", t.batch_ramp_steps, rule, fix)
+    if exp.do in (Do.verify, Do.grpo):
+        yield Problem(key, first, f"is not for do={exp.do.value}", f"set {key}=0 and trainer.batch_ramp_steps=0")
+    if exp.data.order is Order.contiguous:
+        rule = "cannot be used with data.order='contiguous', whose lanes are the sequences of a step"
+        yield Problem(key, first, rule, f"set data.order=shuffled, or {key}=0 and trainer.batch_ramp_steps=0")
+    try:
+        d = degrees(exp)
+    except ValueError:
+        return  # reported by layout_problems
+    share = t.micro_batch_seqs * d.dp
+    if share and first % share:
+        rule = f"is not a multiple of trainer.micro_batch_seqs={t.micro_batch_seqs}"
+        rule += f" x parallel.dp={d.dp}" if d.dp > 1 else ""
+        yield Problem(key, first, rule, f"use {key}={-(-first // share) * share}, or lower trainer.micro_batch_seqs")
+    if d.world_size > 1 and exp.parallel.zero_stage:
+        why = "DeepSpeed accumulates a fixed number of micro batches"
+        rule = f"cannot be used with parallel.zero_stage={exp.parallel.zero_stage} on {d.world_size:,} ranks ({why})"
+        yield Problem(key, first, rule, f"set parallel.zero_stage=0, or {key}=0 and trainer.batch_ramp_steps=0")
 
 
 def batch_problems(exp: ExperimentConfig) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ from deepseek_exp.config.rules.lora import lora_problems
 from deepseek_exp.config.rules.model import model_problems
 from deepseek_exp.config.rules.optim import lr_multiplier_problems
 from deepseek_exp.config.rules.parallel import layout_problems
-from deepseek_exp.config.rules.trainer import batch_problems, length_problems
+from deepseek_exp.config.rules.trainer import batch_problems, length_problems, ramp_problems
 from deepseek_exp.config.rules.values import text_problems, tracking_problems
 from deepseek_exp.config.rules.verbs import (
     average_problems,
@@ -58,6 +58,7 @@ def problems(exp: ExperimentConfig, machine: Machine) -> list[Problem]:
         *length_problems(exp),
         *vocabulary_problems(exp),
         *batch_problems(exp),
+        *ramp_problems(exp),
         *lr_multiplier_problems(exp),
         *data_problems(exp),
         *mixture_problems(exp),

@@ -1,5 +1,6 @@
 """Weight transforms: what a model reads instead of its stored weights. Low-rank adapters are the first."""
 
+from deepseek_exp.adapt.branches import merge_branches
 from deepseek_exp.adapt.lora import Adapter, attach, initial_adapters
 from deepseek_exp.adapt.products import with_adapters
 from deepseek_exp.adapt.stored import load_merged, merged, saved_scale
@@ -14,6 +15,7 @@ __all__ = [
     "initial_adapters",
     "load_merged",
     "merge",
+    "merge_branches",
     "merged",
     "saved_scale",
     "with_adapters",

@@ -93,13 +93,12 @@ class Chain:
         self.needed = [stage for stage in stages if stage.name in only | self._ancestors(only)]
 
     def _ancestors(self, names: set[str]) -> set[str]:
-        start = {stage.name: stage.start for stage in self.stages}
+        reads = {stage.name: stage.reads for stage in self.stages}
         found, todo = set[str](), list(names)
         while todo:
-            name = start[todo.pop()]
-            if name is not None and name not in found:
-                found.add(name)
-                todo.append(name)
+            new = set(reads[todo.pop()]) - found
+            found |= new
+            todo += new
         return found
 
     def checkpoint(self, stage: str) -> Path:
@@ -122,6 +121,10 @@ class Chain:
             named = f"{self.done[stage.start].run_id} sha256:{inputs['start']}"
             if not stage.own_tokenizer:
                 tree.data.tokenizer = literal(str(start / "tokenizer.json"))
+            branches = {domain: self.checkpoint(name) for domain, name in stage.branches.items()}
+            tree.branches = {domain: literal(str(folder)) for domain, folder in branches.items()}
+            inputs |= {f"branch.{domain}": manifest.digest(folder) for domain, folder in branches.items()}
+            source += f", merged with {', '.join(stage.branches.values())}" if stage.branches else ""
             wrong = huggingface.other_tokenizer(start / "tokenizer.json", tree.data.tokenizer)
             if wrong is not None:
                 raise ConfigError(dataclasses.replace(wrong, key=f"{stage.name}: {wrong.key}"))
@@ -178,7 +181,7 @@ class Chain:
         if len(self.asked) == len(self.stages):
             return
         for stage in self.needed:
-            known = stage.start is None or stage.start in self.done
+            known = self.done.keys() >= set(stage.reads)
             found = self.reusable(self.ready(stage))[0] if known else None
             if found is not None:
                 self.done[stage.name] = found

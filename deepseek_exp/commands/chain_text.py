@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 GB = 1e9
 # Keys that a diff leaves out: they name where something is, and not what is done.
-NOT_SHOWN = ("do", "resume", "init_from", "output_dir", "tracking", "chain", "data.tokenizer", "data.cache_dir")
+NOT_SHOWN = (
+    *("do", "resume", "init_from", "branches", "output_dir", "tracking", "chain"),
+    *("data.tokenizer", "data.cache_dir"),
+)
 
 
 @dataclass(frozen=True)

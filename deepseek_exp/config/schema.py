@@ -458,6 +458,11 @@ class ExperimentConfig:
         "folder of a Hugging Face checkpoint to start from: its config.json sets the model section, its "
         "tokenizer.json the tokenizer; null: weights from the seed"
     )
+    branches: dict[str, str] = key(
+        "domain -> run, trained from init_from on text of this domain, as in +branches.law=<run>: the experts of a "
+        "domain come from its branch, everything else is the mean of all branches",
+        default_factory=dict,
+    )
     use_ema: bool = key(
         "read the moving average of a run's weights (optim.ema_decay) instead of its last weights: for do=eval, sample "
         "and export, and for init_from",

@@ -32,6 +32,7 @@ from deepseek_exp.config.enums import Do, Source
 from deepseek_exp.config.explain import parse_one
 from deepseek_exp.config.keys import SECTION_OF, schema_keys
 from deepseek_exp.config.machine import Machine
+from deepseek_exp.config.rules.branches import domain_problems
 from deepseek_exp.config.rules.chain import SCRATCH, chain_problems, in_order, saves, starts
 from deepseek_exp.config.rules.chat import unread_chat_problems
 from deepseek_exp.config.rules.model import unread_problems
@@ -44,6 +45,7 @@ from deepseek_exp.experiment.init_from import FREE, is_release, names_a_run, sta
 # Sources of separate rows, which are no running text.
 WITHOUT_TEXT = (Source.preference, Source.prompts)
 OPTION = r"[\w./-]+"  # a group's option that needs no quotes
+ENTRY = r"[\w-]+"  # a name in a free mapping that can be part of a path
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Stage:
         name: its name.
         do: its verb.
         start: the stage whose weights it starts from; None if they come from elsewhere.
+        branches: domain -> the stage whose weights are merged into it.
         tree: the tree of its job. Without the path of a start that is a stage, which is known once that has run.
         exp: the same as dataclasses.
         overrides: the command line that composes it.
@@ -64,11 +67,17 @@ class Stage:
     name: str
     do: Do
     start: str | None
+    branches: Mapping[str, str]
     tree: DictConfig
     exp: ExperimentConfig
     overrides: tuple[str, ...]
     size: str
     own_tokenizer: bool
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The stages whose weights it reads."""
+        return tuple(dict.fromkeys([*([] if self.start is None else [self.start]), *self.branches.values()]))
 
 
 def compose_stages(root: DictConfig, overrides: Sequence[str], machine: Machine) -> tuple[list[Stage], list[Problem]]:
@@ -103,7 +112,20 @@ def compose_stages(root: DictConfig, overrides: Sequence[str], machine: Machine)
         trees |= {} if tree is None else {name: tree}
         found += [] if stage is None else [stage]
     problems = [dataclasses.replace(p, key=f"{', '.join(names)}: {p.key}") for p, names in said.values()]
-    return found, [*problems, *_keeping_problems(exp.chain, found), *_yardstick_problems(exp.chain, found)]
+    problems += [*_keeping_problems(exp.chain, found), *_branch_problems(found)]
+    return found, [*problems, *_yardstick_problems(exp.chain, found)]
+
+
+def _branch_problems(stages: Sequence[Stage]) -> Iterator[Problem]:
+    """Yield a problem for each branch that is not of the model that it is merged into."""
+    moes = {stage.name: stage.exp.model.moe for stage in stages}
+    for stage in stages:
+        yield from domain_problems(f"chain.stages.{stage.name}.branches", stage.branches, moes[stage.name].domains)
+        for name in stage.branches.values():
+            if stage.start in moes and name in moes and moes[name].balance is not moes[stage.start].balance:
+                rule = f"differs from the {moes[stage.start].balance.value} of {stage.start}, of which it is a branch"
+                fix = f"leave it out of chain.stages.{name}.set"
+                yield Problem(f"{name}: model.moe.balance", moes[name].balance.value, rule, fix)
 
 
 def _keeping_problems(chain: ChainConfig, stages: Sequence[Stage]) -> Iterator[Problem]:
@@ -160,7 +182,8 @@ def _composed(
     if exp is None or found:
         return cfg, None, found
     start = source if source in before else None
-    return cfg, Stage(name, stage.do, start, cfg, exp, tuple(good), size, own_tokenizer), []
+    branches = dict(stage.branches)
+    return cfg, Stage(name, stage.do, start, branches, cfg, exp, tuple(good), size, own_tokenizer), []
 
 
 def _misfit(exp: ExperimentConfig) -> list[Problem]:
@@ -249,6 +272,8 @@ def set_words(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{name}={value if re.fullmatch(OPTION, value) else _text(value)}"
         elif isinstance(value, dict) and value and path not in known:
             yield from set_words(value, f"{path}.")
+        elif path in known and isinstance(value, dict) and not all(re.fullmatch(ENTRY, str(key)) for key in value):
+            yield f"++{path}={_text(value)}"  # patterns, such as those of optim.lr_multipliers, are no paths
         elif path in known and isinstance(value, dict) and value:
             yield from (f"++{path}.{entry}={_text(v)}" for entry, v in _entries(value))
         else:

@@ -26,8 +26,8 @@ FOLDER = "chains"
 # What has no effect on the weights or the loss: places, what is recorded, and what happens after training. Data and
 # weights are identified by digest.
 NO_EFFECT = (
-    *("do", "resume", "init_from", "output_dir", "tracking", "launch", "cluster", "sample", "export", "verify"),
-    *("chain", "lora.path"),
+    *("do", "resume", "init_from", "branches", "output_dir", "tracking", "launch", "cluster", "sample", "export"),
+    *("verify", "chain", "lora.path"),
     *(f"data.{name}" for name in PLACES),
     *(f"trainer.{name}" for name in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints")),
 )

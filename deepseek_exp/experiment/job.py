@@ -24,6 +24,7 @@ from deepseek_exp.console import say
 from deepseek_exp.disk import expand
 from deepseek_exp.errors import CheckpointError, ConfigError, Problem
 from deepseek_exp.experiment import command_line, init_from, resume
+from deepseek_exp.experiment.branches import located_branches
 from deepseek_exp.huggingface.files import TOKENIZER
 from deepseek_exp.launch import worker
 from deepseek_exp.redact import redact, redact_tree
@@ -42,7 +43,7 @@ NAMED_KEYS = (
 COMMAND_FILE = "command.json"
 # Parameters that a resume may change within one MLflow run: locations, and what is done after training.
 NOT_TRAINING = (
-    *("do", "resume", "init_from", "use_ema", "output_dir", "lora.path", "chain"),
+    *("do", "resume", "init_from", "branches", "use_ema", "output_dir", "lora.path", "chain"),
     *("tracking", "launch", "cluster", "sample", "evaluate", "export", "verify"),
     *(f"data.{name}" for name in resume.PLACES),
 )
@@ -246,6 +247,11 @@ def _with_weights_of(composed: DictConfig, overrides: Sequence[str]) -> tuple[Di
     composed, problems = init_from.start_from(composed, overrides, checkpoint)
     if problems:
         raise ConfigError(*problems)
+    if composed.branches and checkpoint is not None:
+        found, passed_over = located_branches(composed.branches, checkpoint, Path(composed.output_dir))
+        for sentence in passed_over:
+            say(sentence)
+        composed.branches = {domain: saved_config.literal(str(folder)) for domain, folder in found.items()}
     return composed, None if checkpoint is None else origin(checkpoint)
 
 
@@ -323,7 +329,7 @@ def _on_top_of(
     if "lora.path" in map(_key, overrides) and merged.lora.path is not None:
         rule = f"cannot be combined with {checkpoint}, which has its own weights and adapters"
         raise ConfigError(Problem("lora.path", merged.lora.path, rule, "start from weights with init_from instead"))
-    merged.lora.path = None  # the checkpoint holds what has become of it
+    merged.lora.path, merged.branches = None, {}  # the checkpoint holds what has become of them
     if _needs_saved_tokenizer(merged, overrides):
         merged.data.tokenizer = saved_config.literal(str(checkpoint / TOKENIZER))
     if not merged.do.is_training:  # recorded as a run separate from the training

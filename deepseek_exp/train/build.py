@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from lightning_fabric.plugins.environments import LightningEnvironment
+from torch import Tensor
 
 from deepseek_exp import adapt
 from deepseek_exp.checkpoint import manifest
@@ -208,16 +209,24 @@ def _stored(folder: Path, cfg: ExperimentConfig) -> State:
 def _load_shard_from(shard: ModelShard, cfg: ExperimentConfig) -> None:
     """Set a rank's weights from `init_from`: a checkpoint of a run, or the folder of a Hugging Face checkpoint."""
     source = Path(str(cfg.init_from))
-    if manifest.is_checkpoint(source) and not adapt.saved_scale(source):
+    if manifest.is_checkpoint(source) and not cfg.branches and not adapt.saved_scale(source):
         load_shard(shard, _stored(source, cfg))
         return
     whole = Transformer(cfg.model, TORCH)
     if manifest.is_checkpoint(source):
         with readable(source):
-            whole.load_state_dict(adapt.load_merged(source, use_ema=cfg.use_ema))
+            whole.load_state_dict(_start_weights(cfg))
     else:
         load_release(whole, cfg.model, source)
     copy_weights(shard, whole)
+
+
+def _start_weights(cfg: ExperimentConfig) -> dict[str, Tensor]:
+    """Read the weights of the run that `init_from` names, or of its branches, merged."""
+    if cfg.branches:
+        folders = {domain: Path(folder) for domain, folder in cfg.branches.items()}
+        return adapt.merge_branches(folders, cfg.model.moe.domains, use_ema=cfg.use_ema)
+    return adapt.load_merged(Path(str(cfg.init_from)), use_ema=cfg.use_ema)
 
 
 def build_objective(cfg: ExperimentConfig, data: PreparedData) -> Objective:
@@ -290,12 +299,13 @@ def build_model(cfg: ExperimentConfig, device: torch.device, weights: Path | Non
     """Build the model on a device, with weights from a checkpoint, else from `init_from`, else from the seed."""
     model = Transformer(cfg.model, _ops(cfg), cfg.trainer.activation_checkpointing)
     gets_adapters = weights is None and cfg.lora.rank > 0  # those of a checkpoint are in its weights
-    if weights is None and cfg.init_from is not None and manifest.is_checkpoint(Path(cfg.init_from)):
-        weights = Path(cfg.init_from)
-    if weights is not None:
-        with readable(weights):
-            model.load_state_dict(adapt.load_merged(weights, use_ema=cfg.use_ema))
-        _check_weights(first_nonfinite(model.state_dict().items()), weights)
+    start = None if weights is not None or cfg.init_from is None else Path(cfg.init_from)
+    folder = start if start is not None and manifest.is_checkpoint(start) else weights
+    if folder is not None:
+        with readable(folder):
+            stored = _start_weights(cfg) if weights is None else adapt.load_merged(weights, use_ema=cfg.use_ema)
+            model.load_state_dict(stored)
+        _check_weights(first_nonfinite(model.state_dict().items()), folder)
     elif cfg.init_from is not None:
         load_release(model, cfg.model, Path(cfg.init_from))
     else:

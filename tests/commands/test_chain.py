@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,13 @@ STAGES = (
 NAME = "pre-tune-test"
 
 
-def run(folder: Path, *words: str, recipe: str | None = None) -> str:
+def run(folder: Path, *words: str, recipe: str | None = None, stages: Sequence[str] = STAGES) -> str:
     """Run a chain in this process, in a folder; return what it prints."""
     config.register()
     before, out = Path.cwd(), io.StringIO()
     os.chdir(folder)
     try:
-        composed = command_line.check_command_line([*STAGES, *words])
+        composed = command_line.check_command_line([*stages, *words])
         with contextlib.redirect_stdout(out):
             run_chain(composed.stages, composed.exp, recipe, words)
     finally:

@@ -384,6 +384,7 @@ REFUSED = {
     "+chain.stages.a.doo=train": "chain.stages.a.doo _form_problems, chain.stages.a.do _form_problems",
     "+chain.stages.a={do:train,start:7}": "chain.stages.a.start _form_problems",
     "+chain.stages.a={do:train,set:7}": "chain.stages.a.set _form_problems",
+    "+chain.stages.a={do:train,branches:[b]}": "chain.stages.a.branches _form_problems",
     "+chain.stages.last.do=train": "chain.stages _stage_problems",
     "+chain.stages.a.do=plan": "chain.stages.a.do _stage_problems",
     "+chain.stages.a.do=eval": "chain.stages.a.start _start_problems",
@@ -404,6 +405,38 @@ REFUSED = {
         "chain.stages.c.start _start_problems"
     ),
     "+chain.stages.a={do:train,start:nothing_like_it}": "a: start _from_outside",
+    "+chain.stages.a.do=train +chain.stages.b={do:train,set:{branches:{law:a}}}": (
+        "chain.stages.b.set.branches _stage_problems"
+    ),
+    "+chain.stages.a.do=train +chain.stages.b={do:train,start:a,branches:{law:c}}": (
+        "chain.stages.b.branches.law _branch_problems"
+    ),
+    "+chain.stages.a.do=train +chain.stages.b={do:eval} +chain.stages.c={do:train,start:a,branches:{law:b}}": (
+        "chain.stages.c.branches.law _branch_problems"
+    ),
+    "+chain.stages.a.do=train +chain.stages.b={do:train,start:scratch,branches:{law:a}}": (
+        "chain.stages.b.branches.law _branch_problems"
+    ),
+    "+chain.stages.a.do=train +chain.stages.b.do=train +chain.stages.c={do:train,start:b,branches:{law:a}}": (
+        "chain.stages.c.branches.law _branch_problems"
+    ),
+    "+chain.stages.a.do=train +chain.stages.b={do:train,start:a,branches:{law:b}}": (
+        "chain.stages.b.start _start_problems"
+    ),
+    "+chain.stages.a.do=train +chain.stages.b={do:dpo,start:a,branches:{law:a}}": (
+        "chain.stages.b.branches _branch_problems"
+    ),
+    "+chain.stages.a.do=train +chain.stages.b={do:train,start:a,branches:{law:a}}": (
+        "chain.stages.b.branches.law domain_problems"
+    ),
+    "model=v5_domain_moe size=tiny +chain.stages.a.do=train +chain.stages.b={do:train,start:a,branches:{lwa:a}}": (
+        "chain.stages.b.branches.lwa domain_problems"
+    ),
+    "model=v5_domain_moe size=tiny +chain.stages.a.do=train "
+    "+chain.stages.b={do:train,start:a,set:{model:{moe:{balance:none}}}} "
+    "+chain.stages.c={do:train,start:a,branches:{law:b}}": "b: model.moe.balance _branch_problems",
+    "model=v5_domain_moe size=tiny +branches.law=last": "branches branch_problems",
+    "model=v5_domain_moe size=tiny +branches.law=last do=verify parallel=3d device=cpu": "branches branch_problems",
     "+chain.stages.a.do=train init_from=last": "a: start _from_outside",
     "+chain.stages.a.do=train trainer.keep_checkpoints=0": "a: trainer.keep_checkpoints _keeping_problems",
     "+chain.stages.a={do:train,set:{optim:{lrr:1}}} +chain.stages.b={do:train,set:{seed:x}} optim.lr=-1": (

@@ -74,7 +74,7 @@ def composed(*overrides: str) -> ExperimentConfig:
 
 def test_the_files_are_found():
     assert len(FILES) == 59
-    assert len(RECIPES) == 12
+    assert len(RECIPES) == 13
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

@@ -93,13 +93,17 @@ class TestComposing:
         prompt = "it's ${no} \\'reference\\', {a: b} [1]"
         config.register()
         values = {"sample": {"prompt": prompt, "domain": None}, "trainer": {"compile": True, "callbacks": {}}}
-        values |= {"model": {"moe": {"domains": ["a, b", "c"]}}, "optim": {"optimizer": {"betas": [0.9, 0.5]}}}
+        values |= {"model": {"moe": {"domains": ["a, b", "c"]}}}
+        values |= {
+            "optim": {"optimizer": {"betas": [0.9, 0.5]}, "lr_multipliers": {"*.attention.w?.*": 0.5, "head.*": 0}}
+        }
         with compose.hydra_ready():
             good, problems = compose.usable(list(set_words(values)))
             tree = compose.compose_run(good)[0]
         assert problems == []
         assert (tree.sample.prompt, tree.trainer.compile, tree.model.moe.domains) == (prompt, True, ["a, b", "c"])
         assert tree.optim.optimizer.betas == [0.9, 0.5] and "_target_" in tree.optim.optimizer
+        assert tree.optim.lr_multipliers == {"*.attention.w?.*": 0.5, "head.*": 0}
 
 
 class TestKey:

@@ -11,12 +11,13 @@ from typing import Any
 from deepseek_exp.config.chain_section import ChainConfig, StageConfig
 from deepseek_exp.config.enums import Do, Launcher
 from deepseek_exp.config.rules.bounds import range_problems
+from deepseek_exp.config.rules.branches import MERGING
 from deepseek_exp.config.schema import ExperimentConfig
 from deepseek_exp.errors import Problem
 
 SCRATCH = "scratch"
 # Sections and keys that belong to the chain as a whole.
-SHARED = ("chain", "hydra", "init_from", "launch", "output_dir", "recipes", "resume", "tracking")
+SHARED = ("chain", "hydra", "branches", "init_from", "launch", "output_dir", "recipes", "resume", "tracking")
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}"
 # Names that mean something else: a start, or an alias that MLflow's registry keeps for itself.
 TAKEN = rf"{SCRATCH}|last|latest|v\d+"
@@ -38,10 +39,11 @@ def starts(chain: ChainConfig) -> dict[str, str | None]:
 
 
 def in_order(chain: ChainConfig) -> list[str]:
-    """Return the stages so that each comes after the one that it starts from; those of a cycle are left out."""
+    """Return the stages so that each comes after those whose weights it reads; those of a cycle are left out."""
     start, done = starts(chain), list[str]()
+    reads = {n: {start[n], *stage.branches.values()} & chain.stages.keys() for n, stage in chain.stages.items()}
     while True:
-        ready = [n for n in chain.stages if n not in done and (start[n] not in chain.stages or start[n] in done)]
+        ready = [n for n in chain.stages if n not in done and reads[n] <= set(done)]
         if not ready:
             return done
         done.append(ready[0])
@@ -102,6 +104,10 @@ def _form_problems(key: str, value: Any) -> Iterator[Problem]:
     if value.get("start") is not None and not isinstance(value["start"], str):
         fix = "name a stage, a run or a folder; quote a run id of digits"
         yield Problem(f"{key}.start", value["start"], "is not a text", fix)
+    branches = value.get("branches", {})
+    if not isinstance(branches, dict) or not all(isinstance(stage, str) for stage in branches.values()):
+        fix = f"name a stage per domain, as in +{key}.branches.law=<stage>"
+        yield Problem(f"{key}.branches", branches, "is not a mapping of domains to stages", fix)
     if not isinstance(value.get("set", {}), dict):
         yield Problem(f"{key}.set", value["set"], "is not a mapping", f"set its keys, as in +{key}.set.optim.lr=1e-4")
 
@@ -121,7 +127,9 @@ def _stage_problems(name: str, stage: StageConfig) -> Iterator[Problem]:
     for path in map(str, stage.set):
         if path.split(".")[0] in SHARED:
             rule = "is shared by all stages of a chain"
-            fix = f"use {key}.start" if path in ("init_from", "resume") else f"set {path} outside of the stages"
+            fix = f"set {path} outside of the stages"
+            if path.split(".")[0] in ("branches", "init_from", "resume"):
+                fix = f"use {key}.{'branches' if path.startswith('branches') else 'start'}"
             yield Problem(f"{key}.set.{path}", stage.set[path], rule, fix)
     if "do" in stage.set:
         yield Problem(f"{key}.set.do", stage.set["do"], "is set outside of `set`", f"set {key}.do instead")
@@ -141,6 +149,29 @@ def _start_problems(chain: ChainConfig, init_from: str | None) -> Iterator[Probl
         elif chain.stages[name].do is Do.eval and (source == SCRATCH or (source is None and init_from is None)):
             rule = "leaves do=eval without a checkpoint"
             yield Problem(key, source, rule, "name a stage that trains, a run or a folder")
+        else:
+            yield from _branch_problems(name, chain)
+
+
+def _branch_problems(name: str, chain: ChainConfig) -> Iterator[Problem]:
+    """Yield a problem for each branch of a stage that is no training from the same start."""
+    start, stage = starts(chain), chain.stages[name]
+    if stage.branches and stage.do not in MERGING:
+        rule, fix = f"are not merged by do={stage.do.value}", "merge them in a stage of do=train that it starts from"
+        yield Problem(f"chain.stages.{name}.branches", ", ".join(stage.branches), rule, fix)
+    for domain, branch in stage.branches.items():
+        key = f"chain.stages.{name}.branches.{domain}"
+        if branch not in chain.stages:
+            yield Problem(key, branch, f"is not a stage ({_names(chain)})", _near(branch, chain))
+        elif not saves(chain.stages[branch]):
+            rule = f"is a stage that does {chain.stages[branch].do.value}, which saves no weights"
+            yield Problem(key, branch, rule, "name a stage that trains")
+        elif start[name] not in chain.stages:
+            rule = "is merged into a model that is not a stage"
+            yield Problem(key, branch, rule, f"set chain.stages.{name}.start to the stage that its branches start from")
+        elif start[name] not in (branch, start[branch]):
+            rule = f"starts from {start[branch] or SCRATCH}, and {name} from {start[name]}: branches share their start"
+            yield Problem(key, branch, rule, f"set chain.stages.{name}.start to the stage that all of them start from")
 
 
 def _names(chain: ChainConfig) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.rules.bounds import range_problems
+from deepseek_exp.config.rules.branches import branch_problems
 from deepseek_exp.config.rules.chat import chat_problems, isolation_problems
 from deepseek_exp.config.rules.classes import class_problems
 from deepseek_exp.config.rules.data import data_problems, mixture_problems, vocabulary_problems
@@ -50,6 +51,7 @@ def problems(exp: ExperimentConfig, machine: Machine) -> list[Problem]:
         *found,
         *model_problems(exp),
         *lora_problems(exp),
+        *branch_problems(exp),
         *sample_problems(exp),
         *temperature_problems(exp),
         *export_problems(exp),

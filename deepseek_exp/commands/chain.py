@@ -26,6 +26,7 @@ from omegaconf import open_dict
 from deepseek_exp import console, huggingface
 from deepseek_exp.checkpoint import manifest
 from deepseek_exp.checkpoint.saved_config import literal
+from deepseek_exp.commands.chain_data import check_data
 from deepseek_exp.commands.chain_text import aligned, csv_text, diff_text, markdown, plan_text, table
 from deepseek_exp.commands.chain_yardstick import Yardstick
 from deepseek_exp.commands.next_commands import words
@@ -319,6 +320,7 @@ def run_chain(stages: Sequence[Stage], exp: ExperimentConfig, recipe: str | None
     with _alone(folder):
         chain = Chain(name, exp, stages, ChainFile.load(folder), Machine.here())
         chain.check_only()
+        check_data(chain.needed)
         if exp.tracking.backend is Tracker.mlflow:
             chain.run = ChainRun.start(
                 exp.tracking,

@@ -12,6 +12,7 @@ from deepseek_exp import planner
 from deepseek_exp.checkpoint import manifest, saved_config
 from deepseek_exp.commands.sample import sample_text, with_prompt
 from deepseek_exp.commands.summary import plan_text, summary
+from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.config.enums import Do
 from deepseek_exp.console import say
 from deepseek_exp.errors import CheckpointError, ConfigError, DataError, Problem
@@ -71,6 +72,25 @@ def train_briefly(job: Job, tracked: RunLog, run_id: str) -> float:
     return float(trainer.callback_metrics["val/loss"])
 
 
+def with_epochs(cfg: ExperimentConfig) -> ExperimentConfig:
+    """Return an experiment with the number of steps that trainer.max_epochs stands for, which depends on its data.
+
+    Raises:
+        ConfigError: the warm-up takes all of them.
+    """
+    epochs = cfg.trainer.max_epochs
+    if epochs is None:
+        return cfg
+    from deepseek_exp.train.build import with_steps
+
+    cfg = with_steps(cfg)
+    steps, warmup = cfg.trainer.max_steps, cfg.optim.warmup_steps
+    if warmup >= steps:
+        rule = f"leaves no step of the {steps} of trainer.max_epochs={epochs:g} at full learning rate"
+        raise ConfigError(Problem("optim.warmup_steps", warmup, rule, f"set optim.warmup_steps={steps // 10}"))
+    return cfg
+
+
 def _with_steps(job: Job) -> Job:
     """Return the job with the number of steps that trainer.max_epochs stands for.
 
@@ -80,13 +100,8 @@ def _with_steps(job: Job) -> Job:
     epochs = job.cfg.trainer.max_epochs
     if epochs is None:
         return job
-    from deepseek_exp.train.build import with_steps
-
-    cfg = with_steps(job.cfg)
-    steps, warmup = cfg.trainer.max_steps, cfg.optim.warmup_steps
-    if warmup >= steps:
-        rule = f"leaves no step of the {steps} of trainer.max_epochs={epochs:g} at full learning rate"
-        raise ConfigError(Problem("optim.warmup_steps", warmup, rule, f"set optim.warmup_steps={steps // 10}"))
+    cfg = with_epochs(job.cfg)
+    steps = cfg.trainer.max_steps
     done = 0 if job.checkpoint is None else manifest.read_manifest(job.checkpoint).step
     if done >= steps:
         rule, fix = f"is reached: {job.checkpoint} is at step {done} of {steps}", "set more epochs to continue"
@@ -108,7 +123,7 @@ def _ready_to_train(job: Job, tracked: RunLog, run_id: str) -> tuple[Parts, tupl
     texts = {saved_config.FILE: job.shown_yaml, COMMAND_FILE: job.command_json, DIGESTS: digests}
     texts |= parts.data.tokenizer.files()
     if parts.data.template is not None:
-        texts |= {"chat_template.json": parts.data.template.json}
+        texts |= parts.data.template.files()
     return parts, build.build_trainer(job.cfg, parts, tracked, run_id, texts, _lineage(job, parts))
 
 

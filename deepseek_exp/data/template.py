@@ -155,6 +155,10 @@ class Template:
         """The content of `FILE`."""
         return json.dumps({"text": self.text, "bos": self.bos, "eos": self.eos})
 
+    def files(self) -> dict[str, str]:
+        """Return the file of a checkpoint that `next_to` reads: name -> content."""
+        return {FILE: self.json}
+
     def pieces(self, messages: Sequence[Message], train_on: Sequence[str], eos: str) -> list[Piece]:
         """Return the pieces of a conversation.
 

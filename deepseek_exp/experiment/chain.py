@@ -173,8 +173,12 @@ def _composed(
     else:
         cfg, more = _from_outside(cfg, source, good)
         found += more
+    if source in before:
+        cfg.init_from = source  # so that the rules know of weights to start from; their path is known later
     exp, more = check_tree(cfg, found, machine)
     found += more
+    if source in before:
+        cfg.init_from, exp = None, None if exp is None else dataclasses.replace(exp, init_from=None)
     if exp is not None and not found:
         named = {override_key(o) for o in good}
         found = [*unread_problems(exp, named), *unread_chat_problems(exp, named), *untracked_problems(exp, named)]

@@ -448,6 +448,11 @@ REFUSED = {
         "b: data.tokenizer _with_model_of"
     ),
     "+chain.stages.a.do=train +chain.stages.b={do:train,set:{data:{seq_len:999}}}": "b: data.seq_len length_problems",
+    "+chain.stages.a.do=train +chain.stages.b={do:train,set:{lora:default,lora.targets:[wqq]}}": (
+        "b: lora.targets _no_match"
+    ),
+    "+chain.stages.a.do=train +chain.stages.b={do:grpo,set:{data:prompts,data.path:README.md,"
+    "grpo.rewards:{x:{_target_:recipes.rewards.mine}}}}": "b: grpo.rewards.x._target_ _reward",
     "-m +chain.stages.a.do=train seed=1,2": "chain.stages _composed",
 }
 

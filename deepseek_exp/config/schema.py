@@ -253,6 +253,11 @@ class TrainerConfig:
         "what is recomputed in the backward pass; selective: all except matrix products and attention; full: all"
     )
     compile: bool = key("use torch.compile: on the model, or with several ranks on each of its blocks")
+    cuda_graphs: bool = key(
+        "record the kernels of a micro-batch once and launch them as one CUDA graph: the same results, faster for "
+        "models whose kernels are shorter than their launches; one process",
+        default=False,
+    )
     deterministic: bool = key("use only kernels whose results are reproducible bit for bit")
     n_threads: int = key("CPU threads per operation; 0: PyTorch's default", ge=0, le=1024)
     log_every_steps: int = key("steps between logged training metrics", ge=1, le=10**12)

@@ -21,6 +21,7 @@ KEPT = {
     *(f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm")),
     "deepseek_exp::grouped_product",
     "deepseek_exp::linears",
+    "deepseek_exp::low_rank_linears",
     "deepseek_exp::fp8_linears",
     "deepseek_exp::fp8_grouped",
     "deepseek_exp::local_global_attention",

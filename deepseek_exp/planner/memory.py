@@ -98,10 +98,11 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     optimizer's two moments in fp32, 8, and in bf16 the fp32 master weight, 4: 16 bytes in fp32 and 18 in bf16. ZeRO
     divides the optimizer's share (stage 1), also the gradients (2), also the weights (3) by dp / ep, the number of
     replicas: Rajbhandari et al. 2020, "ZeRO", section 5 and figure 1 (there 16 bytes, with gradients in fp16). Stage 3
-    holds the gathered weights of two blocks at a time, the current one and the prefetched one: buffers of the size of
-    the largest block. Buffers are also those of the losses or of the experts' backward pass, whichever are larger: with
-    all else kept, the backward pass reaches one after the other. The main loss is kept until the MTP modules, whose
-    loss comes first, have been passed.
+    holds the gathered weights of two blocks at a time, the current one and the prefetched one: buffers of the size
+    of the largest block. A CUDA graph keeps the gradients of a micro-batch in the weights' type. Buffers are also
+    those of the losses or of the experts' backward pass, whichever are larger: with all else kept, the backward
+    pass reaches one after the other. The main loss is kept until the MTP modules, whose loss comes first, have been
+    passed.
 
     In a 1F1B pipeline stage i of p keeps the activations of min(p - i, m) of the m micro-batches (Narayanan et al.
     2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2).
@@ -133,7 +134,7 @@ def stage_memory(exp: ExperimentConfig, layout: Layout, stage: Layers, index: in
     gathered = 2 * e * largest_gathered(m, exp.data.seq_len) if zero >= 3 and shards > 1 else 0
     return Memory(
         weights=(n + n_adapters) * e / (shards if zero >= 3 else 1),
-        gradients=n_trained * 4 / (shards if zero >= 2 else 1),
+        gradients=n_trained * (4 + (e if exp.trainer.cuda_graphs else 0)) / (shards if zero >= 2 else 1),
         optimizer=n_trained * state / (shards if zero >= 1 else 1),
         activations=tokens * (n_kept * kept + once) + _sum_bytes(exp, stage, layout, n_kept),
         buffers=gathered + max((1 + stage.n_mtp) * loss, at_work),

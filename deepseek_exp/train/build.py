@@ -20,7 +20,7 @@ from deepseek_exp.checkpoint import manifest
 from deepseek_exp.checkpoint.lightning_io import FolderCheckpointIO
 from deepseek_exp.checkpoint.shards import State, averaged, open_state
 from deepseek_exp.checkpoint.tensors import readable
-from deepseek_exp.config import Device, Do, ExperimentConfig, PreferenceLoss
+from deepseek_exp.config import Device, Do, ExperimentConfig, Linears, PreferenceLoss
 from deepseek_exp.config.batch_sizes import batch_sizes
 from deepseek_exp.config.matrices import adapted, adapter_size
 from deepseek_exp.config.topology import Axis, Degrees, degrees
@@ -35,6 +35,7 @@ from deepseek_exp.inference import load_release
 from deepseek_exp.inference.adapters import read_adapter
 from deepseek_exp.kernels import TORCH, Ops, resolve
 from deepseek_exp.kernels.grouped import empty_groups_are_zero
+from deepseek_exp.kernels.low_rank_linears import low_rank_linears
 from deepseek_exp.models import NextTokenObjective, Objective, Transformer, init_weights
 from deepseek_exp.models.transformer import initial_weight
 from deepseek_exp.parallel.adapters import attach_adapters
@@ -291,7 +292,8 @@ def _ops(cfg: ExperimentConfig) -> Ops:
     ops = resolve(cfg.kernels, fp8=cfg.do.trains and cfg.trainer.precision.computes_in_fp8)
     # ZeRO 3 gathers a weight for the module that it is in, and narrow products read it outside of that
     if cfg.lora.rank and not (cfg.parallel.zero_stage == 3 and degrees(cfg).world_size > 1):
-        return dataclasses.replace(ops, linears=adapt.with_adapters(ops.linears))
+        in_one = cfg.kernels.linears is Linears.accumulated and not cfg.trainer.precision.computes_in_fp8
+        return dataclasses.replace(ops, linears=adapt.with_adapters(ops.linears, low_rank_linears if in_one else None))
     return ops
 
 

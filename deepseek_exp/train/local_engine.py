@@ -9,8 +9,9 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from deepseek_exp.config import ExperimentConfig
-from deepseek_exp.models import MicroBatch, Objective, Transformer
+from deepseek_exp.models import Losses, MicroBatch, Objective, Transformer
 from deepseek_exp.parallel.engines import Evaluation, LossSums, StepResult, may_apply
+from deepseek_exp.train.cuda_graphs import CudaGraphs
 from deepseek_exp.train.finite import first_nonfinite
 from deepseek_exp.train.optim import clip_gradients
 
@@ -34,19 +35,21 @@ class LocalEngine:
         self.exp, self.model, self.objective = exp, model, objective
         self.optimizer: Any = None
         self.memories: dict[int, Tensor | None] = {}
+        self.graphs: CudaGraphs | None = None
 
     def start(self, module: pl.LightningModule) -> None:
         """Have Lightning run each backward pass and step, so that it counts steps and calls its hooks."""
         lightning_optimizer = module.optimizers()
         self.optimizer = lightning_optimizer.optimizer
         self._step, self._backward = lightning_optimizer.step, module.manual_backward
+        if self.exp.trainer.cuda_graphs:
+            self.graphs = CudaGraphs(self.model, lambda batch: self.objective.from_tokens(self.model, batch))
 
     def train(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """Do one optimizer step: accumulate the gradients of all micro-batches, clip them, and apply them."""
         sums = LossSums(len(micro_batches), micro_batches[0].tokens.device)
         for i, batch in enumerate(micro_batches):
-            losses = self.objective.from_tokens(self.model, batch, self.memories.get(i))
-            self._backward(losses.loss / len(micro_batches))
+            losses = self._forward_and_back(batch, i, len(micro_batches))
             sums.add(losses)
             self.memories[i] = losses.memory
         grad_norm = clip_gradients(self.optimizer, self.exp.optim.clip_norm)
@@ -57,6 +60,14 @@ class LocalEngine:
         self._step()
         self.optimizer.zero_grad()
         return StepResult(sums.nats, sums.mtp_loss, grad_norm, applied, sums.sums)
+
+    def _forward_and_back(self, batch: MicroBatch, index: int, n_micro_batches: int) -> Losses:
+        """Accumulate the gradients of a micro-batch of the step; returns its losses."""
+        if self.graphs is not None:
+            return self.graphs(batch, n_micro_batches, self._backward)
+        losses = self.objective.from_tokens(self.model, batch, self.memories.get(index))
+        self._backward(losses.loss / n_micro_batches)
+        return losses
 
     def evaluate(self, batch: MicroBatch, memory: Tensor | None = None) -> Evaluation:
         """Send one micro-batch forward; see `Engine`."""

@@ -10,6 +10,7 @@ from deepseek_exp import adapt
 from deepseek_exp.config import ExperimentConfig
 from deepseek_exp.config.matrices import adapted
 from deepseek_exp.kernels import TORCH, Ops
+from deepseek_exp.kernels.low_rank_linears import low_rank_linears
 from deepseek_exp.models import Transformer, init_weights
 from tests.config.test_config import composed
 
@@ -53,9 +54,9 @@ def attached(
     return model
 
 
-def narrow(ops: Ops) -> Ops:
-    """Return operations as a training with adapters has them."""
-    return dataclasses.replace(ops, linears=adapt.with_adapters(ops.linears))
+def narrow(ops: Ops, *, in_one: bool = False) -> Ops:
+    """Return operations as a training with adapters has them; `in_one`: as kernels.linears=accumulated has them."""
+    return dataclasses.replace(ops, linears=adapt.with_adapters(ops.linears, low_rank_linears if in_one else None))
 
 
 def some_tokens(exp: ExperimentConfig, batch: int = 2, n: int = 12) -> torch.Tensor:

@@ -13,6 +13,7 @@ from deepseek_exp.config.matrices import matrix_shapes
 from deepseek_exp.kernels import TORCH, resolve
 from tests.adapt.adapters import SCALE, WIDE, attached, base, experiment, narrow, some_tokens
 
+IN_ONE = narrow(WIDE, in_one=True)
 VERSIONS = ("v1_dense", "v2_moe", "v3_moe", "v5_domain_moe")
 
 
@@ -57,7 +58,11 @@ def assert_near(found, wanted, tolerance):
         assert (found[name] - value).abs().max() <= tolerance * value.abs().max(), name
 
 
-@pytest.mark.parametrize("ops", [WIDE, narrow(WIDE)], ids=["sums of weights", "narrow products"])
+@pytest.mark.parametrize(
+    "ops",
+    [WIDE, narrow(WIDE), IN_ONE],
+    ids=["sums of weights", "narrow products", "one operation"],
+)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_loss_and_gradients_are_those_of_the_explicit_sum(version, ops):
     """Matrices, stacks of experts, latent attention, routers, tables and multi-token prediction, in float64."""
@@ -68,6 +73,16 @@ def test_loss_and_gradients_are_those_of_the_explicit_sum(version, ops):
     assert all(value.abs().max() > 0 for value in wanted.values())
     assert_near(backward(model, tokens), wanted, 1e-9)
     assert all(p.grad is None for name, p in model.named_parameters() if "lora" not in name)
+
+
+def test_layers_of_one_input_of_which_some_have_an_adapter():
+    exp = experiment("v1_dense", "lora.targets=[*.wq.weight,*.wv.weight]", "model.qkv_bias=true")
+    tokens, (found, wanted) = some_tokens(exp), (attached(exp, ops, torch.float64) for ops in (IN_ONE, narrow(WIDE)))
+    for model in (found, wanted):
+        for block in model.blocks:
+            block.attention.wq.bias.data.fill_(0.3)
+            block.attention.wk.bias.data.fill_(0.2)
+    assert_near(backward(found, tokens), backward(wanted, tokens), 1e-9)
 
 
 def test_a_tied_table_is_adapted_as_embedding_and_as_head():

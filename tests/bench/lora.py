@@ -34,7 +34,9 @@ from deepseek_exp.config.matrices import adapted
 from deepseek_exp.huggingface.adapters import Pair, write_peft
 from deepseek_exp.huggingface.read import read_release
 from deepseek_exp.inference.pretrained import model_config
+from deepseek_exp.models import MicroBatch, NextTokenObjective
 from deepseek_exp.train.build import build_model
+from deepseek_exp.train.cuda_graphs import CudaGraphs
 from deepseek_exp.train.optim import build_optimizer
 from tests.config.test_config import composed
 
@@ -44,13 +46,15 @@ SIZES = {
     "150m": (768, 16, 12, 2048, 32768, 16, 1024),
     "1b": (2048, 22, 16, 5632, 32768, 8, 2048),
 }
-FUSED = ("kernels=fused", "trainer.compile=true")
+FUSED, GRAPHS = ("kernels=fused", "trainer.compile=true"), "trainer.cuda_graphs=true"
 ROWS: dict[str, tuple[str, ...]] = {
     "ours, adapters, torch, eager": ("kernels=torch",),
     "ours, adapters, fused, compiled": FUSED,
-    "ours, all weights, fused, compiled": (*FUSED, "lora.rank=0"),
+    "ours, adapters, fused, compiled, graphs": (*FUSED, GRAPHS),
+    "ours, all weights, fused, compiled, graphs": (*FUSED, GRAPHS, "lora.rank=0"),
     "peft, eager": (),
     "peft, compiled": ("trainer.compile=true",),
+    "peft, compiled, graphs": ("trainer.compile=true", GRAPHS),
 }
 
 
@@ -70,15 +74,27 @@ def save_base(folder: Path, size: str) -> None:
 def experiment(folder: Path, rank: int, words: tuple[str, ...]) -> ExperimentConfig:
     """Compose the experiment of a row."""
     lora = ("lora=default", f"lora.rank={rank}", f"lora.alpha={2 * rank}")
-    cfg = composed(*lora, "trainer.precision=bf16", "optim.lr=1e-3", *words)
-    model = model_config(read_release(folder).model)
-    return dataclasses.replace(cfg, model=model, init_from=str(folder))
+    cfg = composed(*lora, "trainer.precision=bf16", "optim.lr=1e-3", *(word for word in words if word != GRAPHS))
+    model, trainer = (
+        model_config(read_release(folder).model),
+        dataclasses.replace(cfg.trainer, cuda_graphs=GRAPHS in words),
+    )
+    return dataclasses.replace(cfg, model=model, trainer=trainer, init_from=str(folder))
 
 
 def ours(cfg: ExperimentConfig, device: torch.device) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """Build our model; returns it with the function from tokens to the loss."""
-    model = build_model(cfg, device, None).train()
-    return model, lambda tokens: model.losses(tokens)[0][0]
+    """Build our model; returns it with the function that sends tokens forward and back, and returns the loss."""
+    model, objective = build_model(cfg, device, None).train(), NextTokenObjective(0.0)
+    graphs = CudaGraphs(model, lambda batch: objective.from_tokens(model, batch))
+    if cfg.trainer.cuda_graphs:
+        return model, lambda tokens: graphs(MicroBatch(tokens, None), 1, Tensor.backward).loss
+
+    def pass_of(tokens: Tensor) -> Tensor:
+        loss = objective.from_tokens(model, MicroBatch(tokens, None)).loss
+        loss.backward()
+        return loss
+
+    return model, pass_of
 
 
 def peft(cfg: ExperimentConfig, device: torch.device) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -93,20 +109,23 @@ def peft(cfg: ExperimentConfig, device: torch.device) -> tuple[nn.Module, Callab
         # with fp32 adapters peft would compute their products in fp32
         model = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
     model = model.to(device, torch.bfloat16).train()
-    step = torch.compile(model) if cfg.trainer.compile else model
+    how = "reduce-overhead" if cfg.trainer.cuda_graphs else "default"  # PyTorch's way to record graphs
+    step = torch.compile(model, mode=how) if cfg.trainer.compile else model
 
-    def loss_of(tokens: Tensor) -> Tensor:
+    def pass_of(tokens: Tensor) -> Tensor:
         targets = tokens[:, 1:].contiguous()
-        return step(input_ids=tokens[:, :-1], labels=targets, shift_labels=targets).loss
+        loss = step(input_ids=tokens[:, :-1], labels=targets, shift_labels=targets).loss
+        loss.backward()
+        return loss
 
-    return model, loss_of
+    return model, pass_of
 
 
 def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Train one row."""
     cfg, device = experiment(folder, args.rank, ROWS[name]), torch.device(args.device)
     *_, n_seqs, length = SIZES[args.size]
-    model, loss_of = (peft if name.startswith("peft") else ours)(cfg, device)
+    model, pass_of = (peft if name.startswith("peft") else ours)(cfg, device)
     optimizer = build_optimizer(cfg.optim, model, cfg.kernels.adamw)
     draws, losses, seconds = torch.Generator().manual_seed(1), [], []
     for _ in range(args.steps):
@@ -115,8 +134,9 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
         tokens = torch.cat([half, half, half[:, :1]], 1).to(device)
         _wait(device)
         started = time.perf_counter()
-        loss = loss_of(tokens)
-        loss.backward()
+        if name.startswith("peft") and cfg.trainer.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        loss = pass_of(tokens)
         optimizer.step()
         optimizer.zero_grad()
         _wait(device)
@@ -154,11 +174,11 @@ def main() -> None:
             command = [sys.executable, __file__, *same, "--only", name, "--base", folder]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                sys.stdout.write(f"{name:36} cannot run: {done.stderr.strip().splitlines()[-1]}\n")
+                sys.stdout.write(f"{name:44} cannot run: {done.stderr.strip().splitlines()[-1]}\n")
                 continue
             found[name] = row = json.loads(done.stdout.strip().splitlines()[-1])
             sys.stdout.write(
-                f"{name:36} {row['tokens/s']:12,.0f} tokens/s {row['peak GB']:7.2f} GB {row['trained']:12,} trained  "
+                f"{name:44} {row['tokens/s']:12,.0f} tokens/s {row['peak GB']:7.2f} GB {row['trained']:12,} trained  "
                 f"loss {row['first']:.4f} -> {row['last']:.4f}\n"
             )
             sys.stdout.flush()

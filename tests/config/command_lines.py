@@ -196,6 +196,13 @@ REFUSED = {
     "parallel=3d optim=adafactor do=plan": "optim.optimizer._target_ _zero",
     "kernels=fused optim=adafactor do=plan": "kernels.adamw adamw_problems",
     "kernels=fused +optim.optimizer.amsgrad=true do=plan": "kernels.adamw adamw_problems",
+    "trainer.cuda_graphs=true": "trainer.cuda_graphs cuda_graph_problems",
+    "trainer.cuda_graphs=true parallel.dp=2 trainer.micro_batch_seqs=4 do=plan": (
+        "trainer.cuda_graphs cuda_graph_problems"
+    ),
+    "model=v2_5_sparse model.memory_len=9 data.order=contiguous trainer.cuda_graphs=true do=plan": (
+        "trainer.cuda_graphs cuda_graph_problems"
+    ),
     "optim.state_bits=8 do=plan": "optim.state_bits adamw_problems",
     "optim.state_bits=16 do=plan": "optim.state_bits adamw_problems",
     "kernels=fused optim.state_bits=8 parallel.tp=2 do=plan": "optim.state_bits adamw_problems",

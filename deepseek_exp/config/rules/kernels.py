@@ -38,6 +38,27 @@ def kernel_problems(exp: ExperimentConfig, machine: Machine) -> Iterator[Problem
         yield Problem(key, Kernel.triton.value, f"needs a CUDA device and {why}", "use kernels=torch")
 
 
+def cuda_graph_problems(exp: ExperimentConfig, machine: Machine) -> Iterator[Problem]:
+    """Find what a CUDA graph of a micro-batch cannot hold."""
+    if not exp.trainer.cuda_graphs or not (exp.do.trains or exp.do is Do.plan):
+        return
+    key, fix = "trainer.cuda_graphs", "set trainer.cuda_graphs=false"
+    is_here = exp.do.trains and exp.launch.launcher is Launcher.local
+    if exp.device is Device.cpu or (is_here and not machine.n_gpus):
+        yield Problem(key, True, "needs a CUDA device, and this is a CPU", fix)
+    if exp.model.memory_len:
+        rule = f"does not reach the segments of a model with model.memory_len={exp.model.memory_len}"
+        yield Problem(key, True, rule, f"{fix}, or model.memory_len=0")
+    try:
+        n_ranks = degrees(exp).world_size
+    except ValueError:
+        return  # told by layout_problems
+    if n_ranks > 1:
+        yield Problem(
+            key, True, f"is for one process, and this layout has {n_ranks:,} ranks", f"{fix}, or parallel=single"
+        )
+
+
 def fp8_problems(exp: ExperimentConfig, machine: Machine) -> Iterator[Problem]:
     """Find products of 8-bit floating numbers that nothing asks for or the hardware has not; a CPU emulates them."""
     if not exp.trainer.precision.computes_in_fp8:

@@ -15,6 +15,7 @@ from deepseek_exp.config.rules.evaluate import evaluate_problems
 from deepseek_exp.config.rules.finetune import finetune_problems
 from deepseek_exp.config.rules.kernels import (
     adamw_problems,
+    cuda_graph_problems,
     device_problems,
     fp8_problems,
     kernel_problems,
@@ -71,6 +72,7 @@ def problems(exp: ExperimentConfig, machine: Machine) -> list[Problem]:
         *class_problems(exp),
         *device_problems(exp, machine),
         *kernel_problems(exp, machine),
+        *cuda_graph_problems(exp, machine),
         *fp8_problems(exp, machine),
         *adamw_problems(exp),
         *weight_bits_problems(exp, machine),

@@ -7,9 +7,9 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import hydra.version
 from hydra import compose
@@ -23,7 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
-from hydra.plugins.config_source import ConfigSource
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -52,7 +52,7 @@ def to_experiment(cfg: DictConfig, machine: Machine) -> ExperimentConfig:
 
 
 def check_tree(
-    cfg: DictConfig, known: list[Problem], machine: Machine | None
+    cfg: DictConfig, known: list[Problem], machine: Machine | None, exp: ExperimentConfig | None = None
 ) -> tuple[ExperimentConfig | None, list[Problem]]:
     """Return a composed tree as dataclasses, and its problems that composing itself lets pass.
 
@@ -60,20 +60,27 @@ def check_tree(
         cfg: the tree.
         known: problems that are already found, whose keys are not reported twice.
         machine: where the experiment is to run; None: only texts are checked, and no rule between keys.
+        exp: the tree as dataclasses, if it is known to have the schema's form.
 
     Returns:
         The experiment, None if the tree does not have the schema's form; and the problems.
     """
-    problems = structure_problems(cfg)
-    if problems:
-        return None, problems
-    exp, reported = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg)), {p.key for p in known}
+    if exp is None:
+        exp, problems = structured(cfg)
+        if exp is None:
+            return None, problems
+    reported = {p.key for p in known}
     found = text_problems(exp) if machine is None else validate.problems(exp, machine)
     return exp, [p for p in found if p.key not in reported]
 
 
 def structure_problems(cfg: DictConfig) -> list[Problem]:
     """Return problems for keys that are not in the schema or have no value, and for unresolvable references."""
+    return structured(cfg)[1]
+
+
+def structured(cfg: DictConfig) -> tuple[ExperimentConfig | None, list[Problem]]:
+    """Return a composed tree as dataclasses, or None and the problems of its structure."""
     try:
         problems = [Problem(p, v, "is not a configuration key", meant(p, "remove it")) for p, v in _extra_leaves(cfg)]
         raw = OmegaConf.to_container(cfg, resolve=False)
@@ -81,20 +88,21 @@ def structure_problems(cfg: DictConfig) -> list[Problem]:
         missing = [k for k in missing if not any(k.startswith(f"{other}.") for other in missing)]
         problems += [Problem(k, "???", "has no value", f"set it, or take the option that sets {k}") for k in missing]
         if problems:
-            return problems
-        exp = OmegaConf.to_object(cfg)
+            return None, problems
+        exp = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg))
     except (OmegaConfBaseException, RecursionError) as error:
         path = getattr(error, "full_key", None) or "configuration"
         raw = OmegaConf.to_container(cfg, resolve=False)
         said = "it refers to itself" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         rule = f"cannot be resolved ({said})"
-        return [Problem(path, select(raw, path.split("[")[0]), rule, "correct the reference")]
+        return None, [Problem(path, select(raw, path.split("[")[0]), rule, "correct the reference")]
     wrong = [(k, _attribute(exp, k)) for k, info in schema_keys().items() if is_mapping(info.type)]
-    return [
+    problems = [
         Problem(k, v, "is not a mapping", f"leave {k} out; +{k}.<name>=... adds an entry")
         for k, v in wrong
         if not isinstance(v, dict)
     ]
+    return None if problems else exp, problems
 
 
 def _attribute(exp: Any, path: str) -> Any:
@@ -167,7 +175,7 @@ def compose_tree(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
     shaping = [o for o in overrides if override_key(o) in groups or override_key(o).startswith(("hydra.", "hydra/"))]
     problems: list[Problem] = []
     try:
-        cfg = _base(tuple(shaping))
+        cfg = base_tree(tuple(shaping))
     except Exception as error:  # Hydra's internals raise many kinds
         cfg, problems = _base_of_the_good(shaping, error)
     cfg = copy.deepcopy(cfg)
@@ -185,28 +193,29 @@ def compose_tree(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
     return cfg, problems
 
 
-# Trees composed from groups only, including the section `hydra`. The jobs of a sweep mostly share one.
-_bases: dict[tuple[str, ...], DictConfig] = {}
+# Trees that a Hydra has composed from groups only, including the section `hydra`. The jobs of a sweep mostly share one.
+_bases: WeakKeyDictionary[ConfigLoader, dict[tuple[str, ...], DictConfig]] = WeakKeyDictionary()
 
 
-def _base(shaping: tuple[str, ...]) -> DictConfig:
-    """Return the tree composed from group options, before values are set."""
-    if shaping not in _bases:
-        _bases[shaping] = compose("config", list(shaping), return_hydra_config=True)
-    return _bases[shaping]
+def base_tree(shaping: tuple[str, ...]) -> DictConfig:
+    """Return the tree composed from group options, before values are set. Copy it before you change it."""
+    trees = _bases.setdefault(config_loader(), {})
+    if shaping not in trees:
+        trees[shaping] = compose("config", list(shaping), return_hydra_config=True)
+    return trees[shaping]
 
 
 def _base_of_the_good(shaping: Sequence[str], error: Exception) -> tuple[DictConfig, list[Problem]]:
     """Compose the tree with every usable option, and return it with the problems of the others."""
     try:
-        cfg = _base(())
+        cfg = base_tree(())
     except Exception:
         raise ConfigError(file_words(error)) from error
     good: list[str] = []
     problems: list[Problem] = []
     for override in shaping:
         try:
-            cfg = _base((*good, override))
+            cfg = base_tree((*good, override))
             good.append(override)
         except Exception as error:
             problems.append(_explain(override, error))
@@ -221,7 +230,7 @@ def section_problems(cfg: DictConfig, overrides: Sequence[str]) -> list[Problem]
 def _explain(override: str, error: Exception) -> Problem:
     path, groups = override_key(override), option_groups()
     options = groups.get(path) or (config_loader().get_group_options(path) if path.startswith("hydra/") else [])
-    return override_words(parse_one(override), error, _base(()), options)
+    return override_words(parse_one(override), error, base_tree(()), options)
 
 
 def override_key(override: str) -> str:
@@ -229,19 +238,55 @@ def override_key(override: str) -> str:
     return str(parse_one(override).key_or_group)
 
 
-@cache
 def option_groups() -> dict[str, list[str]]:
     """Return the options of each group, by group."""
     loader = config_loader()
-    names = [g for g in loader.list_groups("") if g != "hydra" and not g.startswith((".", "_"))]
-    groups = {g: options for g in names if (options := loader.get_group_options(g))}
+    if loader not in _groups:
+        _groups[loader] = _listed(loader.repository)  # type: ignore[attr-defined]
+    return _groups[loader]
+
+
+# The options that a Hydra finds.
+_groups: WeakKeyDictionary[ConfigLoader, dict[str, list[str]]] = WeakKeyDictionary()
+
+
+def _listed(folders: ConfigRepository) -> dict[str, list[str]]:
+    found = folders.get_group_options("", ObjectType.GROUP)
+    names = [g for g in found if g != "hydra" and not g.startswith((".", "_"))]
+    groups = {g: options for g in names if (options := folders.get_group_options(g))}
     recipes = ROOT / "recipes"
     ours = {str(p.relative_to(recipes).with_suffix("")) for p in recipes.rglob("*.yaml")}
-    return groups | {"recipes": sorted(ours | set(loader.get_group_options("recipes")))}
+    return groups | {"recipes": sorted(ours | set(folders.get_group_options("recipes")))}
+
+
+# Files of options that are read, with their state on the disk. Hydra reads each one when it composes, up to five times
+# per command, and most of the time of composing is the reading.
+_files: dict[tuple[str, str, str], tuple[tuple[int, int, int] | None, ConfigResult]] = {}
 
 
 class Folders(ConfigRepository):
     """The folders that options come from. Paths that lead out of them are not found."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Folders:
+        copied = copy.copy(self)  # Hydra replaces the sources of its copy
+        copied.sources = list(self.sources)
+        return copied
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        """Return the content of a file, as a copy that Hydra may change. A file is read again if it has changed."""
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        if source is None or source.scheme() == "structured":
+            return super().load_config(config_path)
+        state = None  # a file of Hydra's
+        if source.scheme() == "file":
+            stat = Path(source.path, source._normalize_file_name(config_path)).stat()
+            state = stat.st_ino, stat.st_size, stat.st_mtime_ns
+        key = source.provider, source.path, config_path
+        if key not in _files or _files[key][0] != state:
+            read = super().load_config(config_path)
+            assert read is not None  # its source was found
+            _files[key] = state, read
+        return copy.deepcopy(_files[key][1])
 
     def _find_object_source(self, config_path: str, object_type: ObjectType | None) -> ConfigSource | None:
         if not hydra_section.is_inside(config_path):
@@ -269,8 +314,6 @@ def _momentary(config_dir: str | None) -> Iterator[None]:
         yield
     finally:
         GlobalHydra.instance().clear()
-        _bases.clear()
-        option_groups.cache_clear()
 
 
 def config_loader() -> ConfigLoader:

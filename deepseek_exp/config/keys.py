@@ -6,6 +6,7 @@ import dataclasses
 import types
 import typing
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from deepseek_exp.config import ExperimentConfig
@@ -24,8 +25,9 @@ class KeyInfo:
     metadata: dict[str, Any]
 
 
+@cache
 def schema_keys(cls: type = ExperimentConfig, prefix: str = "") -> dict[str, KeyInfo]:
-    """Return the type and documentation of every dotted key, in the schema's order."""
+    """Return the type and documentation of every dotted key, in the schema's order. Don't change the dictionary."""
     found: dict[str, KeyInfo] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 import sys
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from deepseek_exp.config.compose import (
     check_tree,
@@ -25,7 +24,7 @@ from deepseek_exp.config.compose import (
     hydra_ready,
     override_key,
     section_problems,
-    structure_problems,
+    structured,
     usable,
 )
 from deepseek_exp.config.enums import Do
@@ -140,10 +139,9 @@ def _composed(overrides: Sequence[str], machine: Machine, *, in_sweep: bool) -> 
     else:
         (cfg, more), section = compose_tree(good), None
     found += more
-    flaws = structure_problems(cfg)
-    if flaws:
+    exp, flaws = structured(cfg)
+    if exp is None:
         return None, found + flaws
-    exp = typing.cast(ExperimentConfig, OmegaConf.to_object(cfg))
     if exp.chain.stages:
         stages, more = compose_stages(cfg, good, machine)
         if in_sweep:
@@ -164,7 +162,7 @@ def _composed(overrides: Sequence[str], machine: Machine, *, in_sweep: bool) -> 
         named = {override_key(o) for o in good}
         found += [*unread_problems(exp, named), *unread_chat_problems(exp, named), *untracked_problems(exp, named)]
         found += unread_optim_problems(exp, named)
-    checked, more = check_tree(cfg, found, None if of_a_run else machine)
+    checked, more = check_tree(cfg, found, None if of_a_run else machine, None if release else exp)
     return Composed(cfg, None if of_a_run else checked, section), found + more
 
 

@@ -11,7 +11,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from deepseek_exp import huggingface
 from deepseek_exp.checkpoint import saved_config
 from deepseek_exp.checkpoint.saved_config import literal
-from deepseek_exp.config.compose import hydra_ready, leaves, select
+from deepseek_exp.config.compose import base_tree, hydra_ready, leaves, select
 from deepseek_exp.config.enums import Do
 from deepseek_exp.config.explain import parse_one
 from deepseek_exp.config.keys import SECTION_OF
@@ -118,7 +117,7 @@ def _set_by_hand(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[tuple[st
     """Yield the model's leaves that the command line or a recipe sets, with their values."""
     named = [str(o.key_or_group) for o in _parsed(overrides)]
     with hydra_ready():
-        default = OmegaConf.to_container(compose("config"), resolve=False)
+        default = OmegaConf.to_container(base_tree(()), resolve=False)
     now = OmegaConf.to_container(cfg, resolve=False)
     for path, value in leaves(now):
         asked = any(path == n or path.startswith(n + ".") for n in named)

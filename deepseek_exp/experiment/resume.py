@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any
 
-from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deepseek_exp.checkpoint.saved_config import literal
-from deepseek_exp.config.compose import has_path, hydra_ready, leaves, select
+from deepseek_exp.config.compose import base_tree, compose_tree, has_path, hydra_ready, leaves, select
 from deepseek_exp.config.enums import Do, Order
 from deepseek_exp.config.keys import SECTION_OF, schema_keys
 from deepseek_exp.config.schema import DataConfig, ExperimentConfig, MixturePart
@@ -129,12 +128,14 @@ def merge_saved(saved: dict[str, Any], overrides: Sequence[str], *, is_own: bool
         The merged tree under the schema. do=sample and do=export take only what they use from the checkpoint.
 
     Raises:
-        ConfigError: the saved tree does not fit this version's schema.
+        ConfigError: an override cannot be used, or the saved tree does not fit this version's schema.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     named = [SECTION_OF.get(str(o.key_or_group), str(o.key_or_group)) for o in parsed]
     with hydra_ready():
-        merged, default = compose("config", list(overrides)), OmegaConf.to_container(compose("config"), resolve=False)
+        (merged, problems), default = compose_tree(overrides), OmegaConf.to_container(base_tree(()), resolve=False)
+    if problems:
+        raise ConfigError(*problems)
     now = OmegaConf.to_container(merged, resolve=False)
     fresh = OF_THE_COMMAND if is_own else OF_THE_COMMAND + OF_THE_MACHINE
     used = USED_BY.get(now["do"], ("",))
@@ -154,7 +155,7 @@ def merge_saved(saved: dict[str, Any], overrides: Sequence[str], *, is_own: bool
             OmegaConf.update(merged, path, asked, merge=False, force_add=False)
     except OmegaConfBaseException as error:
         raise ConfigError(_unfit(str(error).splitlines()[0])) from error
-    return typing.cast(DictConfig, merged)
+    return merged
 
 
 def saved_experiment(saved: dict[str, Any]) -> ExperimentConfig:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import itertools
 import re
 from collections.abc import Iterator
 
 import pytest
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from deepseek_exp import config
 from deepseek_exp.config import ExperimentConfig, compose
@@ -25,6 +21,7 @@ from deepseek_exp.experiment import resume
 from deepseek_exp.experiment.job import _folder_name
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
+from tests.composing import MACHINE, composed, shared_hydra, tree
 from tests.runs import ROOT
 
 CONF = ROOT / "conf"
@@ -55,21 +52,6 @@ NEEDS = {
     "recipes=domains_dense": DOMAIN_PATHS,
     "recipes=shakespeare": [f"data.path={ROOT / 'README.md'}"],
 }
-
-
-MACHINE = Machine(interprets_triton=True)
-
-
-@functools.cache
-def _tree(*overrides: str) -> DictConfig:
-    config.register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", list(overrides))
-
-
-def composed(*overrides: str) -> ExperimentConfig:
-    """Compose and check; the same overrides are composed once per process."""
-    return compose.to_experiment(copy.deepcopy(_tree(*overrides)), MACHINE)
 
 
 def test_the_files_are_found():
@@ -168,12 +150,11 @@ class TestMergeSaved:
     """What a resumed run takes from its checkpoint and what from the command line."""
 
     def saved(self, *overrides: str) -> dict:
-        config.register()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return OmegaConf.to_container(hydra_compose("config", list(overrides)), resolve=True)
+        return OmegaConf.to_container(tree(*overrides), resolve=True)
 
     def merged(self, saved: dict, *overrides: str) -> ExperimentConfig:
-        return compose.to_experiment(resume.merge_saved(saved, overrides), MACHINE)
+        with shared_hydra():
+            return compose.to_experiment(resume.merge_saved(saved, overrides), MACHINE)
 
     def test_the_saved_values_stay(self):
         cfg = self.merged(self.saved("size=tiny", "optim.lr=0.1", "seed=7"), "resume=last")

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek_exp import config
 from deepseek_exp.config import machine
 from deepseek_exp.config.machine import Machine
 from deepseek_exp.experiment import command_line
@@ -14,13 +13,15 @@ from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer
 from deepseek_exp.planner import parameters
 from deepseek_exp.planner.layers import layers_of, stages_of
+from tests.composing import as_in_a_sweep
 from tests.config.command_lines import ids, refusal
 from tests.planner.plan_parts import experiment, layout, planned
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _registered():
-    config.register()
+def _quick():
+    with as_in_a_sweep():
+        yield
 
 
 class TestRules:

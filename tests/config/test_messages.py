@@ -9,8 +9,6 @@ import sys
 from typing import ClassVar
 
 import pytest
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 
 from deepseek_exp import config
 from deepseek_exp.config import Device, Do, compose
@@ -19,14 +17,15 @@ from deepseek_exp.config.rules import bounds, validate, values
 from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.experiment import command_line, init_from
 from deepseek_exp.experiment.job import make_job
+from tests.composing import as_in_a_sweep, composed, shared_hydra, tree
 from tests.config.command_lines import ids, refusal
-from tests.config.test_config import composed
 from tests.runs import ROOT
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _schema():
-    config.register()
+def _quick():
+    with as_in_a_sweep():
+        yield
 
 
 @pytest.mark.parametrize(
@@ -90,8 +89,8 @@ class TestInitFrom:
     def test_it_decides_the_model_and_the_tokenizer(self, folder):
         config.register()
         overrides = [f"init_from={folder}", "model.max_seq_len=32", "model.init_std=0.5"]
-        with initialize_config_dir(compose.CONF, version_base="1.3"):
-            cfg, problems = init_from.start_from(hydra_compose("config", overrides), overrides)
+        with shared_hydra():
+            cfg, problems = init_from.start_from(tree(*overrides), overrides)
         assert problems == []
         cfg = compose.to_experiment(cfg, Machine())
         assert (cfg.model.version, cfg.model.d_model, cfg.model.n_kv_heads, cfg.model.window) == ("llama", 64, 4, 0)
@@ -146,10 +145,8 @@ def test_kernels_for_a_gpu_that_is_not_there(device, rule):
 
 
 def misfit(*argv: str) -> Problem:
-    with initialize_config_dir(compose.CONF, version_base="1.3"):
-        composed = hydra_compose("config", list(argv))
-    with pytest.raises(ConfigError) as caught:
-        make_job(composed, argv, "small", None)
+    with shared_hydra(), pytest.raises(ConfigError) as caught:
+        make_job(tree(*argv), argv, "small", None)
     (problem,) = caught.value.problems
     return problem
 

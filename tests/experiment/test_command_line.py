@@ -14,6 +14,7 @@ from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.rules import validate
 from deepseek_exp.experiment.command_line import check_command_line, with_text_run_ids
 from deepseek_exp.experiment.job import make_job
+from tests.composing import shared_hydra
 from tests.config.command_lines import ids, refusal
 
 
@@ -88,6 +89,22 @@ def test_own_folders_are_found(mine):
     check_command_line(["--config-dir=mine", "size=micro", "recipes=scaled_lr"])
     (problem,) = refusal(["--config-dir=mine", "cluster=rtxx"]).problems
     assert problem.fix == "use cluster=rtx"
+
+
+def test_a_file_that_changes_is_read_again(mine):
+    for n_layers in (1, 3):
+        mine("size/micro", f"# @package model\nn_layers: {n_layers}\n")
+        found = check_command_line(["--config-dir=mine", "size=micro", "do=plan"])
+        assert found.exp.model.n_layers == n_layers
+
+
+@pytest.mark.parametrize(
+    "words", ["", "recipes=balance size=tiny seed=3 do=plan", "model=v3_moe ~optim.optimizer.fused"]
+)
+def test_a_job_of_a_sweep_is_composed_as_a_single_run_is(words):
+    with shared_hydra():
+        single, swept = compose.compose_run(words.split()), compose.compose_tree(words.split())
+    assert swept == (single[0], single[2])
 
 
 def test_a_recipe_may_list_the_values_of_a_sweep(mine):

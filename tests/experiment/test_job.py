@@ -7,24 +7,21 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 
-from deepseek_exp import config
 from deepseek_exp.checkpoint import manifest, saved_config
-from deepseek_exp.config import compose
 from deepseek_exp.errors import CheckpointError, ConfigError
 from deepseek_exp.experiment.job import COMMAND_FILE, Job, make_job
 from deepseek_exp.tracking.rundir import Spec
+from tests.composing import shared_hydra, tree
 
 QUICK = ("size=tiny", "data=synthetic", "optim.warmup_steps=0")
 
 
 def job(*overrides: str) -> Job:
     """Make the job of a command line, as run.py does."""
-    config.register()
-    with initialize_config_dir(compose.CONF, version_base="1.3"):
-        return make_job(hydra_compose("config", list(overrides)), overrides, "tiny", None)
+    composed = tree(*overrides)
+    with shared_hydra():
+        return make_job(composed, overrides, "tiny", None)
 
 
 def checkpoint(
@@ -36,10 +33,7 @@ def checkpoint(
     history=("size=tiny", "data=synthetic"),
 ) -> Path:
     """Write the checkpoint of a run that a command line would train, without its tensors."""
-    config.register()
-    words = [*QUICK, *overrides, f"output_dir={folder}"]
-    with initialize_config_dir(compose.CONF, version_base="1.3"):
-        text = saved_config.dump(hydra_compose("config", words))
+    text = saved_config.dump(tree(*QUICK, *overrides, f"output_dir={folder}"))
     target = folder / "runs" / run / "checkpoints" / manifest.checkpoint_name(step)
     part = target.with_name(".part")
     part.mkdir(parents=True)

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from deepseek_exp import config
-from deepseek_exp.config import compose
 from deepseek_exp.errors import ConfigError
+from tests.composing import as_in_a_sweep
 from tests.config.command_lines import REFUSED, refusal
 
 FILE = Path(__file__).parent / "messages.txt"
@@ -29,8 +28,7 @@ def _shortened(line: str) -> str:
 
 def main() -> None:
     """Write the file."""
-    config.register()
-    with compose.hydra_ready():
+    with as_in_a_sweep():
         FILE.write_text(rendered({line: refusal(line.split(" ")) for line in REFUSED}), encoding="utf-8")
     sys.stdout.write(f"wrote {FILE}\n")
 

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 
-import hydra
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +19,7 @@ from deepseek_exp.experiment import init_from
 from deepseek_exp.huggingface import other_tokenizer, read_release, stored_weights
 from deepseek_exp.huggingface.write import family_of
 from deepseek_exp.inference import export_hf, from_pretrained
-from tests.config.test_config import composed
+from tests.composing import composed, shared_hydra, tree
 from tests.huggingface.releases import load_ours, some_tokenizer, their_model, write_checkpoint, write_shards
 
 FIELDS = [
@@ -482,15 +481,14 @@ def test_a_tokenizer_with_other_entries_than_the_weights_know(folders, tmp_path)
     own, other = folder / "tokenizer.json", tmp_path / "other.json"
     own.write_text(some_tokenizer().json, encoding="utf-8")
     assert other_tokenizer(own, str(own)) is None
-    tree = json.loads(own.read_text(encoding="utf-8"))
-    tree["model"]["vocab"] = {t: i + (i > 250) for t, i in tree["model"]["vocab"].items()}
-    other.write_text(json.dumps(tree), encoding="utf-8")
-    n = len(tree["model"]["vocab"])
-    composed("size=tiny")  # registers the resolvers
+    content = json.loads(own.read_text(encoding="utf-8"))
+    content["model"]["vocab"] = {t: i + (i > 250) for t, i in content["model"]["vocab"].items()}
+    other.write_text(json.dumps(content), encoding="utf-8")
+    n = len(content["model"]["vocab"])
     for overrides, keys in (([f"data.tokenizer={other}"], ["data.tokenizer"]), ([f"data.tokenizer={own}"], [])):
-        with compose.hydra_ready():
-            tree = hydra.compose("config", [f"init_from={folder}", *overrides])
-        _, problems = init_from.start_from(tree, [f"init_from={folder}", *overrides])
+        words = [f"init_from={folder}", *overrides]
+        with shared_hydra():
+            _, problems = init_from.start_from(tree(*words), words)
         assert [p.key for p in problems] == keys
     assert f"has other ids for {n - 251} of the {n} entries of {own}" in other_tokenizer(own, str(other)).rule
     other.write_text("[" * 100_000)

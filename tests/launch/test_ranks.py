@@ -11,16 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 
-from deepseek_exp import config
 from deepseek_exp.commands import dispatch, spawn
-from deepseek_exp.config import compose
 from deepseek_exp.errors import DiskError
 from deepseek_exp.experiment.job import Job, make_job
 from deepseek_exp.launch import local, worker
 from tests import forks, runs
+from tests.composing import shared_hydra, tree
 from tests.launch.test_launch import family, wait_for
 from tests.test_run import all_runs
 
@@ -128,11 +125,10 @@ def test_two_nodes_of_slurm(trained, tmp_path, monkeypatch):
 
 
 def job(folder: Path, *overrides: str) -> Job:
-    config.register()
-    with initialize_config_dir(compose.CONF, version_base="1.3"):
-        tree = hydra_compose("config", [*runs.TRACKED, *overrides, f"output_dir={folder}"])
-        tree.tracking.uri = f"sqlite:///{folder}/outputs/mlflow.db"
-        return make_job(tree, overrides, "tiny", None)
+    composed = tree(*runs.TRACKED, *overrides, f"output_dir={folder}")
+    composed.tracking.uri = f"sqlite:///{folder}/outputs/mlflow.db"
+    with shared_hydra():
+        return make_job(composed, overrides, "tiny", None)
 
 
 def test_a_job_survives_the_trip_to_its_ranks(tmp_path):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from deepseek_exp import config, planner
+from deepseek_exp import planner
 from deepseek_exp.checkpoint import manifest
-from deepseek_exp.config import compose
 from deepseek_exp.config.rules import validate
 from deepseek_exp.config.rules.parallel import illegal
 from deepseek_exp.experiment.job import Job, make_job
 from deepseek_exp.planner.search import asked_layout, best_plans
+from tests.composing import shared_hydra, tree
 from tests.planner.plan_parts import experiment
 from tests.runs import run
 
@@ -21,9 +19,8 @@ LAYOUTS = ("parallel=3d", "parallel=3d parallel.pp=1 parallel.dp=0", "parallel=d
 
 
 def job(*overrides: str) -> Job:
-    config.register()
-    with initialize_config_dir(compose.CONF, version_base="1.3"):
-        return make_job(hydra_compose("config", list(overrides)), overrides, "small", None)
+    with shared_hydra():
+        return make_job(tree(*overrides), overrides, "small", None)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +78,7 @@ def test_what_starts_no_ranks_needs_no_room(what, monkeypatch, tmp_path):
     big = ("model=v4_distill", "size=70b", "parallel=3d", f"do={what}")
     monkeypatch.setattr(manifest, "locate", lambda *_: (tmp_path, []))
     monkeypatch.setattr(manifest, "run_dir_of", lambda *_: tmp_path)
-    with initialize_config_dir(compose.CONF, version_base="1.3"):
-        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(hydra_compose("config", list(big)), resolve=True))
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tree(*big), resolve=True))
     assert job(*big).cfg.do == what
 
 

@@ -133,10 +133,13 @@ class Chain:
             inputs["start"] = digest_of_weights(Path(tree.init_from))
             source = f"{tree.init_from} (sha256:{inputs['start'][:8]}...)"
             named = f"{tree.init_from} sha256:{inputs['start']}"
+        if stage.reference is not None:
+            tree.dpo.reference = literal(str(self.checkpoint(stage.reference)))
+            source += f", compared with {stage.reference}"
         exp = to_experiment(tree, self.machine)
         if exp.lora.path is not None:
             inputs["adapter"] = digest_of_weights(expand(exp.lora.path))
-        if stage.do is Do.dpo and exp.dpo.reference is not None and expand(exp.dpo.reference).is_dir():
+        if stage.do is Do.dpo and exp.dpo.reference is not None:
             inputs["reference"] = digest_of_weights(expand(exp.dpo.reference))
         try:
             data = prepare(exp.data).digests()

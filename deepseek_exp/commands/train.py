@@ -138,6 +138,8 @@ def _lineage(job: Job, parts: Parts) -> manifest.Lineage:
     start = Path(job.cfg.init_from) if job.cfg.init_from is not None else None
     inputs = {"start": manifest.digest(start)} if start is not None and manifest.is_checkpoint(start) else {}
     inputs |= {f"branch.{domain}": manifest.digest(Path(folder)) for domain, folder in job.cfg.branches.items()}
+    reference = Path(job.cfg.dpo.reference or "") if job.cfg.do is Do.dpo else Path()
+    inputs |= {"reference": manifest.digest(reference)} if manifest.is_checkpoint(reference) else {}
     share = planner.coverage(job.cfg).share if job.cfg.lora.rank else 1.0
     return manifest.Lineage(inputs, contract, coverage=share, stage_key=job.stage_key)
 

@@ -21,6 +21,11 @@ class StageConfig:
         "above that trains, if any",
         default=None,
     )
+    reference: str | None = key(
+        "do=dpo: weights of its reference policy: another stage, or a run or folder as in dpo.reference; null: those "
+        "that it starts from",
+        default=None,
+    )
     branches: dict[str, str] = field(
         default_factory=dict,
         metadata={"doc": "domain -> stage whose weights are merged into those it starts from, as in the key branches"},
@@ -59,8 +64,8 @@ class ChainConfig:
     """Stages that start from each other's weights, over one shared tree."""
 
     stages: dict[str, Any] = key(
-        "name -> do, start, branches and set, as in +chain.stages.domain.do=train; if there are any, the command runs "
-        "them"
+        "name -> do, start, reference, branches and set, as in +chain.stages.domain.do=train; if there are any, the "
+        "command runs them"
     )
     only: list[str] = key("names of the stages to run; what they start from must be done; []: all")
     reuse: Reuse = key(
@@ -84,13 +89,14 @@ def _as_stage(value: Any) -> Any:
     if not isinstance(value, dict) or not value.keys() <= {f.name for f in fields(StageConfig)}:
         return value
     do, start, changes = value.get("do"), value.get("start"), value.get("set", {})
-    branches = value.get("branches", {})
+    reference, branches = value.get("reference"), value.get("branches", {})
     well_formed = (
         isinstance(do, str)
         and do in list(Do)
         and (start is None or isinstance(start, str))
+        and (reference is None or isinstance(reference, str))
         and isinstance(changes, dict)
         and isinstance(branches, dict)
         and all(isinstance(stage, str) for stage in branches.values())
     )
-    return StageConfig(Do(str(do)), start, branches, changes) if well_formed else value
+    return StageConfig(Do(str(do)), start, reference, branches, changes) if well_formed else value

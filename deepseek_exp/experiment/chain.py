@@ -41,6 +41,7 @@ from deepseek_exp.config.schema import ExperimentConfig
 from deepseek_exp.disk import expand
 from deepseek_exp.errors import ConfigError, Problem, UserError, show
 from deepseek_exp.experiment.init_from import FREE, is_release, names_a_run, start_from
+from deepseek_exp.experiment.reference import other_model, with_reference
 
 # Sources of separate rows, which are no running text.
 WITHOUT_TEXT = (Source.preference, Source.prompts)
@@ -56,6 +57,7 @@ class Stage:
         name: its name.
         do: its verb.
         start: the stage whose weights it starts from; None if they come from elsewhere.
+        reference: the stage whose weights are its reference policy; None if it has none or it comes from elsewhere.
         branches: domain -> the stage whose weights are merged into it.
         tree: the tree of its job. Without the path of a start that is a stage, which is known once that has run.
         exp: the same as dataclasses.
@@ -67,6 +69,7 @@ class Stage:
     name: str
     do: Do
     start: str | None
+    reference: str | None
     branches: Mapping[str, str]
     tree: DictConfig
     exp: ExperimentConfig
@@ -77,7 +80,7 @@ class Stage:
     @property
     def reads(self) -> tuple[str, ...]:
         """The stages whose weights it reads."""
-        return tuple(dict.fromkeys([*([] if self.start is None else [self.start]), *self.branches.values()]))
+        return tuple(dict.fromkeys(name for name in (self.start, self.reference, *self.branches.values()) if name))
 
 
 def compose_stages(root: DictConfig, overrides: Sequence[str], machine: Machine) -> tuple[list[Stage], list[Problem]]:
@@ -104,8 +107,8 @@ def compose_stages(root: DictConfig, overrides: Sequence[str], machine: Machine)
     said: dict[str, tuple[Problem, list[str]]] = {}
     for name in in_order(exp.chain):
         source = starts(exp.chain)[name]
-        if source in exp.chain.stages and source not in trees:
-            continue  # what is wrong with its start is reported
+        if any(name in exp.chain.stages and name not in trees for name in (source, exp.chain.stages[name].reference)):
+            continue  # what is wrong with its start or reference is reported
         tree, stage, flaws = _composed(name, exp.chain.stages[name], source, trees, shared, machine)
         for problem in flaws:
             said.setdefault(str(problem), (problem, []))[1].append(name)
@@ -173,21 +176,25 @@ def _composed(
     else:
         cfg, more = _from_outside(cfg, source, good)
         found += more
-    if source in before:
-        cfg.init_from = source  # so that the rules know of weights to start from; their path is known later
+    cfg, more = _with_reference(stage, cfg, before)
+    found += more
+    start, reference = (role if role in before else None for role in (source, stage.reference))
+    if start is not None:
+        cfg.init_from = start  # so that the rules know of weights to start from; their path is known later
     exp, more = check_tree(cfg, found, machine)
     found += more
-    if source in before:
-        cfg.init_from, exp = None, None if exp is None else dataclasses.replace(exp, init_from=None)
+    if exp is not None and start is not None:
+        cfg.init_from, exp = None, dataclasses.replace(exp, init_from=None)
+    if exp is not None and reference is not None:
+        cfg.dpo.reference, exp = None, dataclasses.replace(exp, dpo=dataclasses.replace(exp.dpo, reference=None))
     if exp is not None and not found:
         named = {override_key(o) for o in good}
         found = [*unread_problems(exp, named), *unread_chat_problems(exp, named), *untracked_problems(exp, named)]
         found += _misfit(exp)
     if exp is None or found:
         return cfg, None, found
-    start = source if source in before else None
     branches = dict(stage.branches)
-    return cfg, Stage(name, stage.do, start, branches, cfg, exp, tuple(good), size, own_tokenizer), []
+    return cfg, Stage(name, stage.do, start, reference, branches, cfg, exp, tuple(good), size, own_tokenizer), []
 
 
 def _misfit(exp: ExperimentConfig) -> list[Problem]:
@@ -265,6 +272,31 @@ def _from_outside(cfg: DictConfig, source: str | None, overrides: Sequence[str])
     except UserError as error:
         return cfg, [dataclasses.replace(p, key="start") if p.key == "resume" else p for p in error.problems]
     return start_from(cfg, overrides, checkpoint)
+
+
+def _with_reference(
+    stage: StageConfig, cfg: DictConfig, before: Mapping[str, DictConfig]
+) -> tuple[DictConfig, list[Problem]]:
+    """Return the tree of a stage with the checkpoint of its reference, or the name of the stage that is to train it."""
+    if stage.do is not Do.dpo:
+        return cfg, []
+    named = cfg.dpo.reference if stage.reference is None else stage.reference
+    if named is None:
+        return cfg, []
+    if stage.reference is not None and cfg.dpo.reference is not None:
+        rule, fix = f"is named apart from dpo.reference={cfg.dpo.reference}", "leave one of the two out"
+        return cfg, [Problem("reference", named, rule, fix)]
+    if named == "last":
+        rule, fix = "would be another run when the chain is started again", "name the run"
+        return cfg, [Problem("reference", named, rule, fix)]
+    cfg.dpo.reference = literal(named)
+    try:
+        if stage.reference not in before:
+            return with_reference(cfg), []
+        problem = other_model(named, OmegaConf.to_object(before[named].model), cfg)
+        return cfg, [] if problem is None else [problem]
+    except UserError as error:
+        return cfg, list(error.problems)
 
 
 def set_words(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -27,7 +27,7 @@ FOLDER = "chains"
 # weights are identified by digest.
 NO_EFFECT = (
     *("do", "resume", "init_from", "branches", "output_dir", "tracking", "launch", "cluster", "sample", "export"),
-    *("verify", "chain", "lora.path"),
+    *("verify", "chain", "lora.path", "dpo.reference"),
     *(f"data.{name}" for name in PLACES),
     *(f"trainer.{name}" for name in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints")),
 )

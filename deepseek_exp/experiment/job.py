@@ -25,6 +25,7 @@ from deepseek_exp.disk import expand
 from deepseek_exp.errors import CheckpointError, ConfigError, Problem
 from deepseek_exp.experiment import command_line, init_from, resume
 from deepseek_exp.experiment.branches import located_branches
+from deepseek_exp.experiment.reference import with_reference
 from deepseek_exp.huggingface.files import TOKENIZER
 from deepseek_exp.launch import worker
 from deepseek_exp.redact import redact, redact_tree
@@ -181,7 +182,7 @@ def make_job(
         if composed.do.is_training:
             history, size = _history(saved_command, overrides), saved_command["size"] if saved_command else size
     if composed.do is Do.dpo and composed.dpo.reference is not None:
-        composed, exp = _with_reference(composed), None
+        composed, exp = with_reference(composed), None
     sweep = json.loads((sweep_dir.parent / SWEEP_FILE).read_text(encoding="utf-8")) if sweep_dir is not None else None
     if sweep is not None:
         composed.tracking.parent_run_id, composed.tracking.run_name, exp = sweep["run_id"], None, None
@@ -253,27 +254,6 @@ def _with_weights_of(composed: DictConfig, overrides: Sequence[str]) -> tuple[Di
             say(sentence)
         composed.branches = {domain: saved_config.literal(str(folder)) for domain, folder in found.items()}
     return composed, None if checkpoint is None else origin(checkpoint)
-
-
-def _with_reference(composed: DictConfig) -> DictConfig:
-    """Return the tree with dpo.reference as the folder of a checkpoint, whose model is the same."""
-    named = str(composed.dpo.reference)
-    if init_from.is_release(named):
-        return composed  # its model is compared when it is loaded
-    try:
-        checkpoint = _located(named, composed)
-    except CheckpointError as error:
-        wrong = [dataclasses.replace(p, key="dpo.reference") if p.key == "resume" else p for p in error.problems]
-        raise CheckpointError(*wrong) from error
-    saved = resume.saved_experiment(saved_config.read(checkpoint)).model
-    now = OmegaConf.to_object(composed.model)
-    other = [key for key, (old, new) in resume.section_leaves("model", saved, now).items() if old != new]
-    if other:
-        rule = f"has another model than the one that is trained ({', '.join(other)})"
-        raise ConfigError(Problem("dpo.reference", named, rule, "name a run of the same model"))
-    composed = composed.copy()
-    composed.dpo.reference = saved_config.literal(str(checkpoint))
-    return composed
 
 
 def origin(checkpoint: Path) -> Origin:

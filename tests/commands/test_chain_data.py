@@ -16,6 +16,7 @@ from deepseek_exp.commands.chain_data import check_data
 from deepseek_exp.data import Tokenizer
 from deepseek_exp.errors import ConfigError, DataError
 from deepseek_exp.experiment import command_line
+from deepseek_exp.experiment.chain_file import ChainFile
 from tests import runs
 from tests.experiment.test_job import checkpoint
 
@@ -133,5 +134,8 @@ def test_the_problems_of_all_stages_are_reported_together(chain, tmp_path):
 def test_preferences_follow_a_stage_that_trains_its_tokenizer(chain, tmp_path):
     """The tokenizer of the pairs is that of the start, which has not run yet when the stages are composed."""
     rows = write(tmp_path, "pairs.jsonl", [PAIR | {"chosen": f"It is {i}."} for i in range(30)])
-    chain(last("preference", rows), "trainer.max_steps=2", "optim.warmup_steps=0")
-    assert len(runs.run_dirs(tmp_path)) == 3
+    chain(last("preference", rows), "+chain.stages.end.reference=text", "trainer.max_steps=2", "optim.warmup_steps=0")
+    done = ChainFile.load(tmp_path / "outputs" / "chains" / "text-replies-end").stages
+    saved = {name: tmp_path / "outputs" / record.checkpoint for name, record in done.items()}
+    inputs = manifest.read_manifest(saved["end"]).lineage.inputs
+    assert inputs == {"start": manifest.digest(saved["replies"]), "reference": manifest.digest(saved["text"])}

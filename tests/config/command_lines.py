@@ -11,6 +11,8 @@ from deepseek_exp.config.machine import Machine
 from deepseek_exp.errors import ConfigError
 from deepseek_exp.experiment import command_line
 
+PAIRS = "{data:preference,data.path:README.md}"
+
 REFUSED = {
     "optim.lrr=1": "optim.lrr override_words",
     "lr=1": "lr override_words",
@@ -411,6 +413,24 @@ REFUSED = {
     "+chain.stages.a.do=train +chain.stages.b.do=eval +chain.stages.c={do:train,start:b}": (
         "chain.stages.c.start _start_problems"
     ),
+    "+chain.stages.a={do:dpo,reference:7}": "chain.stages.a.reference _form_problems",
+    "+chain.stages.a={do:train,reference:last}": "chain.stages.a.reference _stage_problems",
+    "+chain.stages.a.do=train +chain.stages.b={do:dpo,start:a,reference:c} +chain.stages.c={do:train,start:b}": (
+        "chain.stages.b.reference _start_problems, chain.stages.c.start _start_problems"
+    ),
+    "+chain.stages.a.do=train +chain.stages.b.do=eval +chain.stages.c={do:dpo,reference:b}": (
+        "chain.stages.c.reference _start_problems"
+    ),
+    f"+chain.stages.a.do=train +chain.stages.c={{do:dpo,reference:last,set:{PAIRS}}}": "c: reference _with_reference",
+    f"+chain.stages.a.do=train +chain.stages.c={{do:dpo,reference:nowhere,set:{PAIRS}}}": "c: dpo.reference _nothing",
+    f"+chain.stages.a.do=train +chain.stages.c={{do:dpo,reference:a,set:{PAIRS}}} dpo.reference=x": (
+        "c: reference _with_reference"
+    ),
+    f"+chain.stages.a.do=train +chain.stages.c={{do:dpo,reference:a,set:{PAIRS}}} dpo.loss=orpo": (
+        "c: dpo.reference _preferences"
+    ),
+    "+chain.stages.o={do:train,start:scratch,set:{model.n_layers:3}} +chain.stages.a={do:train,start:scratch} "
+    f"+chain.stages.c={{do:dpo,reference:o,set:{PAIRS}}}": "c: dpo.reference other_model",
     "+chain.stages.a={do:train,start:nothing_like_it}": "a: start _from_outside",
     "+chain.stages.a.do=train +chain.stages.b={do:train,set:{branches:{law:a}}}": (
         "chain.stages.b.set.branches _stage_problems"

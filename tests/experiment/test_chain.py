@@ -89,6 +89,19 @@ class TestComposing:
         assert found["a"].exp.model.d_ff == 64
         assert found["a"].exp.data.tokenizer == str(saved / "tokenizer.json")
 
+    def test_a_reference_is_a_stage_before_it_or_a_run(self, tmp_path):
+        saved = checkpoint(tmp_path)
+        pairs = tmp_path / "pairs.jsonl"
+        pairs.write_text("")
+        sets = f"set:{{data:preference,data.path:{pairs}}}"
+        words = ("+chain.stages.x={do:train,start:scratch}", "+chain.stages.a={do:train,start:scratch}")
+        few = ("size=tiny", "data=synthetic", f"output_dir={tmp_path}", *words)
+        end = stages(*few, f"+chain.stages.end={{do:dpo,reference:x,{sets}}}")["end"]
+        assert (end.start, end.reference, end.reads) == ("a", "x", ("a", "x"))
+        assert end.exp.dpo.reference is None and end.tree.dpo.reference is None
+        end = stages(*few, f"+chain.stages.end={{do:dpo,reference:aaaa,{sets}}}")["end"]
+        assert (end.reference, end.reads, end.exp.dpo.reference) == (None, ("a",), str(saved))
+
     def test_texts_reach_the_tree_as_they_are(self):
         prompt = "it's ${no} \\'reference\\', {a: b} [1]"
         config.register()

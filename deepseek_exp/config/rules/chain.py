@@ -41,7 +41,10 @@ def starts(chain: ChainConfig) -> dict[str, str | None]:
 def in_order(chain: ChainConfig) -> list[str]:
     """Return the stages so that each comes after those whose weights it reads; those of a cycle are left out."""
     start, done = starts(chain), list[str]()
-    reads = {n: {start[n], *stage.branches.values()} & chain.stages.keys() for n, stage in chain.stages.items()}
+    reads = {
+        name: {start[name], stage.reference, *stage.branches.values()} & chain.stages.keys()
+        for name, stage in chain.stages.items()
+    }
     while True:
         ready = [n for n in chain.stages if n not in done and reads[n] <= set(done)]
         if not ready:
@@ -101,9 +104,10 @@ def _form_problems(key: str, value: Any) -> Iterator[Problem]:
         yield Problem(f"{key}.{name}", value[name], f"is not one of {', '.join(names)}", fix)
     if value.get("do") not in list(Do):
         yield Problem(f"{key}.do", value.get("do"), "is not a verb", f"use one of {_verbs()}")
-    if value.get("start") is not None and not isinstance(value["start"], str):
-        fix = "name a stage, a run or a folder; quote a run id of digits"
-        yield Problem(f"{key}.start", value["start"], "is not a text", fix)
+    for role in ("start", "reference"):
+        if value.get(role) is not None and not isinstance(value[role], str):
+            fix = "name a stage, a run or a folder; quote a run id of digits"
+            yield Problem(f"{key}.{role}", value[role], "is not a text", fix)
     branches = value.get("branches", {})
     if not isinstance(branches, dict) or not all(isinstance(stage, str) for stage in branches.values()):
         fix = f"name a stage per domain, as in +{key}.branches.law=<stage>"
@@ -131,6 +135,9 @@ def _stage_problems(name: str, stage: StageConfig) -> Iterator[Problem]:
             if path.split(".")[0] in ("branches", "init_from", "resume"):
                 fix = f"use {key}.{'branches' if path.startswith('branches') else 'start'}"
             yield Problem(f"{key}.set.{path}", stage.set[path], rule, fix)
+    if stage.reference is not None and stage.do is not Do.dpo:
+        fix = f"leave {key}.reference out"
+        yield Problem(f"{key}.reference", stage.reference, f"is not read by do={stage.do.value}", fix)
     if "do" in stage.set:
         yield Problem(f"{key}.set.do", stage.set["do"], "is set outside of `set`", f"set {key}.do instead")
 
@@ -140,7 +147,11 @@ def _start_problems(chain: ChainConfig, init_from: str | None) -> Iterator[Probl
     cyclic = [name for name in chain.stages if name not in in_order(chain)]
     for name in chain.stages:
         key, source = f"chain.stages.{name}.start", start[name]
-        if name in cyclic:
+        reference = chain.stages[name].reference
+        if name in cyclic and source not in cyclic and reference in cyclic:
+            rule = f"is not trained before it ({', '.join(cyclic)})"
+            yield Problem(f"chain.stages.{name}.reference", reference, rule, "name a stage that does not start from it")
+        elif name in cyclic:
             rule = f"leads back to a stage that starts from it ({', '.join(cyclic)})"
             yield Problem(key, source, rule, "have one of them start from another stage, or from scratch")
         elif source in chain.stages and not saves(chain.stages[source]):
@@ -149,6 +160,9 @@ def _start_problems(chain: ChainConfig, init_from: str | None) -> Iterator[Probl
         elif chain.stages[name].do is Do.eval and (source == SCRATCH or (source is None and init_from is None)):
             rule = "leaves do=eval without a checkpoint"
             yield Problem(key, source, rule, "name a stage that trains, a run or a folder")
+        elif reference in chain.stages and not saves(chain.stages[reference]):
+            rule = f"is a stage that does {chain.stages[reference].do.value}, which saves no weights"
+            yield Problem(f"chain.stages.{name}.reference", reference, rule, "name a stage that trains")
         else:
             yield from _branch_problems(name, chain)
 

@@ -15,6 +15,7 @@ from deepseek_exp.errors import ChainError
 from deepseek_exp.experiment.chain_file import ChainFile
 from deepseek_exp.kernels import TORCH
 from deepseek_exp.models import Transformer, init_weights
+from deepseek_exp.train.build import build_model
 from tests import forks, runs
 from tests.commands.test_chain import run
 from tests.config.test_config import composed
@@ -153,20 +154,25 @@ class TestAChainOfBranches:
 
 
 class TestARunFromBranches:
-    def test_a_merged_model_is_evaluated(self, finished):
+    def test_its_model_has_the_merged_weights(self, finished):
         folder, *_ = finished
-        data = ["+data.mixture.law.path=law.txt", "data=mixture", "tracking=none", "trainer.eval_seqs=8"]
-        start = f"init_from={checkpoint(folder, 'all')}"
-        branches = [f"+branches.{name}={checkpoint(folder, name)}" for name in ("law", "finance")]
-        done = forks.run(folder, "do=eval", start, *branches, *data)
-        assert done.returncode == 0, done.stderr
-        law = forks.run(folder, "do=eval", start, *data)
-        lines = [[line for line in run.stdout.splitlines() if "loss" in line] for run in (done, law)]
-        assert lines[0] and lines[0] != lines[1]
+        branches = {name: checkpoint(folder, name) for name in ("law", "finance")}
+        words = [f"+branches.{name}={path}" for name, path in branches.items()]
+        cfg = composed(*MODEL, f"init_from={checkpoint(folder, 'all')}", *words)
+        found, want = build_model(cfg, torch.device("cpu"), None).state_dict(), merge_branches(branches, DOMAINS)
+        assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
 
-    def test_a_branch_from_another_start_is_refused(self, finished):
+    @pytest.mark.long
+    def test_ranks_merge_the_same(self, finished):
         folder, *_ = finished
-        start, other = (checkpoint(folder, name) for name in ("law", "finance"))
-        done = forks.run(folder, f"init_from={start}", f"+branches.finance={other}", "data=text", "data.path=law.txt")
-        assert done.returncode == 2
-        assert f"branches.finance='{other}' does not start from the weights of init_from={start}" in done.stderr
+        mixture = ",".join(f"{name}:{{path:{name}.txt}}" for name in TEXTS)
+        words = ["do=eval", f"init_from={checkpoint(folder, 'all')}", "data=mixture", f"+data.mixture={{{mixture}}}"]
+        words += [f"+branches.{name}={checkpoint(folder, name)}" for name in ("law", "finance")]
+        words += ["tracking=none", "device=cpu", "trainer.n_threads=1", "trainer.eval_seqs=8"]
+        losses = []
+        for layout in ((), ("parallel.dp=2", "parallel.ep=2", "trainer.micro_batch_seqs=2")):
+            done = forks.run(folder, *words, *layout)
+            assert done.returncode == 0, done.stderr
+            run_dir = max(runs.run_dirs(folder), key=lambda path: path.stat().st_mtime)
+            losses += runs.trace(run_dir, "val/loss").values()
+        assert losses == [pytest.approx(losses[0], abs=1e-6)] * 2

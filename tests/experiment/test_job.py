@@ -31,8 +31,9 @@ def checkpoint(
     step: int = 2,
     edit=lambda text: text,
     history=("size=tiny", "data=synthetic"),
+    start: Path | None = None,
 ) -> Path:
-    """Write the checkpoint of a run that a command line would train, without its tensors."""
+    """Write the checkpoint of a run that a command line would train, from a start if any, without its tensors."""
     text = saved_config.dump(tree(*QUICK, *overrides, f"output_dir={folder}"))
     target = folder / "runs" / run / "checkpoints" / manifest.checkpoint_name(step)
     part = target.with_name(".part")
@@ -42,7 +43,8 @@ def checkpoint(
     (part / "tokenizer.json").write_text("{}", encoding="utf-8")
     for name in ("model.safetensors", "state.safetensors", "state.json", "data.json"):
         (part / name).write_bytes(b"")
-    manifest.seal(part, target, step=step, run_id=run * 32, val_loss=None, digests={})
+    lineage = manifest.Lineage({} if start is None else {"start": manifest.digest(start)})
+    manifest.seal(part, target, step=step, run_id=run * 32, val_loss=None, digests={}, lineage=lineage)
     return target
 
 

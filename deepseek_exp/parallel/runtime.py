@@ -67,7 +67,8 @@ def quiet_deepspeed() -> Iterator[Any]:
     with Path(os.devnull).open("w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):
         import deepspeed
 
-        # It would compile this shared-memory operator for over a minute, and no step waits for the links it speeds up.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # It would start compilers to find out which operators can be built, and then look for one alone, which shares
+        # memory. That one would compile for over a minute, and no step waits for the links it speeds up.
+        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         yield deepspeed

@@ -344,6 +344,10 @@ def rank_environment(rank: int, n_ranks: int, port: int) -> dict[str, str]:
 def run_job(job: Mapping[str, Any]) -> dict[str, Any]:
     """Fork the ranks of a job and wait for them; says which one ended badly, and how."""
     held, pids = hold_port(), []
+    from tests.config.test_config import composed
+
+    with contextlib.suppress(Exception):  # which each rank reports
+        composed(*job["overrides"])  # the ranks then have it
     for rank in range(job["n_ranks"]):
         pid = os.fork()
         if pid == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # one thread an operation: the tests run two at a time, and losses stay the same on any number of cores
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -10,6 +11,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+
+from tests.interpreter import quicken
 
 # Fixtures that train or start servers. The tests of a module that use one run in one worker, so it is made once.
 EXPENSIVE = {"finished", "swept", "verified", "trained", "outage", "recorded", "whole"}
@@ -31,10 +34,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """Stop if pytest-xdist ignores the groups: fixtures that train would be made once per worker, and say nothing.
+    """Prepare the interpreter, if a test that is collected has imported Triton; check the groups of the tests.
+
+    Stop if pytest-xdist ignores the groups: fixtures that train would be made once per worker, and say nothing.
 
     It writes the group behind the test's id, which pytest 9.2 no longer reads (pytest-dev/pytest-xdist#1386).
     """
+    if "triton" in sys.modules:
+        quicken()
     marked = next((item for item in session.items if item.get_closest_marker("xdist_group")), None)
     if marked is not None and getattr(session.config.option, "loadgroup", False) and "@" not in marked.nodeid:
         raise pytest.UsageError("--dist loadgroup has no effect with this pytest. Fix: install the pinned pytest")

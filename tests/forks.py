@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests import composing, runs
+from tests import composing, interpreter, runs
 
 RUN = str(runs.ROOT / "run.py")
 IMPORTED = (
@@ -124,6 +124,7 @@ def serve(asked: socket.socket) -> None:
     die_with_parent()
     for module in IMPORTED:
         importlib.import_module(module)
+    interpreter.quicken()
     composing.tree()  # reads the files of the defaults
     gc.freeze()  # a collection would have each fork copy what it leaves alone
     while True:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.interpreter import quicken
 from tests.runs import ROOT, hold_port
 
 STEPS = 20
@@ -394,6 +395,7 @@ def serve() -> None:
     with contextlib.redirect_stdout(open(os.devnull, "w")):  # noqa: PTH123
         for module in IMPORTED:
             importlib.import_module(module)
+    quicken()
     gc.freeze()  # a collection would have each fork copy what it leaves alone
     while line := sys.stdin.readline():
         answers.write(json.dumps(run_job(json.loads(line))) + "\n")

@@ -17,7 +17,7 @@ from deepseek_exp.config import ExperimentConfig, compose
 from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.rules import validate
 from deepseek_exp.errors import ConfigError
-from deepseek_exp.experiment import command_line
+from deepseek_exp.experiment import chain, command_line
 
 MACHINE = Machine(interprets_triton=True)
 
@@ -47,7 +47,8 @@ def as_in_a_sweep() -> Iterator[None]:
     Hydra composes a single run itself, which takes most of the time of its check.
     """
     with shared_hydra(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command_line, "compose_run", lambda overrides: None)
+        for module in (command_line, chain):
+            patch.setattr(module, "compose_run", lambda overrides: None)
         yield
 
 

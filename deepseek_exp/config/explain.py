@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -147,8 +148,9 @@ def meant(path: str, otherwise: str) -> str:
     return f"did you mean {near[0]}? Otherwise {otherwise}" if near else otherwise
 
 
+@lru_cache(maxsize=1024)
 def parse_one(override: str) -> Override:
-    """Parse one override as Hydra does."""
+    """Parse one override as Hydra does. Every check of a command line asks for each of its overrides."""
     return OverridesParser.create().parse_overrides([override])[0]
 
 

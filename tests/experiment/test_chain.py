@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 from omegaconf import OmegaConf
@@ -13,6 +14,7 @@ from deepseek_exp.errors import CheckpointError
 from deepseek_exp.experiment import command_line
 from deepseek_exp.experiment.chain import Stage, set_words
 from deepseek_exp.experiment.chain_file import FILE, ChainFile, Record, how, stage_key
+from tests.composing import as_in_a_sweep
 from tests.experiment.test_job import checkpoint
 
 TWO = ("size=tiny", "data=synthetic", "+chain.stages.a.do=train", "+chain.stages.b.do=train")
@@ -34,9 +36,10 @@ chain:
 
 
 def stages(*words: str) -> dict[str, Stage]:
-    """Compose the stages of a command line."""
+    """Compose the stages of a command line; the options of other folders are read by a Hydra for it alone."""
     config.register()
-    composed = command_line.check_command_line(list(words))
+    with nullcontext() if "--config-dir" in words else as_in_a_sweep():
+        composed = command_line.check_command_line(list(words))
     return {stage.name: stage for stage in composed.stages}
 
 
@@ -120,13 +123,6 @@ class TestComposing:
 
 
 class TestKey:
-    @pytest.fixture(autouse=True, scope="class")
-    def _hydra(self):
-        """Compose the groups once."""
-        config.register()
-        with compose.hydra_ready():
-            yield
-
     def test_what_is_computed_makes_the_key(self):
         base = stages(*TWO)
         before = key(base["a"], train="1")

@@ -44,7 +44,7 @@ def random_pairs(shapes, rank=4):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [*CASES, "glm4"])
+@pytest.mark.parametrize("case", [*CASES, "glm4", "llama_tied_llama3"])
 def test_what_peft_has_trained_is_loaded(folders, case):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model, adapter = saved(case, folders[0]), folders[1]

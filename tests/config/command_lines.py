@@ -371,6 +371,9 @@ REFUSED = {
                 "parallel.zero_stage _reinforcement"
             ),
             "trainer.compile=true": "trainer.compile _reinforcement",
+            "data.isolate_documents=true": "data.isolate_documents _rows",
+            "trainer.max_epochs=2": "trainer.max_epochs _reinforcement",
+            "trainer.precision=fp8": "trainer.precision _reinforcement",
             "model=v2_moe size=tiny grpo.max_new_tokens=8 model.moe.capacity_factor=1.25": (
                 "model.moe.capacity_factor _reinforcement"
             ),

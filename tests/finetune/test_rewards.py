@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from deepseek_exp.config.rules import finetune as rules
 from deepseek_exp.finetune.rewards import exact_match, last_number, numeric_match, regex_match
 
 
@@ -44,3 +45,14 @@ def test_regex_match():
 
 def test_last_number():
     assert [last_number(t) for t in ("3 then 4,000", "1,23", "x")] == [4000.0, 23.0, None]
+
+
+def test_a_file_of_rewards_that_is_not_python(tmp_path, monkeypatch):
+    file = tmp_path / "rewards.py"
+    file.write_text("def reward(completion, row)\n")
+    monkeypatch.setattr(rules, "ROOT", tmp_path)
+    monkeypatch.setitem(rules.REWARD_FILES, "recipes.rewards", file)
+    (problem,) = rules._reward("grpo.rewards.x", {"_target_": "recipes.rewards.reward"})
+    assert str(problem).startswith(
+        "grpo.rewards.x._target_='recipes.rewards.reward' is in rewards.py, which is not Python"
+    )

@@ -90,6 +90,15 @@ def test_fused_kernels_train_the_same(alone, rows):
     same(alone(*shape), alone(*shape, "kernels=fused"))
 
 
+@pytest.mark.long
+def test_fused_attention_over_a_window_trains_the_same_on_one_row_per_sequence(alone, rows):
+    """Its tiles know no documents; with several in a sequence it is refused."""
+    shape = (*FEW, *DATA, rows, "model=v2_5_sparse", "data.packing=false", "data.seq_len=80", "data.on_long_row=drop")
+    shape = (*shape, "model.n_layers=2", "trainer.max_steps=1", "trainer.eval_every_steps=1", "optim.warmup_steps=0")
+    shape = (*shape, "trainer.global_batch_seqs=2", "trainer.eval_seqs=1")
+    same(alone(*shape), alone(*shape, "kernels=fused"))
+
+
 class Leaks(Watch):
     """Has the attention see across documents."""
 

@@ -9,6 +9,8 @@ import pytest
 
 from deepseek_exp.data import TokenDataModule, Tokenizer, length_baseline, prepare
 from deepseek_exp.data.order import Grouped, Paired, Shuffled
+from deepseek_exp.data.readers import BadRow
+from deepseek_exp.data.rows import parse_pair
 from deepseek_exp.errors import DataError
 from tests.config.test_config import composed
 
@@ -117,3 +119,9 @@ def test_orders():
     prompts = [grouped.sequence_at(i) for i in range(24)]
     assert prompts[:4] == [pairs.sequence_at(i) for i in (0, 0, 1, 1)] and prompts[:4] * 3 == prompts[:12]
     assert prompts[12:16] == [pairs.sequence_at(i) for i in (2, 2, 3, 3)]
+
+
+@pytest.mark.parametrize(("key", "text"), [("chosen", " \n"), ("rejected", ""), ("rejected", "yes")])
+def test_a_pair_without_a_difference_is_refused(key, text):
+    with pytest.raises(BadRow, match=r"holds no text under|has equal texts under"):
+        parse_pair({"prompt": "a", "chosen": "yes", "rejected": "no", key: text})

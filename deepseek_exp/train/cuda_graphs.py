@@ -7,6 +7,7 @@ bit.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,7 @@ def capture(run: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
     Raises:
         UserError: the function waits for the GPU.
     """
+    gc.collect()  # an older graph must not be freed while kernels are recorded
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

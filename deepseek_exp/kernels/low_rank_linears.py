@@ -3,8 +3,8 @@
     y_i = x w_i^T + s n_i b_i^T,  n_i = x a_i^T
     dn_i = s g_i b_i,  dx = sum over i of g_i w_i + dn_i a_i,  da_i = dn_i^T x,  db_i = s g_i^T n_i
 
-Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1. Every term is added inside of
-the product that computes it (cuBLAS, beta = 1), without a copy or an addition of its own. The matrices a_i are stacked,
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1. Every term is added inside
+of the product that computes it (cuBLAS, beta = 1), without a copy or a separate addition. The matrices a_i are stacked,
 so that x is read once for all n_i and once for all da_i. There is no gradient of w_i.
 
 Suffixes: T tokens, D d_in, N d_out, R rank, S sum of the ranks.

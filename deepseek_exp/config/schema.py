@@ -237,7 +237,7 @@ class TrainerConfig:
     )
     global_batch_seqs: int = key("sequences per optimizer step", ge=1, le=10**6)
     batch_ramp_seqs: int = key(
-        "do=train: sequences of the first optimizer step, from which steps grow in multiples of it to "
+        "sequences of the first optimizer step, from which steps grow in multiples of it to "
         "global_batch_seqs, which it divides; 0: no ramp",
         ge=0,
         le=10**6,

@@ -53,10 +53,11 @@ def _git(folder: Path, *arguments: str) -> str:
 def _packages() -> str:
     found = set()
     for distribution in importlib.metadata.distributions():
-        text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+        read = distribution.read_text  # always UTF-8
+        text = read("METADATA") or read("PKG-INFO") or ""
         # The first lines, which take a twentieth of the time that parsing the whole description does.
         fields = dict(line.split(": ", 1) for line in text.partition("\n\n")[0].splitlines() if ": " in line)
-        if "Name" in fields:
+        if fields.keys() >= {"Name", "Version"}:
             found.add(f"{fields['Name']}=={fields['Version']}")
     return "\n".join(sorted(found, key=str.lower)) + "\n"
 

@@ -274,13 +274,14 @@ def prune(run_dir: Path, keep: int) -> None:
         _remove(path)
 
 
-def locate(resume: str, output_dir: Path) -> tuple[Path, list[str]]:
+def locate(resume: str, output_dir: Path, key: str = "resume") -> tuple[Path, list[str]]:
     """Return the complete checkpoint that `resume` selects.
 
     Args:
         resume: `last` (the run that saved last), an MLflow run id or its prefix, the folder of a run, or the folder of
             one checkpoint.
         output_dir: the folder of the runs.
+        key: configuration key that names it, for the error message.
 
     Returns:
         The checkpoint's folder, verified, and a sentence for every damaged one that was skipped.
@@ -290,10 +291,13 @@ def locate(resume: str, output_dir: Path) -> tuple[Path, list[str]]:
     """
     try:
         return _locate(resume, output_dir)
+    except CheckpointError as error:
+        named = (dataclasses.replace(p, key=key) if p.key == "resume" else p for p in error.problems)
+        raise CheckpointError(*named) from error
     except (OSError, ValueError) as error:  # an inaccessible folder, a name that is too long or contains NUL
         why = getattr(error, "strerror", None) or error
         where = "name another folder, or one that you may read"
-        raise CheckpointError(Problem("resume", resume, f"cannot be read ({why})", where)) from error
+        raise CheckpointError(Problem(key, resume, f"cannot be read ({why})", where)) from error
 
 
 def _locate(resume: str, output_dir: Path) -> tuple[Path, list[str]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
 from deepseek_exp.checkpoint import manifest, saved_config
-from deepseek_exp.errors import CheckpointError, ConfigError, Problem
+from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.experiment.resume import saved_experiment
 
 
@@ -28,11 +27,7 @@ def located_branches(branches: Mapping[str, str], start: Path, output_dir: Path)
     balance = saved_experiment(saved_config.read(start)).model.moe.balance
     for domain, run in branches.items():
         key = f"branches.{domain}"
-        try:
-            folder, skipped = manifest.locate(run, output_dir)
-        except CheckpointError as error:
-            wrong = [dataclasses.replace(p, key=key) if p.key == "resume" else p for p in error.problems]
-            raise CheckpointError(*wrong) from error
+        folder, skipped = manifest.locate(run, output_dir, key)
         found[domain] = folder
         passed_over += skipped
         if digest not in (manifest.digest(folder), manifest.read_manifest(folder).lineage.inputs.get("start")):

@@ -107,7 +107,8 @@ def compose_stages(root: DictConfig, overrides: Sequence[str], machine: Machine)
     said: dict[str, tuple[Problem, list[str]]] = {}
     for name in in_order(exp.chain):
         source = starts(exp.chain)[name]
-        if any(name in exp.chain.stages and name not in trees for name in (source, exp.chain.stages[name].reference)):
+        read = source, exp.chain.stages[name].reference
+        if any(other in exp.chain.stages and other not in trees for other in read):
             continue  # what is wrong with its start or reference is reported
         tree, stage, flaws = _composed(name, exp.chain.stages[name], source, trees, shared, machine)
         for problem in flaws:
@@ -268,9 +269,9 @@ def _from_outside(cfg: DictConfig, source: str | None, overrides: Sequence[str])
         rule, fix = "is neither a stage nor a run nor a folder", "name a stage, a run id or an existing folder"
         return cfg, [Problem("start", named, rule, fix)]
     try:
-        checkpoint, _ = manifest.locate(named, Path(cfg.output_dir))
+        checkpoint, _ = manifest.locate(named, Path(cfg.output_dir), "start")
     except UserError as error:
-        return cfg, [dataclasses.replace(p, key="start") if p.key == "resume" else p for p in error.problems]
+        return cfg, list(error.problems)
     return start_from(cfg, overrides, checkpoint)
 
 

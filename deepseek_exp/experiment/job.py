@@ -22,7 +22,7 @@ from deepseek_exp.config.machine import Machine
 from deepseek_exp.config.topology import Degrees, degrees
 from deepseek_exp.console import say
 from deepseek_exp.disk import expand
-from deepseek_exp.errors import CheckpointError, ConfigError, Problem
+from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.experiment import command_line, init_from, resume
 from deepseek_exp.experiment.branches import located_branches
 from deepseek_exp.experiment.reference import with_reference
@@ -229,8 +229,8 @@ def resumed(job: Job, checkpoint: Path) -> Job:
     return dataclasses.replace(job, checkpoint=checkpoint, run_dir=manifest.run_dir_of(checkpoint))
 
 
-def _located(resume: str, composed: DictConfig) -> Path:
-    checkpoint, passed_over = manifest.locate(resume, Path(composed.output_dir))
+def _located(run: str, composed: DictConfig, key: str = "resume") -> Path:
+    checkpoint, passed_over = manifest.locate(run, Path(composed.output_dir), key)
     for sentence in passed_over:
         say(sentence)
     return checkpoint
@@ -240,11 +240,7 @@ def _with_weights_of(composed: DictConfig, overrides: Sequence[str]) -> tuple[Di
     """Return the tree with the model of `init_from`, and its origin if it names one of our runs."""
     checkpoint, named = None, str(composed.init_from)
     if init_from.names_a_run(named):
-        try:
-            checkpoint = _located(named, composed)
-        except CheckpointError as error:
-            wrong = [dataclasses.replace(p, key="init_from") if p.key == "resume" else p for p in error.problems]
-            raise CheckpointError(*wrong) from error
+        checkpoint = _located(named, composed, "init_from")
     composed, problems = init_from.start_from(composed, overrides, checkpoint)
     if problems:
         raise ConfigError(*problems)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from deepseek_exp.checkpoint import manifest, saved_config
 from deepseek_exp.config.schema import ModelConfig
 from deepseek_exp.console import say
-from deepseek_exp.errors import CheckpointError, ConfigError, Problem
+from deepseek_exp.errors import ConfigError, Problem
 from deepseek_exp.experiment import init_from, resume
 
 
@@ -24,11 +23,7 @@ def with_reference(composed: DictConfig) -> DictConfig:
     named = str(composed.dpo.reference)
     if init_from.is_release(named):
         return composed  # its model is compared when it is loaded
-    try:
-        checkpoint, passed_over = manifest.locate(named, Path(composed.output_dir))
-    except CheckpointError as error:
-        wrong = [dataclasses.replace(p, key="dpo.reference") if p.key == "resume" else p for p in error.problems]
-        raise CheckpointError(*wrong) from error
+    checkpoint, passed_over = manifest.locate(named, Path(composed.output_dir), "dpo.reference")
     for sentence in passed_over:
         say(sentence)
     problem = other_model(named, resume.saved_experiment(saved_config.read(checkpoint)).model, composed)

@@ -68,7 +68,7 @@ class CudaGraphs:
         Args:
             batch: the micro-batch.
             n_micro_batches: of the step.
-            backward: differentiates the loss.
+            backward: differentiates the loss; the gradient of the loss itself is 1.
 
         Raises:
             UserError: the pass waits for the GPU, so it cannot be recorded.
@@ -120,6 +120,8 @@ def capture(run: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
             results = run()
     except RuntimeError as error:
         first = error.__context__ or error  # leaving the context after an error is another one
+        if isinstance(first, torch.OutOfMemoryError):
+            raise first from None
         if "captur" not in f"{error} {first}":
             raise
         rule = f"cannot record this model's passes: {str(first).splitlines()[0]}"

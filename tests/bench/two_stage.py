@@ -5,10 +5,11 @@
 DATA has general.jsonl, general.valid.jsonl and, for each domain, DOMAIN.jsonl and DOMAIN.valid.jsonl, with rows
 {prompt, response}, and may have tokenizer.json. A base model is trained on the .py files of Python and its installed
 packages. Then, for each seed: 10 epochs of the general rows; and for each domain 5 epochs of its rows from there (two
-stages), the same with a fifth as many general rows among them (replay), and from the base 5 epochs of the domain's rows
-and of the general rows twice, mixed (one stage), which are the same tokens as two stages.
-Printed: nats per reply token on the valid rows of the domain and of the general rows, and paired differences over seeds
-with standard errors. Each training and evaluation is a process; as many run at once as is asked for.
+stages), the same with general rows of a fifth of their bytes among them (replay), and from the base 5 epochs of the
+domain's rows and of the general rows twice, mixed (one stage), which are the same tokens as two stages.
+Printed: nats per reply token on the valid rows of the domain and of the general rows, as each training ends and as
+means, and paired differences over seeds with standard errors. Each training and evaluation is a process; as many run
+at once as is asked for.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BYTES_PER_TOKEN = 4.5  # more than any tokenizer of this size reaches on code, so that the text suffices
+BYTES_PER_TOKEN = 4.5  # of code that is written for each token to train on; a shorter text is repeated
 SEQ_LEN, REPLAY = 1024, 0.2
 COMMON = ("device=cuda", "kernels=fused", "trainer.precision=bf16", "trainer.cuda_graphs=true", "tracking=none")
 CHAT = ("do=sft", "data=chat", "data.on_long_row=drop", f"data.seq_len={SEQ_LEN}", "trainer.eval_seqs=0")
@@ -37,7 +38,7 @@ FOUND = re.compile(r"loss ([\d.]+) nats")
 
 
 def run(folder: Path, words: Sequence[str]) -> tuple[float, Path | None]:
-    """Run run.py with a folder of its own; returns its last validation loss and the run's folder."""
+    """Run run.py with a separate output folder; returns its last validation loss and the run's folder."""
     folder.mkdir(parents=True)
     command = [sys.executable, str(ROOT / "run.py"), *words, f"output_dir={folder}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -80,7 +81,7 @@ def rows_of(train: Path, valid: Path) -> tuple[str, ...]:
 
 
 class Study:
-    """The trainings of one seed after the other, and what they reached."""
+    """The trainings and evaluations, each a process."""
 
     def __init__(self, data: Path, work: Path, words: Sequence[str]) -> None:
         self.data, self.work = data, work
@@ -146,6 +147,7 @@ class Study:
             name, words = f"{domain}-{seed}-{way}".replace(" ", "-"), (f"optim.lr={lr}", f"seed={seed}")
             loss, run_dir = self.sft(name, start, rows, domain, *words, "trainer.max_epochs=5")
             found[way] = loss, self.evaluate(f"{name}-general", run_dir, "general")
+            say(f"{domain}, seed {seed}, {way}: {found[way][0]:.3f}, general {found[way][1]:.3f}")
         return found
 
 

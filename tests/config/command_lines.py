@@ -199,9 +199,7 @@ REFUSED = {
     "kernels=fused optim=adafactor do=plan": "kernels.adamw adamw_problems",
     "kernels=fused +optim.optimizer.amsgrad=true do=plan": "kernels.adamw adamw_problems",
     "trainer.cuda_graphs=true": "trainer.cuda_graphs cuda_graph_problems",
-    "trainer.cuda_graphs=true parallel.dp=2 trainer.micro_batch_seqs=4 do=plan": (
-        "trainer.cuda_graphs cuda_graph_problems"
-    ),
+    "trainer.cuda_graphs=true parallel.tp=2 do=plan": "trainer.cuda_graphs cuda_graph_problems",
     "model=v2_5_sparse model.memory_len=9 data.order=contiguous trainer.cuda_graphs=true do=plan": (
         "trainer.cuda_graphs cuda_graph_problems"
     ),

@@ -56,7 +56,7 @@ def work(folder: Path, what: str) -> worker.RankResult:
     if what == "user_error" and rank == 1:
         raise DataError(Problem("data.path", "x", "is gone", "bring it back"))
     words = [sys.executable, "-c", "import time; time.sleep(600)", str(folder), "rank"]
-    child = subprocess.Popen(words) if what == "go on with a child" else None
+    child = subprocess.Popen(words) if what == "run with a child" else None
     step = 0
     while not all_reduce(worker.stop_asked()):
         step += 1

@@ -132,7 +132,7 @@ def test_an_error_of_the_user_reads_as_in_one_process(tmp_path):
 
 
 def test_a_rank_that_is_killed_is_told_first_and_ends_the_others(tmp_path):
-    parent = start(tmp_path, "go on with a child", n_ranks=MORE_RANKS)
+    parent = start(tmp_path, "run with a child", n_ranks=MORE_RANKS)
     rank = random.randrange(MORE_RANKS)
     wait_for(lambda: work_has_begun(tmp_path, MORE_RANKS), 60)
     os.kill(pids(tmp_path, MORE_RANKS)[rank], signal.SIGKILL)
@@ -182,7 +182,7 @@ def test_a_killed_parent_leaves_no_orphans(tmp_path):
     [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.long) for s in (signal.SIGINT, signal.SIGHUP))],
 )
 def test_a_signal_to_the_parent_stops_all_ranks_after_one_step(tmp_path, signum):
-    parent = start(tmp_path, "go on with a child")
+    parent = start(tmp_path, "run with a child")
     wait_for(lambda: work_has_begun(tmp_path), 60)
     parent.send_signal(signum)
     out, err = parent.communicate(timeout=20)

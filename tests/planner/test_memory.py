@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import pytest
@@ -45,6 +46,14 @@ class TestStates:
         (m,) = planned(exp, layout()).memory
         counted = parameters(exp.model)
         assert m.weights + m.gradients + m.optimizer == per_parameter * (counted.total + counted.mtp)
+
+    @pytest.mark.parametrize(("precision", "per_parameter"), [("fp32", 4), ("bf16", 2)])
+    def test_a_cuda_graph_keeps_the_gradients_of_a_micro_batch(self, precision, per_parameter):
+        plain = experiment(*DENSE, f"trainer.precision={precision}")
+        recorded = dataclasses.replace(plain, trainer=dataclasses.replace(plain.trainer, cuda_graphs=True))
+        (a,), (b,) = (planned(exp, layout()).memory for exp in (plain, recorded))
+        assert b.gradients - a.gradients == per_parameter * parameters(plain.model).total
+        assert b.total - a.total == b.gradients - a.gradients
 
     @pytest.mark.parametrize("model", [("model=v1_dense", "size=tiny"), ("model=v3_moe", "size=tiny")])
     def test_muon_has_one_moment_for_the_blocks(self, model):

@@ -78,7 +78,10 @@ def test_replayed_steps_equal_ordinary_ones(monkeypatch, n_micro_batches, dtype)
         assert torch.equal(a.loss, b.loss) and torch.equal(a.nll, b.nll) and torch.equal(a.sums, b.sums)
 
 
-def test_an_operation_that_waits_is_named(monkeypatch):
+@pytest.fixture
+def broken_off(monkeypatch):
+    """Make a recording end with a second error after one inside, as PyTorch does."""
+
     class Graph:
         def __init__(self, _graph):
             pass
@@ -87,12 +90,23 @@ def test_an_operation_that_waits_is_named(monkeypatch):
             return self
 
         def __exit__(self, *_):
-            pass
-
-    def run():
-        raise RuntimeError("operation not permitted when stream is capturing")
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", Graph)
+
+
+def test_a_lack_of_memory_stays_what_it_is(broken_off):
+    def run():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda_graphs.capture(run)
+
+
+def test_an_operation_that_waits_is_named(broken_off):
+    def run():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
     with pytest.raises(UserError, match=r"trainer\.cuda_graphs=true cannot record .*stream is capturing"):
         cuda_graphs.capture(run)

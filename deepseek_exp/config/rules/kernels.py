@@ -52,7 +52,7 @@ def cuda_graph_problems(exp: ExperimentConfig, machine: Machine) -> Iterator[Pro
     try:
         n_ranks = degrees(exp).world_size
     except ValueError:
-        return  # told by layout_problems
+        return  # reported by layout_problems
     if n_ranks > 1:
         yield Problem(
             key, True, f"is for one process, and this layout has {n_ranks:,} ranks", f"{fix}, or parallel=single"
